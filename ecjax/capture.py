@@ -1,0 +1,193 @@
+"""The dense layers inside a network: what each kernel multiplies, and a tap on what it gives.
+
+The network is traced to its jaxpr, and the equations are walked with an eye on three kinds of value: a kernel, a bias,
+and the product of a kernel with its layer's inputs. All other equations are evaluated as they stand, whole calls
+included, so jitted, rematerialised and custom-derivative functions keep their own rules wherever no kernel enters them.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.extend import core
+from jaxtyping import Float
+
+from ecjax import checks, networks
+from ecjax.networks import Inputs, Network, Params
+
+# What a kernel, a bias or a product may pass through and still be itself. Only a bias may also change its shape.
+_CASTS = {"convert_element_type", "copy", "reduce_precision", "sharding_constraint", "optimization_barrier"}
+_BROADCASTS = {"reshape", "broadcast_in_dim", "squeeze", "expand_dims"}
+# Calls that only run the jaxpr they hold, on the same arguments, and the parameter that holds it.
+_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+}
+_BY_DEFINITION = "score.elimination_compensation_by_definition takes any differentiable network"
+
+
+class _Origin(NamedTuple):
+    """What a value in the jaxpr is: the "kernel", "bias" or "product" of the kernel at ``path``."""
+
+    kind: str
+    path: str
+
+
+class _Layers(NamedTuple):
+    """What one walk is given, and what it finds: the taps, each layer's inputs, and where its bias went."""
+
+    samples: int
+    taps: Mapping[str, Array]
+    inputs: dict[str, Array]
+    added: list[str]
+    used_otherwise: list[str]
+
+
+def tapped(
+    network: Network, params: Params, inputs: Inputs, taps: Mapping[str, Float[Array, "samples out"]], *, biased: bool
+) -> tuple[Float[Array, "samples outputs"], dict[str, Float[Array, "samples in"]]]:
+    """Evaluates the network with ``taps`` added to the products of its dense layers.
+
+    The layer with the kernel at ``path`` gives ``a @ kernel + taps[path] + bias``; a path without a tap is left as it
+    is. The derivative with respect to a tap is the derivative with respect to the layer's pre-activation.
+
+    Args:
+        network: pure function ``(params, inputs) -> outputs``.
+        params: its parameters; every kernel must enter one product ``(samples, in) @ (in, out)``.
+        inputs: samples along the first axis.
+        taps: by the kernel's path (``networks.by_path``).
+        biased: whether every kernel must also have a sibling bias that is added to its product.
+
+    Returns:
+        The outputs, and by each kernel's path the inputs ``a`` of its layer.
+
+    Raises:
+        ValueError: a kernel that is not the right factor of exactly one such product, or (with ``biased``) whose
+            sibling bias is missing or not added to it; the message names the leaf and what would still work.
+    """
+    kernels = networks.by_path(networks.kernels(params))
+    checks.require_biases(params) if biased else checks.require_any_kernel(params)
+    origins = {path: _Origin("kernel", path) for path in kernels}
+    origins |= {networks.bias_path(path): _Origin("bias", path) for path in kernels}
+
+    closed, shape = jax.make_jaxpr(network, return_shape=True)(params, inputs)
+    samples = inputs.shape[0]
+    checks.require_outputs(shape, samples)
+    leaves = networks.by_path(params)
+    layers = _Layers(samples, taps, {}, [], [])
+    input_leaves = jax.tree.leaves(inputs)
+    (outputs,), _ = _walk(
+        closed,
+        [*leaves.values(), *input_leaves],
+        [*map(origins.get, leaves), *[None] * len(input_leaves)],
+        layers,
+    )
+    for path in kernels:
+        if path not in layers.inputs:
+            raise ValueError(f"kernel '{path}' is not multiplied by anything on the way to the outputs; leave it out")
+        if biased and (path not in layers.added or path in layers.used_otherwise):
+            raise ValueError(
+                f"kernel '{path}': its bias '{networks.bias_path(path)}' is not simply added to its product; "
+                + _BY_DEFINITION
+            )
+    return outputs, {path: layers.inputs[path] for path in kernels}
+
+
+def _walk(closed, arguments: list, origins: list[_Origin | None], layers: _Layers) -> tuple[list, list]:
+    """Evaluates a jaxpr; returns its outputs and what each of them is."""
+    jaxpr = getattr(closed, "jaxpr", closed)
+    values = dict(zip(jaxpr.constvars, getattr(closed, "consts", ()), strict=True))
+    values |= dict(zip(jaxpr.invars, arguments, strict=True))
+    known = dict(zip(jaxpr.invars, origins, strict=True))
+
+    def read(var):
+        return var.val if isinstance(var, core.Literal) else values[var]
+
+    def origin(var) -> _Origin | None:
+        return None if isinstance(var, core.Literal) else known.get(var)
+
+    for equation in jaxpr.eqns:
+        operands, found = [*map(read, equation.invars)], [*map(origin, equation.invars)]
+        if any(found):
+            results, kinds = _layer_equation(equation, operands, found, layers)
+        else:
+            results, kinds = _evaluate(equation, operands), [None] * len(equation.outvars)
+        values |= dict(zip(equation.outvars, results, strict=True))
+        known |= dict(zip(equation.outvars, kinds, strict=True))
+    return [*map(read, jaxpr.outvars)], [*map(origin, jaxpr.outvars)]
+
+
+def _layer_equation(equation, operands: list, found: list, layers: _Layers) -> tuple[list, list]:
+    """Evaluates an equation that a kernel, a bias or a product enters."""
+    name = equation.primitive.name
+    if name in _CALLS:
+        return _walk(equation.params[_CALLS[name]], operands, found, layers)
+    kinds = [origin.kind if origin else None for origin in found]
+    path = next(origin.path for origin in found if origin)
+    if name in _CASTS or (name in _BROADCASTS and kinds == ["bias"]):
+        return _evaluate(equation, operands), found
+    if name == "dot_general" and kinds == [None, "kernel"]:
+        (product,) = _evaluate(equation, operands)
+        _record(equation, operands[0], path, layers)
+        if path in layers.taps:
+            product = product + layers.taps[path].astype(product.dtype)
+        return [product], [_Origin("product", path)]
+    if "kernel" in kinds:
+        path = found[kinds.index("kernel")].path
+        raise ValueError(
+            f"kernel '{path}' enters the operation '{name}', not one matrix product (samples, in) @ kernel; "
+            + _BY_DEFINITION
+        )
+    is_layer = name in ("add", "add_any") and sorted(map(str, kinds)) == ["bias", "product"]
+    if is_layer and found[0].path == found[1].path:
+        layers.added.append(path)
+    else:
+        layers.used_otherwise.extend(origin.path for origin in found if origin)
+    return _evaluate(equation, operands), [None] * len(equation.outvars)
+
+
+def _record(equation, layer_inputs: Array, path: str, layers: _Layers) -> None:
+    """Notes what a kernel is multiplied with, or refuses a product that is no dense layer's."""
+    if path in layers.inputs:
+        raise ValueError(f"kernel '{path}' is used twice in one pass; {_BY_DEFINITION}")
+    one_product = equation.params["dimension_numbers"] == (((1,), (0,)), ((), ()))
+    if layer_inputs.ndim != 2 or layer_inputs.shape[0] != layers.samples or not one_product:
+        raise ValueError(
+            f"kernel '{path}' multiplies an array of shape {layer_inputs.shape}, where a dense layer takes "
+            f"(samples, in) with {layers.samples} samples here; {_BY_DEFINITION}"
+        )
+    layers.inputs[path] = layer_inputs
+
+
+def _evaluate(equation, operands: list) -> list:
+    """Runs one equation by itself; ``core.jaxpr_as_fun`` is the public way to bind a primitive again."""
+    variables = [var for var in equation.invars if not isinstance(var, core.Literal)]
+    source = core.DebugInfo("ecjax.capture", equation.primitive.name, None, None)
+    jaxpr = core.Jaxpr((), variables, equation.outvars, [equation], equation.effects, source)
+    arguments = [
+        operand for operand, var in zip(operands, equation.invars, strict=True) if not isinstance(var, core.Literal)
+    ]
+    return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))(*arguments)
+
+
+def tap_dtype(kernel: Array | np.ndarray) -> jnp.dtype:
+    """What a kernel's taps and moments are held in: at least float32, whatever the layer computes in."""
+    return jnp.promote_types(kernel.dtype, jnp.float32)
+
+
+def zero_taps(params: Params, samples: int) -> dict[str, Float[Array, "samples out"]]:
+    """Zero taps for every dense layer: the place to differentiate at."""
+    return {
+        path: jnp.zeros((samples, kernel.shape[-1]), tap_dtype(kernel))
+        for path, kernel in networks.by_path(networks.kernels(params)).items()
+    }

@@ -1,0 +1,117 @@
+"""What bad input gets: a ValueError that says what was given and what is allowed, before any work.
+
+Values can only be looked at when they are there: under ``jit`` or ``vmap`` the checks of values are skipped and those
+of shapes remain.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, PyTree
+
+from ecjax import networks
+from ecjax.networks import Inputs, Kernels, Params
+
+Sparsity = float | int | Float[Array, ""]
+
+
+def _is_known_false(condition) -> bool:
+    """Whether a condition is there to be looked at, and false."""
+    return not isinstance(condition, jax.core.Tracer) and not condition
+
+
+@jax.jit
+def _all_finite(array: Array | np.ndarray) -> Array:
+    return jnp.isfinite(array).all()
+
+
+def require_inputs(inputs: Inputs) -> None:
+    """Raises a ValueError unless ``inputs`` is an array with samples in it, all of them finite."""
+    if getattr(inputs, "ndim", 0) < 1:
+        raise ValueError(f"inputs must be one array of shape (samples, features), got {_describe(inputs)}")
+    if inputs.shape[0] == 0:
+        raise ValueError(f"inputs of shape {inputs.shape} hold no samples; at least one is needed")
+    if _is_known_false(_all_finite(inputs)):
+        raise ValueError(f"inputs of shape {inputs.shape} hold NaN or infinity; clean or drop those samples first")
+
+
+def require_targets(inputs: Inputs, targets: Array | np.ndarray) -> None:
+    """Raises a ValueError unless there is one target for each sample of the inputs."""
+    if getattr(targets, "shape", ())[:1] != inputs.shape[:1]:
+        raise ValueError(f"targets {_describe(targets)} do not match the {inputs.shape[0]} samples of the inputs")
+
+
+def require_sparsity(sparsity: Sparsity) -> None:
+    """Raises a ValueError unless the sparsity is a number in [0, 1]."""
+    if np.ndim(sparsity) != 0:
+        raise ValueError(f"sparsity must be one number in [0, 1], got an array of shape {np.shape(sparsity)}")
+    if _is_known_false((sparsity >= 0) & (sparsity <= 1)):  # NaN fails too
+        raise ValueError(f"sparsity is {sparsity}; it must be in [0, 1], the fraction of weights to remove")
+
+
+def require_any_kernel(params: Params) -> None:
+    """Raises a ValueError unless some leaf of the params is named ``kernel``."""
+    if not networks.by_path(networks.kernels(params)):
+        names = ", ".join(sorted(networks.by_path(params))) or "nothing"
+        raise ValueError(f"the network has no dense layer: no leaf of its params is named 'kernel', they hold {names}")
+
+
+def require_biases(params: Params) -> None:
+    """Raises a ValueError without kernels, or that names the first one without a sibling bias of shape ``(out,)``."""
+    require_any_kernel(params)
+    leaves = networks.by_path(params)
+    for path, kernel in networks.by_path(networks.kernels(params)).items():
+        bias = networks.bias_path(path)
+        expected = kernel.shape[-1:]
+        if bias not in leaves or leaves[bias].shape != expected:
+            found = f"has shape {leaves[bias].shape}" if bias in leaves else "is missing"
+            raise ValueError(
+                f"kernel '{path}' needs a sibling bias of shape {expected} to compensate with, but '{bias}' {found}; "
+                "score.optimal_brain_damage and score.magnitude need none"
+            )
+
+
+def require_outputs(shape: PyTree[jax.ShapeDtypeStruct], samples: int) -> None:
+    """Raises a ValueError unless a network's outputs are one array of shape ``(samples, outputs)``."""
+    if getattr(shape, "ndim", None) != 2 or shape.shape[0] != samples:
+        given = jax.tree.map(lambda leaf: leaf.shape, shape)
+        raise ValueError(f"the network must return one array of shape (samples, outputs), here ({samples}, K): {given}")
+
+
+def require_kernels(params: Params, given: Kernels, name: str) -> None:
+    """Raises a ValueError unless ``given`` (masks, importances, shifts) has one leaf for each kernel, of its shape."""
+    require_any_kernel(params)
+    expected = {path: kernel.shape for path, kernel in networks.by_path(networks.kernels(params)).items()}
+    found = {path: getattr(leaf, "shape", ()) for path, leaf in networks.by_path(given).items()}
+    for path in [*expected, *found]:
+        if expected.get(path) != found.get(path):
+            raise ValueError(
+                f"{name} do not fit the params at '{path}': {found.get(path, 'missing')} given, "
+                f"{expected.get(path, 'no kernel')} in the params"
+            )
+
+
+def require_masks(params: Params, masks: Kernels) -> None:
+    """Raises a ValueError unless the masks are boolean and shaped like the kernels of ``params``."""
+    require_kernels(params, masks, "masks")
+    for path, mask in networks.by_path(masks).items():
+        if mask.dtype != bool:
+            raise ValueError(f"mask '{path}' is {mask.dtype}; masks are boolean, True where the weight stays")
+
+
+def require_no_nan(tree: Kernels, name: str) -> None:
+    """Raises a ValueError if a leaf holds NaN."""
+    for path, leaf in networks.by_path(tree).items():
+        if _is_known_false(~jnp.isnan(leaf).any()):
+            raise ValueError(f"{name} '{path}' hold NaN; they can't be ranked")
+
+
+def require_positive(value: int, name: str) -> None:
+    """Raises a ValueError unless ``value`` is a whole number of at least 1."""
+    if int(value) != value or value < 1:
+        raise ValueError(f"{name} is {value}; it must be a whole number of at least 1")
+
+
+def _describe(array) -> str:
+    return f"of shape {array.shape}" if hasattr(array, "shape") else f"of type {type(array).__name__}"

@@ -1,0 +1,91 @@
+"""What a network is here: a pure function ``(params, inputs) -> outputs``, its kernels, and the MLP.
+
+``params`` is a pytree of nested dicts (plain or Flax's ``FrozenDict``), lists and tuples. A leaf named ``kernel`` is
+what gets pruned; its sibling leaf ``bias`` is what makes up for the loss. *Kernels* is a pytree shaped like ``params``
+with the ``kernel`` leaves alone: importances, bias shifts and masks are Kernels.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax import Array
+from jaxtyping import Num, PyTree
+
+Params = PyTree
+Kernels = PyTree
+Inputs = Num[Array | np.ndarray, "samples *features"]
+Network = Callable[[Params, Inputs], Array]
+
+
+class MLP(nn.Module):
+    """A multilayer perceptron: dense layers with an activation between them.
+
+    Attributes:
+        features: width of each layer; the last one is the number of outputs.
+        activation: elementwise function after every layer but the last.
+        dtype: what the layers compute in; None for the dtype of params and inputs.
+    """
+
+    features: Sequence[int]
+    activation: Callable[[Array], Array] = nn.relu
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, inputs: Inputs) -> Array:
+        """The outputs, of shape (samples, features[-1])."""
+        hidden = inputs
+        for width in self.features[:-1]:
+            hidden = self.activation(nn.Dense(width, dtype=self.dtype)(hidden))
+        return nn.Dense(self.features[-1], dtype=self.dtype)(hidden)
+
+
+def pure(module: nn.Module) -> Network:
+    """The pure function ``(params, inputs) -> outputs`` of a Flax Linen module.
+
+    Make it once and pass the same function everywhere: everything in ecjax is compiled once per network function.
+    """
+
+    def network(params: Params, inputs: Inputs) -> Array:
+        return module.apply({"params": params}, inputs)
+
+    return network
+
+
+def kernels(params: Params) -> Kernels:
+    """The ``kernel`` leaves of ``params``, in the same nesting; dicts without any are left out."""
+    if isinstance(params, Mapping):
+        inside = {name: _kernels_or_leaf(name, child) for name, child in params.items()}
+        return type(params)({name: child for name, child in inside.items() if jax.tree.leaves(child)})
+    if isinstance(params, tuple) and hasattr(params, "_fields"):
+        return type(params)(*map(kernels, params))
+    if isinstance(params, list | tuple):
+        return type(params)(map(kernels, params))
+    return None
+
+
+def _kernels_or_leaf(name: str, child: PyTree) -> PyTree:
+    is_kernel_leaf = name == "kernel" and jax.tree_util.all_leaves([child])
+    return child if is_kernel_leaf else kernels(child)
+
+
+def by_path(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a pytree under names like ``"Dense_0/kernel"``, in the order of the flattened tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
+    """A copy of ``tree`` with other leaves at the paths that ``leaves`` names (see ``by_path``)."""
+
+    def choose(path, leaf):
+        return leaves.get(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+
+    return jax.tree_util.tree_map_with_path(choose, tree)
+
+
+def bias_path(kernel_path: str) -> str:
+    """Where the bias next to a kernel lives: ``"Dense_0/kernel"`` has ``"Dense_0/bias"``."""
+    return kernel_path.removesuffix("kernel") + "bias"

@@ -1,0 +1,113 @@
+"""Decisions: scores in, masks and new params out."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+from ecjax import checks, networks
+from ecjax.checks import Sparsity
+from ecjax.networks import Kernels, Params
+from ecjax.score import Scores
+
+SCOPES = ("network", "layer", "neuron")
+
+
+class Pruned(NamedTuple):
+    """A pruned network.
+
+    Attributes:
+        params: as given, with removed weights exactly 0 and biases shifted.
+        masks: Kernels of booleans, True where the weight stays.
+    """
+
+    params: Params
+    masks: Kernels
+
+
+def one_shot(params: Params, scores: Scores, sparsity: Sparsity, *, scope: str = "network") -> Pruned:
+    """Removes the weights of least importance, all at once, and shifts the biases next to them.
+
+    Exactly ``round(sparsity * weights)`` go in each scope; among equals, the ones that come first do. The shifts of all
+    removed weights are added to their biases, independently of each other: ``b_i += Σ_j Δb*_ij``.
+
+    Args:
+        params: the dense network's.
+        scores: of a criterion, for these params.
+        sparsity: the fraction of weights to remove, in [0, 1]; biases don't count. May be traced.
+        scope: where weights compete: "network", each "layer", or each "neuron" (the inputs of one output).
+
+    Raises:
+        ValueError: a sparsity outside [0, 1], an unknown scope, importances with NaN, scores shaped unlike the params.
+    """
+    checks.require_sparsity(sparsity)
+    if scope not in SCOPES:
+        raise ValueError(f"scope is {scope!r}; it must be one of {', '.join(map(repr, SCOPES))}")
+    checks.require_kernels(params, scores.importance, "importances")
+    checks.require_no_nan(scores.importance, "importances")
+    masks = _masks(scores.importance, sparsity, scope)
+    if scores.bias_shift is None:
+        return Pruned(apply_masks(params, masks), masks)
+    checks.require_kernels(params, scores.bias_shift, "bias shifts")
+    checks.require_biases(params)
+    return Pruned(apply_masks(_shift_biases(params, scores.bias_shift, masks), masks), masks)
+
+
+def apply_masks(params: Params, masks: Kernels) -> Params:
+    """The same params with exact zeros where a mask is False; biases stay as they are.
+
+    Raises:
+        ValueError: masks that are not boolean, or shaped unlike the params.
+    """
+    checks.require_masks(params, masks)
+    leaves, kept = networks.by_path(params), networks.by_path(masks)
+    return networks.replace(params, {path: jnp.where(mask, leaves[path], 0) for path, mask in kept.items()})
+
+
+def sparsity(masks: Kernels) -> float:
+    """The fraction of weights removed, over all kernels; 0 if there are none."""
+    leaves = jax.tree.leaves(masks)
+    total = sum(mask.size for mask in leaves)
+    return sum(int(jnp.sum(~mask)) for mask in leaves) / max(total, 1)
+
+
+def _masks(importance: Kernels, sparsity: Sparsity, scope: str) -> Kernels:
+    if scope == "layer":
+        return jax.tree.map(lambda layer: _keep(layer.ravel(), sparsity).reshape(layer.shape), importance)
+    if scope == "neuron":
+        return jax.tree.map(lambda layer: _keep_in_columns(layer, sparsity), importance)
+    leaves, structure = jax.tree.flatten(importance)
+    kept = _keep(jnp.concatenate([leaf.ravel() for leaf in leaves]), sparsity)
+    starts = [sum(leaf.size for leaf in leaves[:index]) for index in range(1, len(leaves))]
+    parts = zip(jnp.split(kept, starts), leaves, strict=True)
+    return jax.tree.unflatten(structure, [part.reshape(leaf.shape) for part, leaf in parts])
+
+
+def _keep_in_columns(importance: Float[Array, "*in out"], sparsity: Sparsity) -> Bool[Array, "*in out"]:
+    columns = importance.reshape(-1, importance.shape[-1])
+    kept = jax.vmap(lambda column: _keep(column, sparsity), in_axes=1, out_axes=1)(columns)
+    return kept.reshape(importance.shape)
+
+
+def _keep(importance: Float[Array, " weights"], sparsity: Sparsity) -> Bool[Array, " weights"]:
+    """False for the ``round(sparsity * weights)`` smallest, the earlier ones first among equals."""
+    weights = importance.shape[0]
+    traced = isinstance(sparsity, jax.core.Tracer)
+    removed = jnp.round(sparsity * weights) if traced else round(float(sparsity) * weights)
+    ranks = jnp.zeros(weights, int).at[jnp.argsort(importance, stable=True)].set(jnp.arange(weights))
+    return ranks >= removed
+
+
+def _shift_biases(params: Params, shifts: Kernels, masks: Kernels) -> Params:
+    """Adds to each bias the shifts of its neuron's removed weights."""
+    leaves, kept = networks.by_path(params), networks.by_path(masks)
+
+    def shifted(path, shift):
+        bias = leaves[networks.bias_path(path)]
+        removed = jnp.where(kept[path], 0, shift)
+        return bias + removed.sum(tuple(range(removed.ndim - 1))).astype(bias.dtype)
+
+    biases = {networks.bias_path(path): shifted(path, shift) for path, shift in networks.by_path(shifts).items()}
+    return networks.replace(params, biases)

@@ -1,0 +1,23 @@
+"""Criteria: params and calibration inputs in, an importance for every weight out.
+
+The criteria differ in what may move to repair a removal: nothing (``optimal_brain_damage``) or the adjacent bias
+(``elimination_compensation``, by its definition, from three moments, or on the true change in the outputs). The rest
+are the baselines they are measured against.
+"""
+
+from ecjax.score.baselines import gradient_magnitude, magnitude, random
+from ecjax.score.definition import elimination_compensation_by_definition
+from ecjax.score.linear import elimination_compensation, optimal_brain_damage
+from ecjax.score.nonlinear import nonlinear_elimination_compensation
+from ecjax.score.scores import Scores
+
+__all__ = [
+    "Scores",
+    "elimination_compensation",
+    "elimination_compensation_by_definition",
+    "gradient_magnitude",
+    "magnitude",
+    "nonlinear_elimination_compensation",
+    "optimal_brain_damage",
+    "random",
+]

@@ -1,0 +1,65 @@
+"""The baselines: magnitude, gradient magnitude and chance."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import PRNGKeyArray, Shaped
+
+from ecjax import checks, networks
+from ecjax.networks import Inputs, Network, Params
+from ecjax.score.scores import Scores
+
+
+def magnitude(params: Params) -> Scores:
+    """``I = |W|``: small weights go first."""
+    return Scores(jax.tree.map(jnp.abs, _kernels(params)))
+
+
+def gradient_magnitude(
+    network: Network,
+    params: Params,
+    inputs: Inputs,
+    targets: Shaped[Array | np.ndarray, "_samples *outputs"],
+    loss: Callable[[Array, Array], Array],
+) -> Scores:
+    """``I = |W · ∂L/∂W|``: the first-order change of the mean loss L when the weight goes.
+
+    Source: Molchanov et al., arXiv:1906.10771, with the gradient of the mean loss.
+
+    Args:
+        network: pure function ``(params, inputs) -> outputs``.
+        params: its parameters.
+        inputs: samples along the first axis.
+        targets: what the loss compares each sample's outputs with.
+        loss: ``(outputs, targets) -> losses``, as optax's; its mean is differentiated.
+
+    Raises:
+        ValueError: bad inputs, or not one target for each sample.
+    """
+    checks.require_inputs(inputs)
+    checks.require_targets(inputs, targets)
+    kernels = _kernels(params)
+    gradient = networks.kernels(_loss_gradient(network, params, inputs, targets, loss=loss))
+    return Scores(jax.tree.map(lambda kernel, slope: jnp.abs(kernel * slope), kernels, gradient))
+
+
+@functools.partial(jax.jit, static_argnames=("network", "loss"))
+def _loss_gradient(network, params, inputs, targets, *, loss):
+    return jax.grad(lambda params: loss(network(params, inputs), targets).mean())(params)
+
+
+def random(params: Params, key: PRNGKeyArray) -> Scores:
+    """``I ~ U(0, 1)``, independent for every weight: what any criterion has to beat."""
+    leaves, structure = jax.tree.flatten(_kernels(params))
+    keys = jax.random.split(key, len(leaves))
+    draws = [jax.random.uniform(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    return Scores(jax.tree.unflatten(structure, draws))
+
+
+def _kernels(params: Params):
+    checks.require_any_kernel(params)
+    return networks.kernels(params)

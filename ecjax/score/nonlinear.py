@@ -1,0 +1,102 @@
+"""Elimination-compensation on the true change in the outputs, without the linearisation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ecjax import capture, checks, metrics, moments, networks
+from ecjax.networks import Inputs, Network, Params
+from ecjax.score.scores import Scores, as_kernels
+
+
+def nonlinear_elimination_compensation(
+    network: Network,
+    params: Params,
+    inputs: Inputs,
+    *,
+    metric: str = "euclidean",
+    steps: int = 3,
+    weights_at_once: int = 64,
+) -> Scores:
+    """Elimination-compensation with the true change in the outputs in place of its first-order estimate.
+
+    ``I_ij = min_Δb E[δyᵀ M δy]`` with ``δy = y(z_i − W_ij a_j + Δb) − y(z_i)``: only neuron i's pre-activation changes.
+    Newton steps in Δb start from the linear optimum ``W_ij · mean_S(a_j)`` and the best Δb met is kept, so the
+    importance is never above that of the linear shift. Source: the exact counterpart of Ballini et al.,
+    arXiv:2602.20467.
+
+    It costs about ``4 · steps`` forward passes for every weight: for small networks, or as a yardstick.
+
+    Args:
+        network: pure function ``(params, inputs) -> outputs`` of shape (samples, K).
+        params: its parameters; every kernel is the right factor of one product and has a sibling bias.
+        inputs: calibration inputs, samples along the first axis, all held in memory at once.
+        metric: "euclidean" or "fisher".
+        steps: Newton steps for each weight.
+        weights_at_once: how many weights one ``vmap`` takes; it bounds the memory.
+
+    Returns:
+        Scores: importance in squared units of the outputs, bias shifts in units of the pre-activations.
+
+    Raises:
+        ValueError: as ``elimination_compensation``.
+    """
+    checks.require_positive(steps, "steps")
+    checks.require_positive(weights_at_once, "weights_at_once")
+    seen = moments.of_inputs(network, params, inputs, metric=metric)
+    options = {"metric": metric, "steps": int(steps), "weights_at_once": int(weights_at_once)}
+    importance, shift = _all_weights(network, params, inputs, seen, **options)
+    return Scores(as_kernels(params, importance), as_kernels(params, shift))
+
+
+@functools.partial(jax.jit, static_argnames=("network", "metric", "steps", "weights_at_once"))
+def _all_weights(network, params, inputs, seen, *, metric, steps, weights_at_once):
+    outputs, layer_inputs = capture.tapped(network, params, inputs, {}, biased=True)
+    kernels = networks.by_path(networks.kernels(params))
+
+    def one_weight(path, index):
+        kernel, layer = kernels[path], seen.layers[path]
+        source, neuron = jnp.unravel_index(index, kernel.shape)
+        removed = kernel[source, neuron] * layer_inputs[path][:, source].astype(layer.mean.dtype)
+
+        def true_change(shift):
+            tap = jnp.zeros((inputs.shape[0], kernel.shape[1]), removed.dtype).at[:, neuron].set(shift - removed)
+            changed, _ = capture.tapped(network, params, inputs, {path: tap}, biased=True)
+            return metrics.squared_norm(metric, outputs, changed - outputs).mean()
+
+        linear_curvature = 2 * layer.sensitivity[neuron] / seen.samples
+        linear_shift = kernel[source, neuron] * layer.mean[source, neuron]
+        return _minimise(true_change, linear_shift, linear_curvature, steps=steps)
+
+    found = {
+        path: lax.map(functools.partial(one_weight, path), jnp.arange(kernel.size), batch_size=weights_at_once)
+        for path, kernel in kernels.items()
+    }
+    return tuple({path: found[path][part].reshape(kernels[path].shape) for path in kernels} for part in (0, 1))
+
+
+def _minimise(function, start, usual_curvature, *, steps):
+    """The least value that Newton steps in one variable meet, and where; never above the value at the start.
+
+    Where the function is concave the step is downhill all the same, by the size of the curvature; where it is flat, a
+    hundredth of the usual curvature bounds it. A step that does not lower the function is halved.
+    """
+
+    def value_and_slope(at):
+        return jax.jvp(function, (at,), (jnp.ones_like(at),))
+
+    def step(state, _):
+        best, least, move = state
+        tried = best - move
+        (value, slope), (_, curvature) = jax.jvp(value_and_slope, (tried,), (jnp.ones_like(tried),))
+        curvature = jnp.maximum(jnp.abs(curvature), 0.01 * usual_curvature)
+        newton = jnp.where(curvature > 0, slope / jnp.where(curvature > 0, curvature, 1), 0)
+        lower = value < least
+        return (jnp.where(lower, tried, best), jnp.minimum(value, least), jnp.where(lower, newton, move / 2)), None
+
+    (best, least, move), _ = lax.scan(step, (start, jnp.full_like(start, jnp.inf), jnp.zeros_like(start)), length=steps)
+    tried = best - move
+    value = function(tried)
+    return jnp.minimum(value, least), jnp.where(value < least, tried, best)

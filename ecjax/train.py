@@ -1,0 +1,146 @@
+"""Supervised training with any optax optimiser, and fine-tuning that keeps pruned weights at zero."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+from jaxtyping import Float, PRNGKeyArray, Shaped
+
+from ecjax import checks, networks
+from ecjax.networks import Inputs, Kernels, Network, Params
+
+# Not checked against the samples of the inputs here: ``checks.require_targets`` says it more clearly.
+Targets = Shaped[Array | np.ndarray, "_samples *outputs"]
+Loss = Callable[[Array, Array], Array]
+
+
+class State(NamedTuple):
+    """Where training stands: the params, the optimiser's state and the key the next epoch is shuffled with."""
+
+    params: Params
+    optimizer: optax.OptState
+    key: PRNGKeyArray
+
+
+class Trained(NamedTuple):
+    """The trained params, and the mean training loss of each epoch."""
+
+    params: Params
+    losses: Float[Array, " epochs"]
+
+
+def keep_pruned(masks: Kernels) -> optax.GradientTransformation:
+    """An optax transformation that sets pruned weights to exactly zero, whatever the optimiser wants.
+
+    Put it last: ``optax.chain(optax.adamw(1e-3), train.keep_pruned(masks))``. The update of a removed weight becomes
+    minus the weight itself, so momentum and weight decay that were computed before it have no say.
+
+    Args:
+        masks: Kernels of booleans, True where the weight stays.
+    """
+
+    def update(updates, state, params=None):
+        if params is None:
+            raise ValueError("keep_pruned needs the params: call optimizer.update(gradients, state, params)")
+        kept, weights, moves = map(networks.by_path, (masks, params, updates))
+        held = {path: jnp.where(mask, moves[path], -weights[path]) for path, mask in kept.items()}
+        return networks.replace(updates, held), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def start(params: Params, optimizer: optax.GradientTransformation, key: PRNGKeyArray) -> State:
+    """The state before the first epoch."""
+    return State(params, optimizer.init(params), key)
+
+
+def steps_per_epoch(samples: int, batch_size: int) -> int:
+    """How many batches one epoch takes: the last, incomplete one is left out, other samples each time."""
+    return max(samples // batch_size, 1)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "loss", "optimizer", "batch_size"))
+def epoch(
+    network: Network,
+    state: State,
+    inputs: Inputs,
+    targets: Targets,
+    loss: Loss,
+    *,
+    optimizer: optax.GradientTransformation,
+    batch_size: int = 128,
+    masks: Kernels | None = None,
+) -> tuple[State, Float[Array, ""]]:
+    """One pass over the shuffled samples; returns the new state and the mean loss of the epoch.
+
+    The arguments are those of ``fit``, with the state in place of params and key.
+    """
+    samples = inputs.shape[0]
+    size = min(batch_size, samples)
+    key, shuffle = jax.random.split(state.key)
+    order = jax.random.permutation(shuffle, samples)[: steps_per_epoch(samples, size) * size].reshape(-1, size)
+
+    def step(carry, batch):
+        params, optimizer_state = carry
+        value, gradients = jax.value_and_grad(
+            lambda params: loss(network(params, inputs[batch]), targets[batch]).mean()
+        )(params)
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
+        if masks is not None:
+            updates, _ = keep_pruned(masks).update(updates, optax.EmptyState(), params)
+        return (optax.apply_updates(params, updates), optimizer_state), value
+
+    (params, optimizer_state), losses = lax.scan(step, (state.params, state.optimizer), order)
+    return State(params, optimizer_state, key), losses.mean()
+
+
+def fit(
+    network: Network,
+    params: Params,
+    inputs: Inputs,
+    targets: Targets,
+    loss: Loss,
+    *,
+    optimizer: optax.GradientTransformation,
+    key: PRNGKeyArray,
+    epochs: int,
+    batch_size: int = 128,
+    masks: Kernels | None = None,
+) -> Trained:
+    """Trains a network, or fine-tunes a pruned one.
+
+    Several seeds at once are one vmapped call: ``jax.vmap(lambda params, key: train.fit(network, params, ...))``.
+
+    Args:
+        network: pure function ``(params, inputs) -> outputs``; compiled once for each.
+        params: where to start.
+        inputs: samples along the first axis.
+        targets: one for each sample: class labels, or values to regress on.
+        loss: ``(outputs, targets) -> losses``, as optax's; its mean over a batch is minimised.
+        optimizer: any optax transformation; compiled once for each object, so make it once.
+        key: shuffles the samples anew each epoch.
+        epochs: passes over the samples.
+        batch_size: samples a step.
+        masks: Kernels of booleans; weights where a mask is False stay exactly zero (``keep_pruned``).
+
+    Raises:
+        ValueError: bad inputs, not one target for each sample, epochs or batch size below 1, masks unlike the params.
+    """
+    checks.require_inputs(inputs)
+    checks.require_targets(inputs, targets)
+    checks.require_positive(epochs, "epochs")
+    checks.require_positive(batch_size, "batch_size")
+    if masks is not None:
+        checks.require_masks(params, masks)
+
+    def one_epoch(state, _):
+        options = {"optimizer": optimizer, "batch_size": batch_size, "masks": masks}
+        return epoch(network, state, inputs, targets, loss, **options)
+
+    state, losses = lax.scan(one_epoch, start(params, optimizer, key), length=epochs)
+    return Trained(state.params, losses)

@@ -1,0 +1,27 @@
+import hypothesis
+import jax
+import pytest
+
+hypothesis.settings.register_profile("ecjax", deadline=None, max_examples=20, derandomize=True)
+hypothesis.settings.load_profile("ecjax")
+
+
+@pytest.fixture(scope="module")
+def float64():
+    """Runs a whole module in double precision."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def compilations():
+    """Counts XLA compilations: call it for the number so far."""
+    events = []
+
+    def note(name, *_, **__):
+        if name == "/jax/core/compile/backend_compile_duration":
+            events.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield lambda: len(events)
+    jax.monitoring.clear_event_listeners()
