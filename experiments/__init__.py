@@ -1,0 +1,1 @@
+"""The experiments of ecjax, one command each: ``python -m experiments.mnist --help``."""

@@ -1,0 +1,165 @@
+"""What a sweep leaves behind: a table, ``results.csv``, ``config.json`` and figures."""
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.ticker import LogLocator, NullFormatter
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from experiments.methods import METHODS
+from experiments.sweep import DENSE, FINE_TUNED, PRUNED, Row
+
+_PACKAGES = ("ecjax", "jax", "jaxlib", "flax", "optax", "numpy", "tensorflow-datasets", "scikit-learn")
+# Okabe and Ito's palette, told apart by the colour-blind; the markers say the same again. Each method keeps its own.
+_STYLES = dict(
+    zip(
+        METHODS,
+        [
+            ("#999999", "x"),
+            ("#E69F00", "s"),
+            ("#CC79A7", "v"),
+            ("#56B4E9", "D"),
+            ("#009E73", "o"),
+            ("#D55E00", "^"),
+            ("#0072B2", "P"),
+        ],
+        strict=True,
+    )
+)
+
+
+class Measure(NamedTuple):
+    """How a column is shown: its words, its number format, a factor, and whether its axis is logarithmic."""
+
+    words: str
+    number: str
+    factor: float = 1.0
+    logarithmic: bool = False
+
+
+def progress() -> Progress:
+    """A progress bar on stderr with an estimate of the time left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"))
+    times = (TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"))
+    return Progress(*columns, *times, console=Console(stderr=True))
+
+
+def console() -> Console:
+    """Where tables go: stdout, wide enough for them when it is a file or a pipe."""
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def to_frame(rows: Iterable[Row], data: str) -> pd.DataFrame:
+    """One line a method, sparsity, seed and phase, with a column for each measure."""
+    lines = [{"data": data, **row._asdict(), **row.measures} for row in rows]
+    return pd.DataFrame(lines).drop(columns="measures")
+
+
+def save_config(folder: Path, config: Any, **facts: Any) -> None:
+    """Writes ``config.json``: the flags of a run, what it ran on, and the versions of the packages."""
+    versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
+    machine = {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
+    content = dataclasses.asdict(config) | facts | machine | {"versions": versions}
+    (folder / "config.json").write_text(json.dumps(content, indent=2, default=str) + "\n")
+
+
+def label(method: str) -> str:
+    """A method's name in tables and figures."""
+    return METHODS[method].label if method in METHODS else method
+
+
+def table(frame: pd.DataFrame, measures: dict[str, Measure], title: str) -> Table:
+    """Mean ± standard deviation over seeds, a line for each method and sparsity, the dense network first."""
+    phases = [phase for phase in (PRUNED, FINE_TUNED) if phase in set(frame["phase"])]
+    result = Table(title=title)
+    result.add_column("sparsity", justify="right")
+    result.add_column("method")
+    for measure in measures.values():
+        for phase in phases:
+            result.add_column(f"{measure.words},\n{phase}", justify="right")
+
+    def cells(chosen: pd.DataFrame, in_phases: list[str]) -> list[str]:
+        return [
+            _mean_and_deviation(chosen.loc[chosen["phase"] == phase, column], measure)
+            for column, measure in measures.items()
+            for phase in in_phases
+        ]
+
+    dense = frame[frame["method"] == DENSE]
+    result.add_row("0", DENSE, *cells(dense, [DENSE] + [""] * (len(phases) - 1)), end_section=True)
+    pruned = frame[frame["method"] != DENSE]
+    for sparsity, group in pruned.groupby("sparsity"):
+        methods = list(dict.fromkeys(group["method"]))
+        for method in methods:
+            chosen = group[group["method"] == method]
+            last = method == methods[-1]
+            result.add_row(f"{sparsity:g}", label(method), *cells(chosen, phases), end_section=last)
+    return result
+
+
+def _mean_and_deviation(values: pd.Series, measure: Measure) -> str:
+    if values.empty:
+        return ""
+    values = values * measure.factor
+    mean = format(values.mean(), measure.number)
+    return f"{mean} ± {format(values.std(), measure.number)}" if len(values) > 1 else mean
+
+
+def figure(frame: pd.DataFrame, column: str, measure: Measure, title: str, path: Path) -> None:
+    """A measure against sparsity, a panel for each phase: the mean over seeds, and a band of one standard deviation."""
+    phases = [phase for phase in (PRUNED, FINE_TUNED) if phase in set(frame["phase"])]
+    canvas, axes = plt.subplots(1, len(phases), figsize=(5.5 * len(phases), 5), squeeze=False, layout="constrained")
+    for axis, phase in zip(axes[0], phases, strict=True):
+        _panel(axis, frame, column, measure, phase)
+        axis.set_title({PRUNED: "after pruning", FINE_TUNED: "after pruning and fine-tuning"}[phase])
+    canvas.suptitle(title)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    canvas.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    canvas.savefig(path, dpi=150)
+    plt.close(canvas)
+
+
+def _panel(axis, frame: pd.DataFrame, column: str, measure: Measure, phase: str) -> None:
+    dense = frame.loc[frame["method"] == DENSE, column].mean() * measure.factor
+    axis.axhline(dense, color="black", linestyle="--", linewidth=1, label=DENSE)
+    for method in dict.fromkeys(frame.loc[frame["phase"] == phase, "method"]):
+        chosen = frame[(frame["phase"] == phase) & (frame["method"] == method)]
+        by_sparsity = chosen.groupby("sparsity")[column]
+        mean, spread = by_sparsity.mean() * measure.factor, by_sparsity.std().fillna(0) * measure.factor
+        colour, marker = _STYLES[method]
+        axis.plot(mean.index, mean, color=colour, marker=marker, markersize=5, linewidth=1.5, label=label(method))
+        low = (mean - spread).clip(lower=mean.min() * 0.1) if measure.logarithmic else mean - spread
+        axis.fill_between(mean.index, low, mean + spread, color=colour, alpha=0.2, linewidth=0)
+    _spread_out_high_sparsity(axis, sorted(set(frame["sparsity"]) - {0.0}))
+    if measure.logarithmic:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_xlabel("sparsity (fraction of weights removed)")
+    axis.set_ylabel(f"test {measure.words}")
+    axis.grid(which="both", alpha=0.2)
+
+
+def _spread_out_high_sparsity(axis, sparsities: list[float]) -> None:
+    """Gives equal room to equal factors of weights kept: from 0.9 to 0.95 as much as from 0 to 0.5."""
+    if not sparsities or sparsities[-1] >= 1:
+        return
+    axis.set_xscale("function", functions=(lambda s: -np.log1p(-np.clip(s, 0, 0.9999)), lambda x: -np.expm1(-x)))
+    ticks = [sparsities[-1]]
+    for sparsity in reversed(sparsities):
+        if (1 - sparsity) / (1 - ticks[-1]) > 1.25:  # room for the label
+            ticks.append(sparsity)
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

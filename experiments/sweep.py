@@ -1,0 +1,177 @@
+"""Training, pruning, training: methods × sparsities × seeds, all seeds at once under ``vmap``."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from ecjax import prune, train
+from ecjax.networks import Network, Params
+from experiments.datasets import Dataset
+from experiments.methods import METHODS, Calibration
+
+DENSE = "dense"
+PRUNED, FINE_TUNED = "pruned", "fine-tuned"
+
+
+class Task(NamedTuple):
+    """What is learnt, and how it is judged.
+
+    Attributes:
+        network: pure function ``(params, inputs) -> outputs``.
+        data: the data set.
+        loss: ``(outputs, targets) -> losses`` for training.
+        measures: by the name of a column, ``(outputs, targets) -> number`` on the test set.
+        batch_size: samples a step of training and fine-tuning.
+    """
+
+    network: Network
+    data: Dataset
+    loss: train.Loss
+    measures: dict[str, Callable[[Array, Array], Array]]
+    batch_size: int
+
+
+class Row(NamedTuple):
+    """One measured network: the dense one has sparsity 0, and no phase of its own."""
+
+    method: str
+    sparsity: float
+    seed: int
+    phase: str
+    measures: dict[str, float]
+
+
+def decaying_adam(task: Task, learning_rate: float, epochs: int) -> optax.GradientTransformation:
+    """Adam whose learning rate falls to zero over the epochs along half a cosine."""
+    steps = epochs * train.steps_per_epoch(len(task.data.train_inputs), task.batch_size)
+    return optax.adam(optax.cosine_decay_schedule(learning_rate, max(steps, 1)))
+
+
+def train_seeds(
+    task: Task,
+    initial: Callable[[Array], Params],
+    seeds: int,
+    *,
+    optimizer: optax.GradientTransformation,
+    epochs: int,
+    advance: Callable[[int], None],
+) -> Params:
+    """Trains one network for each seed, side by side.
+
+    Args:
+        task: what is learnt.
+        initial: fresh params from a random key.
+        seeds: how many networks.
+        optimizer: any optax transformation.
+        epochs: passes over the training set.
+        advance: called with the number of epochs done since the last call.
+
+    Returns:
+        Their params, stacked along a leading axis.
+    """
+    keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
+    params = jax.vmap(initial)(keys)
+    shuffles = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
+    return _fit(task, params, None, shuffles, optimizer=optimizer, epochs=epochs, advance=advance)
+
+
+def run(
+    task: Task,
+    params: Params,
+    *,
+    methods: Sequence[str],
+    sparsities: Sequence[float],
+    metric: str,
+    calibration: int,
+    optimizer: optax.GradientTransformation,
+    epochs: int,
+    advance: Callable[[int], None],
+) -> Iterator[Row]:
+    """Prunes trained networks by each method to each sparsity, and fine-tunes them.
+
+    Args:
+        task: what was learnt.
+        params: trained params of every seed, stacked along a leading axis.
+        methods: names in ``experiments.methods.METHODS``.
+        sparsities: fractions of weights to remove.
+        metric: output metric of the criteria that are not named after one.
+        calibration: how many training samples the criteria see, the first ones.
+        optimizer: for fine-tuning.
+        epochs: of fine-tuning; 0 leaves that phase out.
+        advance: called with the number of epochs done since the last call.
+
+    Yields:
+        A row for the dense network of each seed, then for each method, sparsity, phase and seed.
+    """
+    seeds = len(jax.tree.leaves(params)[0])
+    keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
+    seen = Calibration(
+        task.network,
+        jnp.asarray(task.data.train_inputs[:calibration]),
+        jnp.asarray(task.data.train_targets[:calibration]),
+        task.loss,
+        metric,
+    )
+    prune_seeds = jax.jit(jax.vmap(prune.one_shot, in_axes=(0, 0, None)))
+    yield from _rows(task, params, DENSE, 0.0, DENSE)
+    for method in methods:
+        scores = jax.jit(jax.vmap(functools.partial(METHODS[method].scores, seen)))(params, keys)
+        for sparsity in sparsities:
+            pruned = prune_seeds(params, scores, jnp.float32(sparsity))
+            yield from _rows(task, pruned.params, method, sparsity, PRUNED)
+            if epochs:
+                tuned = _fit(
+                    task,
+                    pruned.params,
+                    pruned.masks,
+                    keys,
+                    optimizer=optimizer,
+                    epochs=epochs,
+                    advance=advance,
+                )
+                yield from _rows(task, tuned, method, sparsity, FINE_TUNED)
+
+
+def _fit(task, params, masks, keys, *, optimizer, epochs, advance) -> Params:
+    """Trains all seeds, one epoch a call so that progress can be shown."""
+    inputs, targets = jnp.asarray(task.data.train_inputs), jnp.asarray(task.data.train_targets)
+
+    state = jax.vmap(lambda params, key: train.start(params, optimizer, key))(params, keys)
+    for _ in range(epochs):
+        state = _epoch(task.network, state, masks, inputs, targets, task.loss, optimizer, task.batch_size)
+        jax.block_until_ready(state)
+        advance(1)
+    return state.params
+
+
+@functools.partial(jax.jit, static_argnames=("network", "loss", "optimizer", "batch_size"))
+def _epoch(network, state, masks, inputs, targets, loss, optimizer, batch_size):
+    def one_seed(state, masks):
+        options = {"optimizer": optimizer, "batch_size": batch_size, "masks": masks}
+        return train.epoch(network, state, inputs, targets, loss, **options)[0]
+
+    return jax.vmap(one_seed)(state, masks)
+
+
+def _rows(task: Task, params: Params, method: str, sparsity: float, phase: str) -> Iterator[Row]:
+    measured = _measure(
+        task.network,
+        params,
+        task.data.test_inputs,
+        task.data.test_targets,
+        tuple(task.measures.values()),
+    )
+    for seed, values in enumerate(zip(*measured, strict=True)):
+        measures = dict(zip(task.measures, map(float, values), strict=True))
+        yield Row(method, sparsity, seed, phase, measures)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "measures"))
+def _measure(network, params, inputs, targets, measures):
+    outputs = jax.vmap(network, in_axes=(0, None))(params, inputs)
+    return [jax.vmap(measure, in_axes=(0, None))(outputs, targets) for measure in measures]

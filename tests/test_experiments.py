@@ -1,0 +1,118 @@
+import json
+import re
+import subprocess
+import sys
+
+import matplotlib.image
+import numpy as np
+import pandas as pd
+import pytest
+
+from experiments import benchmark, mnist, report
+from experiments.methods import METHODS
+from experiments.sweep import DENSE, FINE_TUNED, PRUNED
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A small run of every method on the digits: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("results") / "nested"
+    arguments = "--data digits --widths 20 --seeds 2 --epochs 40 --learning-rate 3e-3 --calibration 300"
+    methods = ["--methods", *METHODS, "--sparsities", "0.3", "0.8", "--fine-tuning-epochs", "2"]
+    command = [sys.executable, "-m", "experiments.mnist", *arguments.split(), *methods, "--output", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout, done.stderr
+
+
+def test_results_have_a_row_for_each_method_sparsity_seed_and_phase(run):
+    frame = pd.read_csv(run[0] / "results.csv")
+    assert list(frame) == ["data", "method", "sparsity", "seed", "phase", "test_loss", "test_accuracy"]
+    assert set(frame["data"]) == {"digits"}
+    dense = frame[frame["method"] == DENSE]
+    assert len(dense) == 2
+    others = frame[frame["method"] != DENSE]
+    assert len(others) == len(METHODS) * 2 * 2 * 2
+    assert not others.duplicated(["method", "sparsity", "seed", "phase"]).any()
+    assert set(others["phase"]) == {PRUNED, FINE_TUNED}
+    assert np.isfinite(frame["test_loss"]).all()
+    assert frame["test_accuracy"].between(0, 1).all()
+    assert dense["test_accuracy"].min() > 0.8
+    # Two seeds are two networks.
+    assert dense["test_loss"].nunique() == 2
+
+
+def test_pruning_hurts_less_than_chance_and_fine_tuning_repairs(run):
+    frame = pd.read_csv(run[0] / "results.csv")
+    loss = frame.groupby(["method", "sparsity", "phase"])["test_loss"].mean()
+    for method in ("ec-euclidean", "ec-fisher", "nonlinear-ec"):
+        assert loss[method, 0.8, PRUNED] < loss["random", 0.8, PRUNED]
+    for method in METHODS:
+        assert loss[method, 0.8, FINE_TUNED] < loss[method, 0.8, PRUNED]
+
+
+def test_the_table_starts_with_the_dense_network_and_never_says_mnist(run):
+    _, printed, _ = run
+    lines = [line for line in printed.splitlines() if "±" in line]
+    assert re.search(r"\bdense\b", lines[0])
+    assert len(lines) == 1 + 2 * len(METHODS)
+    assert "digits, MLP 64-20-10" in printed
+    assert "MNIST" not in printed
+
+
+def test_config_says_what_ran(run):
+    config = json.loads((run[0] / "config.json").read_text())
+    assert config["data"] == "digits"
+    assert config["layers"] == "64-20-10"
+    assert config["sparsities"] == [0.3, 0.8]
+    assert {"jax", "jaxlib", "flax", "optax", "ecjax"} <= set(config["versions"])
+
+
+@pytest.mark.parametrize("name", ["loss.png", "accuracy.png"])
+def test_figures_are_pictures(run, name):
+    picture = matplotlib.image.imread(run[0] / name)
+    assert picture.shape[0] > 600
+    assert picture.shape[1] > 1000
+    assert len(np.unique(picture[..., :3].reshape(-1, 3), axis=0)) > 50
+
+
+def test_help_explains_every_flag():
+    command = [sys.executable, "-m", "experiments.mnist", "--help"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    flags = ["data", "data-dir", "widths", "activation", "seeds", "epochs", "methods", "sparsities", "metric"]
+    for flag in [*flags, "calibration", "output"]:
+        assert f"--{flag}" in printed
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (mnist.Config(sparsities=(0.5, 1.2)), r"--sparsities must lie in \[0, 1\], got \[1.2\]"),
+        (mnist.Config(seeds=0), "--seeds must be at least 1, got 0"),
+        (mnist.Config(calibration=-5), "--calibration must be at least 1, got -5"),
+    ],
+)
+def test_bad_flags_are_refused_before_any_work(config, message):
+    with pytest.raises(SystemExit, match=message):
+        mnist.main(config)
+
+
+def test_one_seed_has_no_spread_and_no_fine_tuning_no_panel(tmp_path):
+    rows = [
+        {"data": "digits", "method": DENSE, "sparsity": 0.0, "seed": 0, "phase": DENSE, "test_loss": 0.1},
+        {"data": "digits", "method": "magnitude", "sparsity": 0.5, "seed": 0, "phase": PRUNED, "test_loss": 0.2},
+        {"data": "digits", "method": "magnitude", "sparsity": 1.0, "seed": 0, "phase": PRUNED, "test_loss": 2.3},
+    ]
+    frame, measure = pd.DataFrame(rows), report.Measure("loss", ".2f", logarithmic=True)
+    table = report.table(frame, {"test_loss": measure}, "title")
+    assert [len(column._cells) for column in table.columns] == [3, 3, 3]
+    assert list(table.columns[2].cells) == ["0.10", "0.20", "2.30"]
+    report.figure(frame, "test_loss", measure, "title", tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_the_benchmark_compares_with_a_gradient_pass(capsys):
+    benchmark.main(benchmark.Config(widths=(20, 10, 5), samples=100, rounds=2))
+    printed = capsys.readouterr().out
+    assert re.search(r"gradient pass +│ +[\d.]+ │ +1\.00 │", printed)
+    assert "EC (Fisher)" in printed
