@@ -82,4 +82,4 @@ def measure(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(tyro.cli(Config, prog="python -m experiments.benchmark", description=__doc__))

@@ -1,7 +1,7 @@
 """The pruning criteria that the experiments compare, each under one name in flags, tables and figures."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from jax import Array
 from jaxtyping import PRNGKeyArray
@@ -56,3 +56,4 @@ METHODS = {
         ),
     ),
 }
+MethodName = Literal[tuple(METHODS)]

@@ -18,17 +18,9 @@ from jax import Array
 from ecjax import networks
 from experiments import report, sweep
 from experiments.datasets import choose
+from experiments.methods import METHODS, MethodName
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": nn.relu, "tanh": jnp.tanh, "gelu": nn.gelu}
-MethodName = Literal[
-    "random",
-    "magnitude",
-    "gradient-magnitude",
-    "optimal-brain-damage",
-    "ec-euclidean",
-    "ec-fisher",
-    "nonlinear-ec",
-]
 Measures = {
     "test_loss": report.Measure("loss", ".4f", logarithmic=True),
     "test_accuracy": report.Measure("accuracy (%)", ".2f", factor=100.0),
@@ -60,14 +52,7 @@ class Config:
     """Adam's, at the start; it falls to zero along a cosine."""
     batch_size: int = 128
     """Samples a training step."""
-    methods: tuple[MethodName, ...] = (
-        "random",
-        "magnitude",
-        "gradient-magnitude",
-        "optimal-brain-damage",
-        "ec-euclidean",
-        "ec-fisher",
-    )
+    methods: tuple[MethodName, ...] = tuple(name for name in METHODS if name != "nonlinear-ec")
     """Criteria to compare. nonlinear-ec is exact and very slow: give it small widths and a small calibration set."""
     sparsities: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
     """Fractions of the weights to remove."""
@@ -162,4 +147,4 @@ def _require_sensible(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(tyro.cli(Config, prog="python -m experiments.mnist", description=__doc__))

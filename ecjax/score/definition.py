@@ -4,11 +4,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from ecjax import capture, checks, metrics, networks
 from ecjax.networks import Inputs, Network, Params
-from ecjax.score.scores import Scores, as_kernels
+from ecjax.score.scores import Scores, of_each_weight
 
 
 def elimination_compensation_by_definition(
@@ -42,24 +41,18 @@ def elimination_compensation_by_definition(
     metrics.require(metric)
     checks.require_positive(weights_at_once, "weights_at_once")
     checks.require_biases(params)
-    importance, shift = _all_weights(network, params, inputs, metric=metric, weights_at_once=int(weights_at_once))
-    return Scores(as_kernels(params, importance), as_kernels(params, shift))
+    return _all_weights(network, params, inputs, metric=metric, weights_at_once=int(weights_at_once))
 
 
 @functools.partial(jax.jit, static_argnames=("network", "metric", "weights_at_once"))
-def _all_weights(network, params, inputs, *, metric, weights_at_once):
+def _all_weights(network, params, inputs, *, metric, weights_at_once) -> Scores:
     outputs = network(params, inputs)
     checks.require_outputs(jax.eval_shape(lambda: outputs), inputs.shape[0])
-    kernels = networks.by_path(networks.kernels(params))
 
     def one_weight(path, index):
         return _importance_and_shift(network, params, inputs, outputs, path, index, metric=metric)
 
-    found = {
-        path: lax.map(functools.partial(one_weight, path), jnp.arange(kernel.size), batch_size=weights_at_once)
-        for path, kernel in kernels.items()
-    }
-    return tuple({path: found[path][part].reshape(kernels[path].shape) for path in kernels} for part in (0, 1))
+    return of_each_weight(params, one_weight, weights_at_once=weights_at_once)
 
 
 def _importance_and_shift(network, params, inputs, outputs, path, index, *, metric):

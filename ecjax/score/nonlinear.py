@@ -8,7 +8,7 @@ from jax import lax
 
 from ecjax import capture, checks, metrics, moments, networks
 from ecjax.networks import Inputs, Network, Params
-from ecjax.score.scores import Scores, as_kernels
+from ecjax.score.scores import Scores, of_each_weight
 
 
 def nonlinear_elimination_compensation(
@@ -47,12 +47,11 @@ def nonlinear_elimination_compensation(
     checks.require_positive(weights_at_once, "weights_at_once")
     seen = moments.of_inputs(network, params, inputs, metric=metric)
     options = {"metric": metric, "steps": int(steps), "weights_at_once": int(weights_at_once)}
-    importance, shift = _all_weights(network, params, inputs, seen, **options)
-    return Scores(as_kernels(params, importance), as_kernels(params, shift))
+    return _all_weights(network, params, inputs, seen, **options)
 
 
 @functools.partial(jax.jit, static_argnames=("network", "metric", "steps", "weights_at_once"))
-def _all_weights(network, params, inputs, seen, *, metric, steps, weights_at_once):
+def _all_weights(network, params, inputs, seen, *, metric, steps, weights_at_once) -> Scores:
     outputs, layer_inputs = capture.tapped(network, params, inputs, {}, biased=True)
     kernels = networks.by_path(networks.kernels(params))
 
@@ -70,11 +69,7 @@ def _all_weights(network, params, inputs, seen, *, metric, steps, weights_at_onc
         linear_shift = kernel[source, neuron] * layer.mean[source, neuron]
         return _minimise(true_change, linear_shift, linear_curvature, steps=steps)
 
-    found = {
-        path: lax.map(functools.partial(one_weight, path), jnp.arange(kernel.size), batch_size=weights_at_once)
-        for path, kernel in kernels.items()
-    }
-    return tuple({path: found[path][part].reshape(kernels[path].shape) for path in kernels} for part in (0, 1))
+    return of_each_weight(params, one_weight, weights_at_once=weights_at_once)
 
 
 def _minimise(function, start, usual_curvature, *, steps):

@@ -1,9 +1,11 @@
 """What every criterion returns."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from jax import Array
+import jax.numpy as jnp
+from jax import Array, lax
 
 from ecjax import networks
 from ecjax.networks import Kernels, Params
@@ -25,3 +27,21 @@ class Scores(NamedTuple):
 def as_kernels(params: Params, leaves: Mapping[str, Array]) -> Kernels:
     """Kernels of ``params`` with the leaf for each kernel taken from ``leaves``, by path."""
     return networks.replace(networks.kernels(params), leaves)
+
+
+def of_each_weight(
+    params: Params, importance_and_shift: Callable[[str, Array], tuple[Array, Array]], *, weights_at_once: int
+) -> Scores:
+    """Scores from a function of one weight, given as the path of its kernel and its flat index there.
+
+    So many weights at once go through ``vmap``; it bounds the memory.
+    """
+    kernels = networks.by_path(networks.kernels(params))
+    found = {
+        path: lax.map(
+            functools.partial(importance_and_shift, path), jnp.arange(kernel.size), batch_size=weights_at_once
+        )
+        for path, kernel in kernels.items()
+    }
+    importance, shift = ({path: found[path][part].reshape(kernels[path].shape) for path in kernels} for part in (0, 1))
+    return Scores(as_kernels(params, importance), as_kernels(params, shift))
