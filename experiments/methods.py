@@ -17,6 +17,7 @@ class Calibration(NamedTuple):
     network: Network
     inputs: Array
     targets: Array
+    few_inputs: Array  # for the nonlinear criterion, whose cost is weights times samples
     loss: Loss
     metric: str
 
@@ -52,7 +53,7 @@ METHODS = {
     "nonlinear-ec": Method(
         "nonlinear EC",
         lambda given, params, key: score.nonlinear_elimination_compensation(
-            given.network, params, given.inputs, metric=given.metric
+            given.network, params, given.few_inputs, metric=given.metric
         ),
     ),
 }

@@ -2,10 +2,11 @@
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +20,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from experiments.methods import METHODS
-from experiments.sweep import DENSE, FINE_TUNED, PRUNED, Row
+from experiments.sweep import DENSE, FINE_TUNED, PRUNED, SMALL, TRAINED, Row
 
 _PACKAGES = ("ecjax", "jax", "jaxlib", "flax", "optax", "numpy", "tensorflow-datasets", "scikit-learn")
 # Okabe and Ito's palette, told apart by the colour-blind; the markers say the same again. Each method keeps its own.
-_STYLES = dict(
+_STYLES = {SMALL: ("black", "*")} | dict(
     zip(
         METHODS,
         [
@@ -56,9 +57,27 @@ def progress() -> Progress:
     return Progress(*columns, *times, console=Console(stderr=True))
 
 
+def require_flags(config: Any, *, fractions: Sequence[str], counts: Sequence[str]) -> None:
+    """Refuses flags that would fail only after minutes of training.
+
+    Args:
+        config: the flags.
+        fractions: flags whose values must lie in [0, 1].
+        counts: flags that must be at least 1, or None.
+    """
+    for name in fractions:
+        outside = [fraction for fraction in getattr(config, name) if not 0 <= fraction <= 1]
+        if outside:
+            raise SystemExit(f"--{name.replace('_', '-')} must lie in [0, 1], got {outside}")
+    for name in counts:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
 def console() -> Console:
     """Where tables go: stdout, wide enough for them when it is a file or a pipe."""
-    return Console(width=None if sys.stdout.isatty() else 120)
+    return Console(width=None if sys.stdout.isatty() else 150)
 
 
 def to_frame(rows: Iterable[Row], data: str) -> pd.DataFrame:
@@ -97,15 +116,16 @@ def table(frame: pd.DataFrame, measures: dict[str, Measure], title: str) -> Tabl
             for phase in in_phases
         ]
 
+    first, last_column = [TRAINED] + [""] * (len(phases) - 1), [""] * (len(phases) - 1) + [TRAINED]
     dense = frame[frame["method"] == DENSE]
-    result.add_row("0", DENSE, *cells(dense, [DENSE] + [""] * (len(phases) - 1)), end_section=True)
-    pruned = frame[frame["method"] != DENSE]
-    for sparsity, group in pruned.groupby("sparsity"):
+    result.add_row("0", DENSE, *cells(dense, first), end_section=True)
+    for sparsity, group in frame[frame["method"] != DENSE].groupby("sparsity"):
         methods = list(dict.fromkeys(group["method"]))
         for method in methods:
             chosen = group[group["method"] == method]
+            columns = last_column if method == SMALL else phases
             last = method == methods[-1]
-            result.add_row(f"{sparsity:g}", label(method), *cells(chosen, phases), end_section=last)
+            result.add_row(f"{sparsity:g}", label(method), *cells(chosen, columns), end_section=last)
     return result
 
 
@@ -117,35 +137,57 @@ def _mean_and_deviation(values: pd.Series, measure: Measure) -> str:
     return f"{mean} ± {format(values.std(), measure.number)}" if len(values) > 1 else mean
 
 
-def figure(frame: pd.DataFrame, column: str, measure: Measure, title: str, path: Path) -> None:
-    """A measure against sparsity, a panel for each phase: the mean over seeds, and a band of one standard deviation."""
-    phases = [phase for phase in (PRUNED, FINE_TUNED) if phase in set(frame["phase"])]
-    canvas, axes = plt.subplots(1, len(phases), figsize=(5.5 * len(phases), 5), squeeze=False, layout="constrained")
-    for axis, phase in zip(axes[0], phases, strict=True):
-        _panel(axis, frame, column, measure, phase)
-        axis.set_title({PRUNED: "after pruning", FINE_TUNED: "after pruning and fine-tuning"}[phase])
+class Panel(NamedTuple):
+    """One panel of a figure: its title, and the phase of which rows it shows."""
+
+    title: str
+    frame: pd.DataFrame
+    phase: str
+
+
+def panels(frame: pd.DataFrame, title: str = "") -> list[Panel]:
+    """A panel for each phase after pruning that the frame holds."""
+    words = {PRUNED: "after pruning", FINE_TUNED: "after pruning and fine-tuning"}
+    shown = [phase for phase in words if phase in set(frame["phase"])]
+    return [Panel(f"{title}\n{words[phase]}" if title else words[phase], frame, phase) for phase in shown]
+
+
+def figure(grid: list[list[Panel]], column: str, measure: Measure, title: str, path: Path) -> None:
+    """A measure against sparsity in rows of panels: the mean over seeds, and a band of one standard deviation."""
+    rows, columns = len(grid), len(grid[0])
+    size = (min(5.5, 20 / columns) * columns, 4 * rows + 1)
+    canvas, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis, panel in zip(axes.ravel(), itertools.chain(*grid), strict=True):
+        _draw(axis, panel, column, measure)
     canvas.suptitle(title)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    canvas.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    canvas.savefig(path, dpi=150)
+    named = {
+        label: line for axis in axes.ravel() for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    canvas.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, frameon=False)
+    canvas.savefig(path, dpi=150 if rows == 1 else 110)
     plt.close(canvas)
 
 
-def _panel(axis, frame: pd.DataFrame, column: str, measure: Measure, phase: str) -> None:
+def _draw(axis, panel: Panel, column: str, measure: Measure) -> None:
+    frame = panel.frame
     dense = frame.loc[frame["method"] == DENSE, column].mean() * measure.factor
     axis.axhline(dense, color="black", linestyle="--", linewidth=1, label=DENSE)
-    for method in dict.fromkeys(frame.loc[frame["phase"] == phase, "method"]):
-        chosen = frame[(frame["phase"] == phase) & (frame["method"] == method)]
+    shown = frame[(frame["phase"] == panel.phase) | (frame["method"] == SMALL)]
+    for method, chosen in shown.groupby("method", sort=False):
         by_sparsity = chosen.groupby("sparsity")[column]
         mean, spread = by_sparsity.mean() * measure.factor, by_sparsity.std().fillna(0) * measure.factor
         colour, marker = _STYLES[method]
-        axis.plot(mean.index, mean, color=colour, marker=marker, markersize=5, linewidth=1.5, label=label(method))
-        low = (mean - spread).clip(lower=mean.min() * 0.1) if measure.logarithmic else mean - spread
+        line = ":" if method == SMALL else "-"
+        style = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.5, "linestyle": line}
+        axis.plot(mean.index, mean, label=label(method), **style)
+        low = (mean - spread).clip(lower=mean * 0.1) if measure.logarithmic else mean - spread
         axis.fill_between(mean.index, low, mean + spread, color=colour, alpha=0.2, linewidth=0)
+    axis.set_title(panel.title)
     _spread_out_high_sparsity(axis, sorted(set(frame["sparsity"]) - {0.0}))
     if measure.logarithmic:
         axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        low, high = axis.get_ylim()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("sparsity (fraction of weights removed)")

@@ -14,8 +14,8 @@ from ecjax.networks import Network, Params
 from experiments.datasets import Dataset
 from experiments.methods import METHODS, Calibration
 
-DENSE = "dense"
-PRUNED, FINE_TUNED = "pruned", "fine-tuned"
+DENSE, SMALL = "dense", "small dense"
+TRAINED, PRUNED, FINE_TUNED = "trained", "pruned", "fine-tuned"
 
 
 class Task(NamedTuple):
@@ -37,7 +37,7 @@ class Task(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One measured network: the dense one has sparsity 0, and no phase of its own."""
+    """One measured network. The dense one has sparsity 0 and the phase in which it was trained."""
 
     method: str
     sparsity: float
@@ -60,6 +60,7 @@ def train_seeds(
     optimizer: optax.GradientTransformation,
     epochs: int,
     advance: Callable[[int], None],
+    targets: Array | None = None,
 ) -> Params:
     """Trains one network for each seed, side by side.
 
@@ -70,14 +71,19 @@ def train_seeds(
         optimizer: any optax transformation.
         epochs: passes over the training set.
         advance: called with the number of epochs done since the last call.
+        targets: several versions of the training targets, stacked; each seed then learns each of them. None for the
+            data's own.
 
     Returns:
-        Their params, stacked along a leading axis.
+        Their params, stacked along a leading axis: first all seeds on the first version of the targets, and so on.
     """
-    keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
+    versions = 1 if targets is None else len(targets)
+    keys = jnp.tile(jax.vmap(jax.random.key)(jnp.arange(seeds)), versions)
     params = jax.vmap(initial)(keys)
     shuffles = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
-    return _fit(task, params, None, shuffles, optimizer=optimizer, epochs=epochs, advance=advance)
+    each = None if targets is None else jnp.repeat(targets, seeds, axis=0)
+    options = {"optimizer": optimizer, "epochs": epochs, "advance": advance}
+    return _fit(task, params, None, shuffles, targets=each, **options)
 
 
 def run(
@@ -88,6 +94,7 @@ def run(
     sparsities: Sequence[float],
     metric: str,
     calibration: int,
+    nonlinear_calibration: int,
     optimizer: optax.GradientTransformation,
     epochs: int,
     advance: Callable[[int], None],
@@ -101,6 +108,7 @@ def run(
         sparsities: fractions of weights to remove.
         metric: output metric of the criteria that are not named after one.
         calibration: how many training samples the criteria see, the first ones.
+        nonlinear_calibration: how many of these the nonlinear criterion sees.
         optimizer: for fine-tuning.
         epochs: of fine-tuning; 0 leaves that phase out.
         advance: called with the number of epochs done since the last call.
@@ -110,55 +118,59 @@ def run(
     """
     seeds = len(jax.tree.leaves(params)[0])
     keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
-    seen = Calibration(
-        task.network,
-        jnp.asarray(task.data.train_inputs[:calibration]),
-        jnp.asarray(task.data.train_targets[:calibration]),
-        task.loss,
-        metric,
-    )
+    inputs = jnp.asarray(task.data.train_inputs[:calibration])
+    targets = jnp.asarray(task.data.train_targets[:calibration])
+    few_inputs = inputs[:nonlinear_calibration]
+    seen = Calibration(task.network, inputs, targets, few_inputs, task.loss, metric)
     prune_seeds = jax.jit(jax.vmap(prune.one_shot, in_axes=(0, 0, None)))
-    yield from _rows(task, params, DENSE, 0.0, DENSE)
+    yield from measure(task, params, DENSE, 0.0, TRAINED)
     for method in methods:
         scores = jax.jit(jax.vmap(functools.partial(METHODS[method].scores, seen)))(params, keys)
         for sparsity in sparsities:
             pruned = prune_seeds(params, scores, jnp.float32(sparsity))
-            yield from _rows(task, pruned.params, method, sparsity, PRUNED)
+            yield from measure(task, pruned.params, method, sparsity, PRUNED)
             if epochs:
-                tuned = _fit(
-                    task,
-                    pruned.params,
-                    pruned.masks,
-                    keys,
-                    optimizer=optimizer,
-                    epochs=epochs,
-                    advance=advance,
-                )
-                yield from _rows(task, tuned, method, sparsity, FINE_TUNED)
+                tuned = fine_tune(task, pruned, optimizer=optimizer, epochs=epochs, advance=advance)
+                yield from measure(task, tuned, method, sparsity, FINE_TUNED)
 
 
-def _fit(task, params, masks, keys, *, optimizer, epochs, advance) -> Params:
+def fine_tune(
+    task: Task,
+    pruned: prune.Pruned,
+    *,
+    optimizer: optax.GradientTransformation,
+    epochs: int,
+    advance: Callable[[int], None],
+) -> Params:
+    """Trains pruned networks of every seed, stacked along a leading axis, and keeps their zeros."""
+    seeds = len(jax.tree.leaves(pruned.params)[0])
+    keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
+    return _fit(task, *pruned, keys, optimizer=optimizer, epochs=epochs, advance=advance)
+
+
+def _fit(task, params, masks, keys, *, optimizer, epochs, advance, targets=None) -> Params:
     """Trains all seeds, one epoch a call so that progress can be shown."""
-    inputs, targets = jnp.asarray(task.data.train_inputs), jnp.asarray(task.data.train_targets)
-
+    inputs = jnp.asarray(task.data.train_inputs)
+    targets, shared = (jnp.asarray(task.data.train_targets), True) if targets is None else (targets, False)
     state = jax.vmap(lambda params, key: train.start(params, optimizer, key))(params, keys)
     for _ in range(epochs):
-        state = _epoch(task.network, state, masks, inputs, targets, task.loss, optimizer, task.batch_size)
+        state = _epoch(task.network, state, masks, inputs, targets, task.loss, optimizer, task.batch_size, shared)
         jax.block_until_ready(state)
         advance(1)
     return state.params
 
 
-@functools.partial(jax.jit, static_argnames=("network", "loss", "optimizer", "batch_size"))
-def _epoch(network, state, masks, inputs, targets, loss, optimizer, batch_size):
-    def one_seed(state, masks):
+@functools.partial(jax.jit, static_argnames=("network", "loss", "optimizer", "batch_size", "shared"))
+def _epoch(network, state, masks, inputs, targets, loss, optimizer, batch_size, shared):
+    def one_seed(state, masks, targets):
         options = {"optimizer": optimizer, "batch_size": batch_size, "masks": masks}
         return train.epoch(network, state, inputs, targets, loss, **options)[0]
 
-    return jax.vmap(one_seed)(state, masks)
+    return jax.vmap(one_seed, in_axes=(0, 0, None if shared else 0))(state, masks, targets)
 
 
-def _rows(task: Task, params: Params, method: str, sparsity: float, phase: str) -> Iterator[Row]:
+def measure(task: Task, params: Params, method: str, sparsity: float, phase: str) -> Iterator[Row]:
+    """A row for each of the networks stacked along the leading axis of ``params``."""
     measured = _measure(
         task.network,
         params,

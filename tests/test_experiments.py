@@ -10,7 +10,7 @@ import pytest
 
 from experiments import benchmark, mnist, report
 from experiments.methods import METHODS
-from experiments.sweep import DENSE, FINE_TUNED, PRUNED
+from experiments.sweep import DENSE, FINE_TUNED, PRUNED, TRAINED
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_bad_flags_are_refused_before_any_work(config, message):
 
 def test_one_seed_has_no_spread_and_no_fine_tuning_no_panel(tmp_path):
     rows = [
-        {"data": "digits", "method": DENSE, "sparsity": 0.0, "seed": 0, "phase": DENSE, "test_loss": 0.1},
+        {"data": "digits", "method": DENSE, "sparsity": 0.0, "seed": 0, "phase": TRAINED, "test_loss": 0.1},
         {"data": "digits", "method": "magnitude", "sparsity": 0.5, "seed": 0, "phase": PRUNED, "test_loss": 0.2},
         {"data": "digits", "method": "magnitude", "sparsity": 1.0, "seed": 0, "phase": PRUNED, "test_loss": 2.3},
     ]
@@ -107,7 +107,7 @@ def test_one_seed_has_no_spread_and_no_fine_tuning_no_panel(tmp_path):
     table = report.table(frame, {"test_loss": measure}, "title")
     assert [len(column._cells) for column in table.columns] == [3, 3, 3]
     assert list(table.columns[2].cells) == ["0.10", "0.20", "2.30"]
-    report.figure(frame, "test_loss", measure, "title", tmp_path / "loss.png")
+    report.figure([report.panels(frame)], "test_loss", measure, "title", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
 

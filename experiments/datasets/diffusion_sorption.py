@@ -1,0 +1,105 @@
+"""The diffusion-sorption equation of PDEBench in 1-D, solved with Diffrax, and its solution as a data set.
+
+``∂u/∂t = D / R(u) · ∂²u/∂x²`` on x in (0, 1), t in (0, 500], with the retardation factor
+
+    R(u) = 1 + (1 − φ)/φ · ρ_s · k · n_f · (u + 1e-6)^(n_f − 1)
+
+u(0, t) = 1, u(1, t) = D ∂u/∂x(1, t), and u(x, 0) constant in [0, 0.2]. Source: Takamoto et al., "PDEBench",
+arXiv:2210.07182, whose discretisation this is: N cells with centres at (i + ½)/N, second differences, and ghost cells.
+"""
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from experiments.datasets import Dataset
+
+DIFFUSION = 5e-4
+POROSITY = 0.29
+BULK_DENSITY = 2880.0
+FREUNDLICH_K = 3.5e-4
+FREUNDLICH_EXPONENT = 0.874
+LAST_TIME = 500.0
+
+
+def load(
+    *, noise: float, cells: int = 256, times: int = 101, initial_concentration: float = 0.1, seed: int = 0
+) -> Dataset:
+    """Points (x, t) scaled to [0, 1], with noisy u to train on and exact u, at other points, to test on.
+
+    Args:
+        noise: a; the training targets are u + d with d ~ U(−a, a).
+        cells: cells in x.
+        times: times in (0, 500], equally spaced.
+        initial_concentration: u(x, 0).
+        seed: draws the points to train on (80 %) and the noise.
+    """
+    instants = np.linspace(0, LAST_TIME, times + 1)[1:]
+    exact = solve(cells=cells, times=instants, initial_concentration=initial_concentration)
+    x, t = np.meshgrid((np.arange(cells) + 0.5) / cells, instants / LAST_TIME)
+    inputs = np.stack([x, t], -1).reshape(-1, 2).astype(np.float32)
+    targets = exact.reshape(-1, 1).astype(np.float32)
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(inputs))
+    train, test = np.split(order, [round(0.8 * len(order))])
+    error = generator.uniform(-noise, noise, (len(train), 1)).astype(np.float32)
+    return Dataset("diffusion-sorption", inputs[train], targets[train] + error, inputs[test], targets[test])
+
+
+def retardation(concentration):
+    """``R(u)``, by which sorption slows the diffusion down."""
+    factor = (1 - POROSITY) / POROSITY * BULK_DENSITY * FREUNDLICH_K * FREUNDLICH_EXPONENT
+    return 1 + factor * (concentration + 1e-6) ** (FREUNDLICH_EXPONENT - 1)
+
+
+def time_derivative(time, concentration, _):
+    """``∂u/∂t`` of the cells, with 1 in the left ghost cell and ``D (u_{N−1} − u_N)/Δx`` in the right one."""
+    del time
+    width = 1 / concentration.shape[0]
+    right = DIFFUSION * (concentration[-2] - concentration[-1]) / width
+    padded = jnp.concatenate([jnp.ones_like(concentration[:1]), concentration, right[None]])
+    second_difference = (padded[:-2] - 2 * padded[1:-1] + padded[2:]) / width**2
+    return DIFFUSION / retardation(concentration) * second_difference
+
+
+def solve(*, cells: int, times: Float[np.ndarray, " times"], initial_concentration: float) -> np.ndarray:
+    """Solves the equation with an implicit solver in double precision, whatever the caller's setting.
+
+    Args:
+        cells: N, at least 2; cell i is centred at (i + ½)/N.
+        times: increasing, in [0, 500].
+        initial_concentration: u(x, 0), the same everywhere, in [0, 0.2].
+
+    Returns:
+        u of shape (times, cells), float64.
+
+    Raises:
+        ValueError: fewer than 2 cells, times that do not increase within [0, 500], or another initial concentration.
+    """
+    times = np.asarray(times, np.float64)
+    if cells < 2:
+        raise ValueError(f"cells is {cells}; at least 2 are needed")
+    if times.ndim != 1 or not len(times) or times[0] < 0 or times[-1] > LAST_TIME or np.any(np.diff(times) <= 0):
+        raise ValueError(f"times must increase within [0, {LAST_TIME:g}], got {times}")
+    if not 0 <= initial_concentration <= 0.2:
+        raise ValueError(f"initial_concentration is {initial_concentration}; it must be in [0, 0.2]")
+    with jax.enable_x64(True):
+        return np.asarray(_solve(jnp.asarray(times), jnp.full(cells, float(initial_concentration))))
+
+
+@jax.jit
+def _solve(times, start):
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(time_derivative),
+        diffrax.Kvaerno5(),
+        t0=0.0,
+        t1=LAST_TIME,
+        dt0=1e-4,
+        y0=start,
+        saveat=diffrax.SaveAt(ts=times),
+        stepsize_controller=diffrax.PIDController(rtol=1e-8, atol=1e-10),
+        max_steps=100_000,
+    )
+    return solution.ys
