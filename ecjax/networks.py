@@ -27,19 +27,21 @@ class MLP(nn.Module):
         features: width of each layer; the last one is the number of outputs.
         activation: elementwise function after every layer but the last.
         dtype: what the layers compute in; None for the dtype of params and inputs.
+        use_bias: whether the layers have biases.
     """
 
     features: Sequence[int]
     activation: Callable[[Array], Array] = nn.relu
     dtype: Any = None
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, inputs: Inputs) -> Array:
         """The outputs, of shape (samples, features[-1])."""
         hidden = inputs
         for width in self.features[:-1]:
-            hidden = self.activation(nn.Dense(width, dtype=self.dtype)(hidden))
-        return nn.Dense(self.features[-1], dtype=self.dtype)(hidden)
+            hidden = self.activation(nn.Dense(width, self.use_bias, self.dtype)(hidden))
+        return nn.Dense(self.features[-1], self.use_bias, self.dtype)(hidden)
 
 
 def pure(module: nn.Module) -> Network:

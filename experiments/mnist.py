@@ -21,10 +21,6 @@ from experiments.datasets import choose
 from experiments.methods import METHODS, MethodName
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": nn.relu, "tanh": jnp.tanh, "gelu": nn.gelu}
-Measures = {
-    "test_loss": report.Measure("loss", ".4f", logarithmic=True),
-    "test_accuracy": report.Measure("accuracy (%)", ".2f", factor=100.0),
-}
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,7 @@ def main(config: Config) -> None:
     """Runs the experiment from data to figures."""
     counts = ("seeds", "epochs", "batch_size", "calibration", "nonlinear_calibration")
     report.require_flags(config, fractions=("sparsities",), counts=counts)
-    data = choose.load(config.data, config.data_dir)
+    data = choose.load_or_exit(config.data, config.data_dir)
     config = _with_epochs(config, data.name)
     folder = config.output or Path("results") / data.name.lower()
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,10 +78,7 @@ def main(config: Config) -> None:
         network=networks.pure(mlp),
         data=data,
         loss=cross_entropy,
-        measures={
-            "test_loss": lambda logits, labels: cross_entropy(logits, labels).mean(),
-            "test_accuracy": lambda logits, labels: (logits.argmax(-1) == labels).mean(),
-        },
+        measures=sweep.CLASSIFIER_MEASURES,
         batch_size=config.batch_size,
     )
 
@@ -123,10 +116,10 @@ def main(config: Config) -> None:
     report.save_config(folder, config, **facts)
     title = f"{data.name}, MLP {layers}, {config.activation}, {config.seeds} seeds"
     grid = [report.panels(frame)]
-    report.figure(grid, "test_loss", Measures["test_loss"], title, folder / "loss.png")
-    report.figure(grid, "test_accuracy", Measures["test_accuracy"], title, folder / "accuracy.png")
+    for column, measure in report.CLASSIFIER_MEASURES.items():
+        report.figure(grid, column, measure, title, folder / f"{column.removeprefix('test_')}.png")
     console = report.console()
-    console.print(report.table(frame, Measures, title))
+    console.print(report.table(frame, report.CLASSIFIER_MEASURES, title))
     console.print(f"results.csv, config.json, loss.png and accuracy.png are in {folder}/")
 
 

@@ -24,21 +24,16 @@ from experiments.sweep import DENSE, FINE_TUNED, PRUNED, SMALL, TRAINED, Row
 
 _PACKAGES = ("ecjax", "jax", "jaxlib", "flax", "optax", "numpy", "tensorflow-datasets", "scikit-learn")
 # Okabe and Ito's palette, told apart by the colour-blind; the markers say the same again. Each method keeps its own.
-_STYLES = {SMALL: ("black", "*")} | dict(
-    zip(
-        METHODS,
-        [
-            ("#999999", "x"),
-            ("#E69F00", "s"),
-            ("#CC79A7", "v"),
-            ("#56B4E9", "D"),
-            ("#009E73", "o"),
-            ("#D55E00", "^"),
-            ("#0072B2", "P"),
-        ],
-        strict=True,
-    )
+_PALETTE = (
+    ("#999999", "x"),
+    ("#E69F00", "s"),
+    ("#CC79A7", "v"),
+    ("#56B4E9", "D"),
+    ("#009E73", "o"),
+    ("#D55E00", "^"),
+    ("#0072B2", "P"),
 )
+_STYLES = {SMALL: ("black", "*")} | dict(zip(METHODS, _PALETTE, strict=True))
 
 
 class Measure(NamedTuple):
@@ -50,9 +45,15 @@ class Measure(NamedTuple):
     logarithmic: bool = False
 
 
+CLASSIFIER_MEASURES = {
+    "test_loss": Measure("loss", ".4f", logarithmic=True),
+    "test_accuracy": Measure("accuracy (%)", ".2f", factor=100.0),
+}
+
+
 def progress() -> Progress:
     """A progress bar on stderr with an estimate of the time left."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"))
     return Progress(*columns, *times, console=Console(stderr=True))
 
@@ -130,9 +131,9 @@ def table(frame: pd.DataFrame, measures: dict[str, Measure], title: str) -> Tabl
 
 
 def _mean_and_deviation(values: pd.Series, measure: Measure) -> str:
+    values = values.dropna() * measure.factor
     if values.empty:
         return ""
-    values = values * measure.factor
     mean = format(values.mean(), measure.number)
     return f"{mean} ± {format(values.std(), measure.number)}" if len(values) > 1 else mean
 
@@ -173,10 +174,10 @@ def _draw(axis, panel: Panel, column: str, measure: Measure) -> None:
     dense = frame.loc[frame["method"] == DENSE, column].mean() * measure.factor
     axis.axhline(dense, color="black", linestyle="--", linewidth=1, label=DENSE)
     shown = frame[(frame["phase"] == panel.phase) | (frame["method"] == SMALL)]
-    for method, chosen in shown.groupby("method", sort=False):
+    for position, (method, chosen) in enumerate(shown.groupby("method", sort=False)):
         by_sparsity = chosen.groupby("sparsity")[column]
         mean, spread = by_sparsity.mean() * measure.factor, by_sparsity.std().fillna(0) * measure.factor
-        colour, marker = _STYLES[method]
+        colour, marker = _STYLES.get(method, _PALETTE[position % len(_PALETTE)])
         line = ":" if method == SMALL else "-"
         style = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.5, "linestyle": line}
         axis.plot(mean.index, mean, label=label(method), **style)

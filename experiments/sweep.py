@@ -18,6 +18,13 @@ DENSE, SMALL = "dense", "small dense"
 TRAINED, PRUNED, FINE_TUNED = "trained", "pruned", "fine-tuned"
 
 
+# What a classifier is judged by, on logits and labels.
+CLASSIFIER_MEASURES = {
+    "test_loss": lambda logits, labels: optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(),
+    "test_accuracy": lambda logits, labels: (logits.argmax(-1) == labels).mean(),
+}
+
+
 class Task(NamedTuple):
     """What is learnt, and how it is judged.
 

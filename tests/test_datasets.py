@@ -179,6 +179,12 @@ def test_a_folder_without_the_files_is_an_error_not_a_fallback(tmp_path, monkeyp
         choose.load("mnist")
 
 
+@pytest.mark.usefixtures("offline")
+def test_a_command_ends_with_the_message_alone(tmp_path):
+    with pytest.raises(SystemExit, match="holds neither train-images-idx3-ubyte nor"):
+        choose.load_or_exit("mnist", tmp_path)
+
+
 def test_data_of_another_name():
     with pytest.raises(ValueError, match="data is 'cifar'; it must be 'mnist' or 'digits'"):
         choose.load("cifar")

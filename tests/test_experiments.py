@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments import benchmark, mnist, report
+from experiments import benchmark, brain_surgeon, mnist, report
+from experiments.datasets import digits
 from experiments.methods import METHODS
 from experiments.sweep import DENSE, FINE_TUNED, PRUNED, TRAINED
 
@@ -116,3 +117,29 @@ def test_the_benchmark_compares_with_a_gradient_pass(capsys):
     printed = capsys.readouterr().out
     assert re.search(r"gradient pass +│ +[\d.]+ │ +1\.00 │", printed)
     assert "EC (Fisher)" in printed
+
+
+def test_the_brain_surgeons_on_a_small_network(tmp_path, capsys):
+    size = {"widths": (12,), "seeds": 2, "gradients": 100, "sparsities": (0.5, 0.8), "draws": 5, "learning_rate": 0.2}
+    brain_surgeon.main(brain_surgeon.Config(data="digits", target_accuracy=0.85, output=tmp_path, **size))
+    frame = pd.read_csv(tmp_path / "results.csv")
+    columns = ["data", "method", "sparsity", "seed", "phase", "test_loss", "test_accuracy", "seconds"]
+    assert list(frame) == columns
+    others = frame[frame["method"] != DENSE]
+    assert len(others) == len(brain_surgeon.METHODS) * 2 * 2
+    assert (others["seconds"] > 0).all()
+    assert frame.loc[frame["method"] == DENSE, "test_accuracy"].item() >= 0.85
+    accuracy = others.groupby(["method", "sparsity"])["test_accuracy"].mean()
+    assert accuracy["CBS-S + CBS-U", 0.8] > accuracy["magnitude", 0.8]
+    assert others[others["method"] == "CBS-S (RMP)"].groupby("sparsity")["test_loss"].nunique().max() == 2
+    printed = capsys.readouterr().out
+    assert "digits, MLP 64-12-10 without biases" in printed
+    assert "seconds" in printed
+    assert (tmp_path / "accuracy.png").stat().st_size > 10_000
+
+
+def test_training_that_does_not_get_there_says_so():
+    data = digits.load()
+    config = brain_surgeon.Config(widths=(4,), learning_rate=1e-6)
+    with pytest.raises(SystemExit, match=r"200 epochs of SGD reached .*; lower --target-accuracy"):
+        brain_surgeon.train_to(0.99, (4, 10), data, config)

@@ -36,3 +36,11 @@ def load(name: str, folder: Path | None = None) -> Dataset:
             file=sys.stderr,
         )
         return digits.load()
+
+
+def load_or_exit(name: str, folder: Path | None) -> Dataset:
+    """As ``load``, for a command line: a missing or corrupt file ends the program with its one-line message."""
+    try:
+        return load(name, folder)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(str(error)) from error

@@ -1,0 +1,231 @@
+"""Optimal brain surgeon, WoodFisher and the combinatorial brain surgeon: weights that interact, survivors that move.
+
+The loss around trained weights w is taken as the quadratic ``½ (v − w)ᵀ F (v − w)`` with the empirical Fisher
+
+    F = (1/n) GᵀG + λI
+
+of n per-sample gradients, the rows of G. F is of size weights × weights and never formed: by Woodbury's identity all
+that is needed are products with G and one matrix of size samples × samples. That matrix is ill-conditioned by nature (λ
+is small), so it is formed and factorised in double precision whatever the caller's setting.
+
+Only kernels are pruned and moved; biases may be there or not. Sources: Hassibi, Stork 1992 (optimal brain surgeon);
+Singh, Alistarh, arXiv:2004.14340 (WoodFisher); Yu, Serra, Ramalingam, Zhe, arXiv:2203.04466 (combinatorial surgeon).
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Shaped
+
+from ecjax import checks, networks
+from ecjax.networks import Inputs, Kernels, Network, Params
+from ecjax.score import Scores
+
+
+def loss_gradients(
+    network: Network,
+    params: Params,
+    inputs: Inputs,
+    targets: Shaped[Array | np.ndarray, "_samples *outputs"],
+    loss: Callable[[Array, Array], Array],
+) -> Kernels:
+    """Per-sample gradients of the loss with respect to the kernels, the rows of G.
+
+    Args:
+        network: pure function ``(params, inputs) -> outputs``.
+        params: its parameters.
+        inputs: samples along the first axis; with W weights the result holds samples × W numbers.
+        targets: one for each sample.
+        loss: ``(outputs, targets) -> losses``, as optax's.
+
+    Returns:
+        Kernels with a leading sample axis.
+
+    Raises:
+        ValueError: bad inputs, not one target for each sample, or params without kernels.
+    """
+    checks.require_inputs(inputs)
+    checks.require_targets(inputs, targets)
+    checks.require_any_kernel(params)
+    return _loss_gradients(network, params, inputs, targets, loss=loss)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "loss"))
+def _loss_gradients(network, params, inputs, targets, *, loss):
+    def of_sample(x, target):
+        def mean_loss(kernels):
+            return loss(network(networks.replace(params, kernels), x[None]), target[None]).mean()
+
+        return jax.grad(mean_loss)(networks.by_path(networks.kernels(params)))
+
+    return networks.replace(networks.kernels(params), jax.vmap(of_sample)(inputs, targets))
+
+
+def brain_surgeon_saliency(params: Params, gradients: Kernels, *, damping: float | int = 1e-5) -> Scores:
+    """Optimal brain surgeon's saliency: what removing one weight costs when all the others make up for it.
+
+    ``I_q = w_q² / (2 [F⁻¹]_qq)``, with the full Fisher by Woodbury:
+    ``[F⁻¹]_qq = (1 − g_qᵀ (GGᵀ + nλI)⁻¹ g_q) / λ`` and g_q the column of G that belongs to the weight. Sources:
+    Hassibi, Stork 1992; Singh, Alistarh, arXiv:2004.14340.
+
+    Args:
+        params: trained parameters.
+        gradients: of ``loss_gradients``.
+        damping: λ, above 0.
+
+    Returns:
+        Scores without bias shifts, in units of the loss.
+
+    Raises:
+        ValueError: gradients shaped unlike the params, or damping not above 0.
+    """
+    require_gradients(params, gradients, damping)
+    with jax.enable_x64(True):
+        weights, rows = flatten_weights(params), flatten_gradients(gradients)
+        saliency = _saliency(weights, rows, damping)
+    return Scores(unflatten_weights(params, saliency))
+
+
+def combinatorial_update(params: Params, masks: Kernels, gradients: Kernels, *, damping: float | int = 1e-5) -> Params:
+    """Moves the survivors to where the quadratic is least with the removed weights at exactly zero (CBS-U).
+
+    With S the survivors, P the removed weights and ``u = G_P w_P``, ``½ δᵀFδ`` under ``δ_P = −w_P`` is least at
+
+        δ_S = G_Sᵀ (G_S G_Sᵀ + nλI)⁻¹ u
+
+    which for a single removed weight is optimal brain surgeon's step. Source: Yu et al., arXiv:2203.04466, CBS-U.
+
+    Args:
+        params: trained parameters, not yet pruned.
+        masks: Kernels of booleans, True where the weight stays.
+        gradients: of ``loss_gradients``.
+        damping: λ, above 0.
+
+    Raises:
+        ValueError: masks or gradients shaped unlike the params, or damping not above 0.
+    """
+    return _moved(params, masks, gradients, damping, _update)
+
+
+def brain_surgeon_update(params: Params, masks: Kernels, gradients: Kernels, *, damping: float | int = 1e-5) -> Params:
+    """Adds up optimal brain surgeon's steps for each removed weight as if it were the only one (WoodFisher's update).
+
+    ``w − Σ_{q∈P} w_q F⁻¹e_q / [F⁻¹]_qq``, with the removed weights then set to exactly zero. Arguments and errors are
+    those of ``combinatorial_update``, which takes the removals together. Source: Singh, Alistarh, arXiv:2004.14340.
+    """
+    return _moved(params, masks, gradients, damping, _independent_updates)
+
+
+def _moved(params, masks, gradients, damping, update) -> Params:
+    """Checks, and runs an update of flat weights in double precision."""
+    checks.require_masks(params, masks)
+    require_gradients(params, gradients, damping)
+    with jax.enable_x64(True):
+        weights, rows = flatten_weights(params), flatten_gradients(gradients)
+        moved = update(weights, flatten_masks(params, masks), rows, damping)
+    return networks.replace(params, networks.by_path(unflatten_weights(params, moved)))
+
+
+def removal_cost(
+    params: Params, masks: Kernels, gradients: Kernels, *, damping: float | int = 1e-5
+) -> Float[Array, ""]:
+    """``½ w_Pᵀ F w_P``: the quadratic's price of removing all weights of P at once, while nothing else moves.
+
+    Args:
+        params: trained parameters, not yet pruned.
+        masks: Kernels of booleans, False on P.
+        gradients: of ``loss_gradients``.
+        damping: λ, above 0.
+    """
+    checks.require_masks(params, masks)
+    require_gradients(params, gradients, damping)
+    removed = jnp.where(flatten_masks(params, masks), 0, flatten_weights(params))
+    rows = flatten_gradients(gradients)
+    return quadratic(removed, rows @ removed, damping)
+
+
+def quadratic(removed: Float[Array, " weights"], product: Float[Array, " samples"], damping) -> Float[Array, ""]:
+    """``½ vᵀFv`` from v and ``Gv``."""
+    return (jnp.mean(product**2) + damping * jnp.sum(removed**2)) / 2
+
+
+@jax.jit
+def _saliency(weights, rows, damping):
+    return weights**2 / (2 * _inverse_diagonal(rows, _factorise(rows, damping), damping))
+
+
+def _factorise(rows: Float[Array, "samples weights"], damping):
+    """Lower Cholesky factor of ``GGᵀ + nλI``."""
+    samples = rows.shape[0]
+    return jnp.linalg.cholesky(rows @ rows.T + samples * damping * jnp.eye(samples, dtype=rows.dtype))
+
+
+def _inverse_diagonal(rows, factor, damping) -> Float[Array, " weights"]:
+    """``[F⁻¹]_qq`` of every weight, which is never below ``1 / F_qq``, whatever the difference below has lost."""
+    whitened = jax.scipy.linalg.solve_triangular(factor, rows, lower=True)
+    return jnp.maximum((1 - jnp.sum(whitened**2, 0)) / damping, 1 / (jnp.mean(rows**2, 0) + damping))
+
+
+@jax.jit
+def _update(weights, kept, rows, damping):
+    surviving = jnp.where(kept, rows, 0)
+    product = rows @ jnp.where(kept, 0, weights)
+    solved = jax.scipy.linalg.cho_solve((_factorise(surviving, damping), True), product)
+    return jnp.where(kept, weights + solved @ surviving, 0)
+
+
+@jax.jit
+def _independent_updates(weights, kept, rows, damping):
+    factor = _factorise(rows, damping)
+    steps = jnp.where(kept, 0, weights / _inverse_diagonal(rows, factor, damping))
+    solved = jax.scipy.linalg.cho_solve((factor, True), rows @ steps)
+    return jnp.where(kept, weights - (steps - solved @ rows) / damping, 0)
+
+
+def require_gradients(params: Params, gradients: Kernels, damping: float | int) -> None:
+    """Raises a ValueError unless the gradients fit the kernels, with a sample axis, and the damping is above 0."""
+    expected = {path: kernel.shape for path, kernel in networks.by_path(networks.kernels(params)).items()}
+    leaves = networks.by_path(gradients)
+    counts = {leaf.shape[0] for leaf in leaves.values() if leaf.ndim}
+    if {path: leaf.shape[1:] for path, leaf in leaves.items()} != expected or len(counts) != 1 or counts == {0}:
+        given = {path: leaf.shape for path, leaf in leaves.items()}
+        raise ValueError(f"gradients must be Kernels with a leading sample axis for {expected}, got {given}")
+    if not damping > 0:
+        raise ValueError(f"damping is {damping}; it must be above 0, or the Fisher can't be inverted")
+
+
+def flatten_weights(params: Params) -> Float[Array, " weights"]:
+    """All kernels of ``params`` as one vector, in the order of the flattened tree."""
+    return jnp.concatenate([_at_least_float32(kernel).ravel() for kernel in jax.tree.leaves(networks.kernels(params))])
+
+
+def flatten_gradients(gradients: Kernels) -> Float[Array, "samples weights"]:
+    """G: the gradients of each sample as one row."""
+    return jnp.concatenate([_at_least_float32(g).reshape(g.shape[0], -1) for g in jax.tree.leaves(gradients)], axis=1)
+
+
+def flatten_masks(params: Params, masks: Kernels) -> Shaped[Array, " weights"]:
+    """Masks as one vector, in the order of ``flatten_weights``."""
+    leaves = networks.by_path(masks)
+    return jnp.concatenate([leaves[path].ravel() for path in networks.by_path(networks.kernels(params))])
+
+
+def unflatten_weights(params: Params, flat: Shaped[Array, " weights"]) -> Kernels:
+    """Kernels of ``params`` from one vector; numbers take the dtype of the kernels, booleans stay."""
+    kernels, structure = jax.tree.flatten(networks.kernels(params))
+    ends = np.cumsum([kernel.size for kernel in kernels])[:-1]
+    parts = zip(jnp.split(flat, ends), kernels, strict=True)
+
+    def shaped(part, kernel):
+        return part.reshape(kernel.shape).astype(part.dtype if part.dtype == bool else kernel.dtype)
+
+    return jax.tree.unflatten(structure, [shaped(part, kernel) for part, kernel in parts])
+
+
+def _at_least_float32(array: Array) -> Array:
+    """In double precision where the caller of this has switched to it."""
+    return jnp.asarray(array, jnp.promote_types(array.dtype, jnp.zeros(()).dtype))

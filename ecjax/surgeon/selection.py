@@ -1,0 +1,190 @@
+"""The combinatorial brain surgeon's selection (CBS-S): which weights can go together."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
+
+from ecjax import checks
+from ecjax.networks import Kernels, Params
+from ecjax.surgeon.fisher import (
+    flatten_gradients,
+    flatten_masks,
+    flatten_weights,
+    quadratic,
+    require_gradients,
+    unflatten_weights,
+)
+
+STARTS = ("rmp", "magnitude")
+_DRAWS_AT_ONCE = 10
+
+
+def combinatorial_selection(
+    params: Params,
+    gradients: Kernels,
+    sparsity: float | int,
+    *,
+    start: str | Kernels = "rmp",
+    key: PRNGKeyArray | None = None,
+    damping: float | int = 1e-5,
+    draws: int = 100,
+    window: int = 10,
+    threshold: float | int = 1e-4,
+    patience: int = 20,
+    passes: int = 100,
+) -> Kernels:
+    """Chooses the weights P to remove together, ``argmin ½ w_Pᵀ F w_P``, by local search.
+
+    Removing weight i from P changes the objective by ``−α_i``, adding j by ``β_j``, both by ``−α_i + β_j − γ_ij``:
+
+        α_i = w_i (F w_P)_i − ½ F_ii w_i²        β_j = w_j (F w_P)_j + ½ F_jj w_j²        γ_ij = w_i w_j F_ij
+
+    A pass goes through P by falling α. For each i the first j by rising β are looked at, in a window that moves on with
+    every swap, and the best of them is swapped in if the objective falls by more than the threshold. The changes are
+    exact at every step, as ``G w_P`` is kept up to date. The search ends with a pass without a swap. Source: Yu, Serra,
+    Ramalingam, Zhe, arXiv:2203.04466, CBS-S.
+
+    Args:
+        params: trained parameters.
+        gradients: of ``loss_gradients``.
+        sparsity: the fraction of weights to remove; exactly ``round(sparsity * weights)`` go.
+        start: "magnitude" for the smallest weights; "rmp" for the best of many draws of randomised magnitude pruning
+            (all weights shuffled into about √W chunks, the smallest of each chunk removed); or masks.
+        key: for "rmp".
+        damping: λ of the Fisher.
+        draws: how many draws "rmp" makes.
+        window: ρ, how many j are looked at for each i.
+        threshold: ε, by how much a swap must lower the objective.
+        patience: τ, after how many i without a swap a pass ends.
+        passes: the most passes to make; 0 returns the start.
+
+    Returns:
+        Masks. ``removal_cost`` gives their objective.
+
+    Raises:
+        ValueError: a sparsity outside [0, 1], an unknown start, "rmp" without a key, masks of another sparsity, or
+            gradients shaped unlike the params.
+    """
+    checks.require_sparsity(sparsity)
+    require_gradients(params, gradients, damping)
+    for value, name in ((draws, "draws"), (window, "window")):
+        checks.require_positive(value, name)
+    weights, rows = flatten_weights(params), flatten_gradients(gradients)
+    count = round(float(sparsity) * weights.size)
+    removed = _start(params, weights, rows, start, key, count=count, draws=draws, damping=damping)
+    removed = _search(
+        weights, rows, removed, count, damping, threshold, patience, passes, window=min(int(window), weights.size)
+    )
+    return unflatten_weights(params, ~removed)
+
+
+def _start(params, weights, rows, start, key, *, count, draws, damping) -> Bool[Array, " weights"]:
+    if not isinstance(start, str):
+        checks.require_masks(params, start)
+        removed = ~flatten_masks(params, start)
+        if removed.sum() != count:
+            raise ValueError(f"the masks to start from remove {removed.sum()} weights, the sparsity asks for {count}")
+        return removed
+    if start not in STARTS:
+        raise ValueError(f"start is {start!r}; it must be masks or one of {', '.join(map(repr, STARTS))}")
+    if start == "magnitude":
+        return _smallest(jnp.abs(weights), count)
+    if key is None:
+        raise ValueError("start='rmp' draws chunks at random: give it a key, such as jax.random.key(0)")
+    return _randomised_magnitude(weights, rows, key, count, damping, draws=int(draws))
+
+
+def _smallest(values: Float[Array, " weights"] | Int[Array, " weights"], count) -> Bool[Array, " weights"]:
+    """True for the ``count`` smallest, the earlier ones first among equals."""
+    chosen = jnp.arange(values.size) < count
+    return jnp.zeros(values.size, bool).at[jnp.argsort(values, stable=True)].set(chosen)
+
+
+@functools.partial(jax.jit, static_argnames=("draws",))
+def _randomised_magnitude(weights, rows, key, count, damping, *, draws):
+    """The cheapest of many draws of randomised magnitude pruning."""
+    chunks = max(1, math.isqrt(weights.size))
+    length = -(-weights.size // chunks)
+
+    def draw(key):
+        order = jax.random.permutation(key, weights.size)
+        padded = jnp.full(chunks * length, jnp.inf).at[: weights.size].set(jnp.abs(weights)[order])
+        # The ranks of all chunks side by side: each chunk's smallest come first, however large they are elsewhere.
+        ranks = jnp.argsort(jnp.argsort(padded.reshape(length, chunks), axis=0), axis=0).ravel()[: weights.size]
+        return jnp.zeros(weights.size, bool).at[order].set(_smallest(ranks, count))
+
+    def cost(key):
+        going = jnp.where(draw(key), weights, 0)
+        return quadratic(going, rows @ going, damping)
+
+    keys = jax.random.split(key, draws)
+    return draw(keys[jnp.argmin(lax.map(cost, keys, batch_size=_DRAWS_AT_ONCE))])
+
+
+class _Pass(NamedTuple):
+    """Where one pass of the search stands."""
+
+    removed: Bool[Array, " weights"]
+    product: Float[Array, " samples"]  # G w_P
+    position: Int[Array, ""]
+    swaps: Int[Array, ""]
+    misses: Int[Array, ""]
+
+
+@functools.partial(jax.jit, static_argnames=("window",))
+def _search(weights, rows, removed, count, damping, threshold, patience, passes, *, window):
+    """Local search: passes until one makes no swap."""
+    columns = rows.T  # a weight's gradients side by side in memory
+    samples = rows.shape[0]
+    curvature = jnp.mean(rows**2, 0) + damping  # F_ii
+
+    def one_pass(removed):
+        product = rows @ jnp.where(removed, weights, 0)
+        slope = columns @ product / samples + damping * jnp.where(removed, weights, 0)  # (F w_P)_i
+        alpha = weights * slope - curvature * weights**2 / 2
+        beta = weights * slope + curvature * weights**2 / 2
+        leaving = jnp.argsort(jnp.where(removed, -alpha, jnp.inf), stable=True)
+        entering = jnp.argsort(jnp.where(removed, jnp.inf, beta), stable=True)
+
+        def more(state):
+            return (state.position < count) & (state.misses <= patience) & (state.swaps < weights.size - count)
+
+        def step(state):
+            i = leaving[state.position]
+            j = lax.dynamic_slice_in_dim(entering, state.swaps, window)
+            gradient, gradients = columns[i], columns[j]
+            w_i, w_j = weights[i], weights[j]
+            alpha = w_i * (gradient @ state.product / samples + damping * w_i) - curvature[i] * w_i**2 / 2
+            beta = w_j * (gradients @ state.product / samples) + curvature[j] * w_j**2 / 2
+            gamma = w_i * w_j * (gradients @ gradient / samples)
+            change = jnp.where(state.removed[j], jnp.inf, -alpha + beta - gamma)
+            best = jnp.argmin(change)
+            swapped = state._replace(
+                removed=state.removed.at[i].set(False).at[j[best]].set(True),
+                product=state.product - w_i * gradient + w_j[best] * gradients[best],
+                swaps=state.swaps + 1,
+                misses=jnp.zeros_like(state.misses),
+            )
+            missed = state._replace(misses=state.misses + 1)
+            state = jax.tree.map(functools.partial(jnp.where, change[best] < -threshold), swapped, missed)
+            return state._replace(position=state.position + 1)
+
+        zero = jnp.zeros((), int)
+        return lax.while_loop(more, step, _Pass(removed, product, zero, zero, zero))
+
+    def not_finished(carry):
+        _, swaps, done = carry
+        return (swaps > 0) & (done < passes)
+
+    def next_pass(carry):
+        removed, _, done = carry
+        state = one_pass(removed)
+        return state.removed, state.swaps, done + 1
+
+    removed, _, _ = lax.while_loop(not_finished, next_pass, (removed, jnp.ones((), int), jnp.zeros((), int)))
+    return removed

@@ -1,0 +1,214 @@
+"""The brain surgeons on a modest network of digits: ``python -m experiments.brain_surgeon``.
+
+As in the one-shot tables of the combinatorial brain surgeon (arXiv:2203.04466): an MLP 784-40-20-10 without biases,
+trained by plain SGD to 94 %, is pruned without any training after. Methods that use gradients see 5 samples of them.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+
+from ecjax import networks, prune, score, surgeon, train
+from ecjax.networks import Kernels, Params
+from experiments import report, sweep
+from experiments.datasets import Dataset, choose
+
+MEASURES = report.CLASSIFIER_MEASURES | {"seconds": report.Measure("seconds", ".2f")}
+cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+
+
+@dataclass(frozen=True)
+class Config:
+    """Prune one modest network by magnitude, WoodFisher, the combinatorial brain surgeon and EC, and compare.
+
+    Writes results.csv, config.json, accuracy.png and loss.png, and prints the table with the time of each method.
+    """
+
+    data: Literal["mnist", "digits"] = "mnist"
+    """MNIST, or the 8x8 digits bundled with scikit-learn."""
+    data_dir: Path | None = None
+    """Folder with the four idx files of MNIST, gzipped or not. Default: $ECJAX_DATA_DIR, else they are downloaded."""
+    widths: tuple[int, ...] = (40, 20)
+    """Widths of the hidden layers (ReLU, no biases)."""
+    target_accuracy: float = 0.94
+    """Plain SGD stops at the first epoch that reaches it on the test set."""
+    learning_rate: float = 0.05
+    """Of plain SGD."""
+    batch_size: int = 128
+    """Samples a training step."""
+    seeds: int = 5
+    """How many samples of gradients to average over."""
+    gradients: int = 2000
+    """Per-sample gradients in each; at most as many as half of the training images."""
+    sparsities: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+    """Fractions of the weights to remove."""
+    damping: float = 1e-2
+    """λ of the empirical Fisher. The smaller it is, the further the updates trust the quadratic."""
+    draws: int = 100
+    """Draws of randomised magnitude pruning, where the combinatorial selection starts."""
+    output: Path | None = None
+    """Folder for the results. Default: results/brain-surgeon and the name of the data."""
+
+
+class Given(NamedTuple):
+    """What a method sees: the trained network, a sample of gradients, calibration inputs and a key."""
+
+    params: Params
+    gradients: Kernels
+    inputs: jax.Array
+    key: jax.Array
+    config: Config
+
+
+def magnitude(given: Given, sparsity: float) -> Params:
+    """The smallest weights go."""
+    return prune.one_shot(given.params, score.magnitude(given.params), sparsity).params
+
+
+def magnitude_update(given: Given, sparsity: float) -> Params:
+    """The smallest weights go, the survivors move together (CBS-U)."""
+    masks = prune.one_shot(given.params, score.magnitude(given.params), sparsity).masks
+    return surgeon.combinatorial_update(given.params, masks, given.gradients, damping=given.config.damping)
+
+
+def woodfisher(given: Given, sparsity: float) -> Params:
+    """Saliencies and updates of optimal brain surgeon, each weight as if it were the only one."""
+    damping = given.config.damping
+    saliency = surgeon.brain_surgeon_saliency(given.params, given.gradients, damping=damping)
+    masks = prune.one_shot(given.params, saliency, sparsity).masks
+    return surgeon.brain_surgeon_update(given.params, masks, given.gradients, damping=damping)
+
+
+def _select(given: Given, sparsity: float, start: str) -> Kernels:
+    options = {"damping": given.config.damping, "draws": given.config.draws, "key": given.key}
+    return surgeon.combinatorial_selection(given.params, given.gradients, sparsity, start=start, **options)
+
+
+def selection_from_magnitude(given: Given, sparsity: float) -> Params:
+    """CBS-S that starts from the smallest weights."""
+    return prune.apply_masks(given.params, _select(given, sparsity, "magnitude"))
+
+
+def selection(given: Given, sparsity: float) -> Params:
+    """CBS-S that starts from randomised magnitude pruning."""
+    return prune.apply_masks(given.params, _select(given, sparsity, "rmp"))
+
+
+def selection_and_update(given: Given, sparsity: float) -> Params:
+    """CBS-S from magnitude, then CBS-U."""
+    masks = _select(given, sparsity, "magnitude")
+    return surgeon.combinatorial_update(given.params, masks, given.gradients, damping=given.config.damping)
+
+
+def elimination_compensation(given: Given, sparsity: float) -> Params:
+    """EC (Fisher) on the same network with biases of zero, which it moves."""
+    widths = [kernel.shape[-1] for kernel in jax.tree.leaves(given.params)]
+    *_, network = _networks(tuple(widths))
+    params = {name: layer | {"bias": jnp.zeros(layer["kernel"].shape[-1])} for name, layer in given.params.items()}
+    scores = score.elimination_compensation(network, params, given.inputs, metric="fisher")
+    return prune.one_shot(params, scores, sparsity).params
+
+
+METHODS: dict[str, Callable[[Given, float], Params]] = {
+    "magnitude": magnitude,
+    "magnitude + CBS-U": magnitude_update,
+    "WoodFisher": woodfisher,
+    "CBS-S (magnitude)": selection_from_magnitude,
+    "CBS-S (RMP)": selection,
+    "CBS-S + CBS-U": selection_and_update,
+    "EC (Fisher)": elimination_compensation,
+}
+
+
+@functools.cache
+def _networks(widths: tuple[int, ...]) -> tuple[networks.MLP, networks.Network, networks.Network]:
+    """The MLP without biases, its function, and the same with biases."""
+    without = networks.MLP(widths, use_bias=False)
+    return without, networks.pure(without), networks.pure(networks.MLP(widths))
+
+
+def main(config: Config) -> None:
+    """Runs the experiment from data to figures."""
+    counts = ("seeds", "batch_size", "gradients", "draws")
+    report.require_flags(config, fractions=("sparsities",), counts=counts)
+    data = choose.load_or_exit(config.data, config.data_dir)
+    folder = config.output or Path("results") / f"brain-surgeon-{data.name.lower()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    widths = (*config.widths, int(data.train_targets.max()) + 1)
+    _, network, biased = _networks(widths)
+
+    with report.progress() as bar:
+        steps = len(METHODS) * (1 + config.seeds * len(config.sparsities))
+        step = bar.add_task("training", total=steps)
+        params = train_to(config.target_accuracy, widths, data, config)
+        rows = list(_measured(network, params, data, sweep.DENSE, 0.0, sweep.TRAINED, 0, None))
+        for seed in range(config.seeds):
+            given = _given(network, params, data, seed, config)
+            if seed == 0:
+                for method in METHODS.values():  # compiled once, outside the times
+                    jax.block_until_ready(method(given, config.sparsities[0]))
+                    bar.advance(step)
+            for name, method in METHODS.items():
+                for sparsity in config.sparsities:
+                    bar.update(step, description=f"{name}, {sparsity:g}")
+                    start = time.perf_counter()
+                    pruned = jax.block_until_ready(method(given, sparsity))
+                    seconds = time.perf_counter() - start
+                    judged = biased if method is elimination_compensation else network
+                    rows += _measured(judged, pruned, data, name, sparsity, sweep.PRUNED, seed, seconds)
+                    bar.advance(step)
+
+    frame = report.to_frame(rows, data.name)
+    frame.to_csv(folder / "results.csv", index=False)
+    layers = "-".join(map(str, (data.train_inputs.shape[1], *widths)))
+    report.save_config(folder, config, data=data.name, layers=layers, output=folder)
+    title = f"{data.name}, MLP {layers} without biases, {config.seeds} samples of gradients"
+    for column, measure in report.CLASSIFIER_MEASURES.items():
+        path = folder / f"{column.removeprefix('test_')}.png"
+        report.figure([report.panels(frame)], column, measure, title, path)
+    console = report.console()
+    console.print(report.table(frame, MEASURES, title))
+    console.print(f"results.csv, config.json, accuracy.png and loss.png are in {folder}/")
+
+
+def train_to(accuracy: float, widths: tuple[int, ...], data: Dataset, config: Config) -> Params:
+    """Plain SGD until an epoch reaches the accuracy on the test set, 200 epochs at the most."""
+    module, network, _ = _networks(widths)
+    optimizer = optax.sgd(config.learning_rate)
+    inputs, targets = jnp.asarray(data.train_inputs), jnp.asarray(data.train_targets)
+    state = train.start(module.init(jax.random.key(0), inputs[:1])["params"], optimizer, jax.random.key(1))
+    options = {"optimizer": optimizer, "batch_size": config.batch_size}
+    reached = 0.0
+    for _ in range(200):
+        state, _ = train.epoch(network, state, inputs, targets, cross_entropy, **options)
+        reached = float((network(state.params, data.test_inputs).argmax(-1) == data.test_targets).mean())
+        if reached >= accuracy:
+            return state.params
+    raise SystemExit(f"200 epochs of SGD reached {reached:.2%}; lower --target-accuracy or raise --learning-rate")
+
+
+def _given(network, params: Params, data: Dataset, seed: int, config: Config) -> Given:
+    key = jax.random.key(seed)
+    samples = min(config.gradients, len(data.train_inputs) // 2)  # of few samples, half: or all seeds were the same
+    chosen = jax.random.choice(key, len(data.train_inputs), (samples,), replace=False)
+    inputs = jnp.asarray(data.train_inputs)[chosen]
+    gradients = surgeon.loss_gradients(network, params, inputs, jnp.asarray(data.train_targets)[chosen], cross_entropy)
+    return Given(params, jax.block_until_ready(gradients), inputs, key, config)
+
+
+def _measured(network, params, data: Dataset, method, sparsity, phase, seed, seconds) -> Iterator[sweep.Row]:
+    task = sweep.Task(network, data, cross_entropy, sweep.CLASSIFIER_MEASURES, 1)
+    for row in sweep.measure(task, jax.tree.map(lambda leaf: leaf[None], params), method, sparsity, phase):
+        yield row._replace(seed=seed, measures=row.measures | {"seconds": seconds})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, prog="python -m experiments.brain_surgeon", description=__doc__))
