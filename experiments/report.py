@@ -156,7 +156,7 @@ def panels(frame: pd.DataFrame, title: str = "") -> list[Panel]:
 def figure(grid: list[list[Panel]], column: str, measure: Measure, title: str, path: Path) -> None:
     """A measure against sparsity in rows of panels: the mean over seeds, and a band of one standard deviation."""
     rows, columns = len(grid), len(grid[0])
-    size = (min(5.5, 20 / columns) * columns, 4 * rows + 1)
+    size = (max(min(5.5, 20 / columns) * columns, 7), 4 * rows + 1)
     canvas, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis, panel in zip(axes.ravel(), itertools.chain(*grid), strict=True):
         _draw(axis, panel, column, measure)
@@ -164,7 +164,7 @@ def figure(grid: list[list[Panel]], column: str, measure: Measure, title: str, p
     named = {
         label: line for axis in axes.ravel() for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    canvas.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, frameon=False)
+    canvas.legend(named.values(), named.keys(), loc="outside lower center", ncols=min(4, columns + 2), frameon=False)
     canvas.savefig(path, dpi=150 if rows == 1 else 110)
     plt.close(canvas)
 
@@ -174,10 +174,12 @@ def _draw(axis, panel: Panel, column: str, measure: Measure) -> None:
     dense = frame.loc[frame["method"] == DENSE, column].mean() * measure.factor
     axis.axhline(dense, color="black", linestyle="--", linewidth=1, label=DENSE)
     shown = frame[(frame["phase"] == panel.phase) | (frame["method"] == SMALL)]
-    for position, (method, chosen) in enumerate(shown.groupby("method", sort=False)):
+    methods = list(dict.fromkeys(shown["method"]))
+    styles = _STYLES if set(methods) <= set(_STYLES) else dict(zip(methods, itertools.cycle(_PALETTE), strict=False))
+    for method, chosen in shown.groupby("method", sort=False):
         by_sparsity = chosen.groupby("sparsity")[column]
         mean, spread = by_sparsity.mean() * measure.factor, by_sparsity.std().fillna(0) * measure.factor
-        colour, marker = _STYLES.get(method, _PALETTE[position % len(_PALETTE)])
+        colour, marker = styles[method]
         line = ":" if method == SMALL else "-"
         style = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.5, "linestyle": line}
         axis.plot(mean.index, mean, label=label(method), **style)
@@ -203,6 +205,6 @@ def _spread_out_high_sparsity(axis, sparsities: list[float]) -> None:
     axis.set_xscale("function", functions=(lambda s: -np.log1p(-np.clip(s, 0, 0.9999)), lambda x: -np.expm1(-x)))
     ticks = [sparsities[-1]]
     for sparsity in reversed(sparsities):
-        if (1 - sparsity) / (1 - ticks[-1]) > 1.25:  # room for the label
+        if (1 - sparsity) / (1 - ticks[-1]) > 1.24:  # room for the label
             ticks.append(sparsity)
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
