@@ -76,7 +76,8 @@ def tapped(
             sibling bias is missing or not added to it; the message names the leaf and what would still work.
     """
     kernels = networks.by_path(networks.kernels(params))
-    checks.require_biases(params) if biased else checks.require_any_kernel(params)
+    require = checks.require_biases if biased else checks.require_any_kernel
+    require(params)
     origins = {path: _Origin("kernel", path) for path in kernels}
     origins |= {networks.bias_path(path): _Origin("bias", path) for path in kernels}
 
