@@ -12,12 +12,15 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax import Array
-from jaxtyping import Num, PyTree
+from jaxtyping import Num, PyTree, Shaped
 
 Params = PyTree
 Kernels = PyTree
 Inputs = Num[Array | np.ndarray, "samples *features"]
 Network = Callable[[Params, Inputs], Array]
+# Not checked against the samples of the inputs here: ``checks.require_targets`` says it more clearly.
+Targets = Shaped[Array | np.ndarray, "_samples *outputs"]
+Loss = Callable[[Array, Array], Array]
 
 
 class MLP(nn.Module):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Real
 
 from ecjax import checks, networks
 from ecjax.checks import Sparsity
@@ -96,8 +96,13 @@ def _keep(importance: Float[Array, " weights"], sparsity: Sparsity) -> Bool[Arra
     weights = importance.shape[0]
     traced = isinstance(sparsity, jax.core.Tracer)
     removed = jnp.round(sparsity * weights) if traced else round(float(sparsity) * weights)
-    ranks = jnp.zeros(weights, int).at[jnp.argsort(importance, stable=True)].set(jnp.arange(weights))
-    return ranks >= removed
+    return ~smallest(importance, removed)
+
+
+def smallest(values: Real[Array, " weights"], count: int | Array) -> Bool[Array, " weights"]:
+    """True for the ``count`` smallest values, the earlier ones first among equals; the count may be traced."""
+    chosen = jnp.arange(values.size) < count
+    return jnp.zeros(values.size, bool).at[jnp.argsort(values, stable=True)].set(chosen)
 
 
 def _shift_biases(params: Params, shifts: Kernels, masks: Kernels) -> Params:

@@ -1,22 +1,16 @@
 """Supervised training with any optax optimiser, and fine-tuning that keeps pruned weights at zero."""
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array, lax
-from jaxtyping import Float, PRNGKeyArray, Shaped
+from jaxtyping import Float, PRNGKeyArray
 
 from ecjax import checks, networks
-from ecjax.networks import Inputs, Kernels, Network, Params
-
-# Not checked against the samples of the inputs here: ``checks.require_targets`` says it more clearly.
-Targets = Shaped[Array | np.ndarray, "_samples *outputs"]
-Loss = Callable[[Array, Array], Array]
+from ecjax.networks import Inputs, Kernels, Loss, Network, Params, Targets
 
 
 class State(NamedTuple):

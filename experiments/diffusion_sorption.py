@@ -4,6 +4,7 @@ As in Figures 2 to 4 of the elimination-compensation paper (arXiv:2602.20467): a
 diffusion-sorption equation from noisy samples, is pruned by each method, and is trained again.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -82,7 +83,7 @@ def main(config: Config) -> None:
     report.require_flags(
         config,
         fractions=("sparsities", "small_network_sparsities"),
-        counts=("seeds", "epochs", "batch_size", "calibration"),
+        counts=("seeds", "epochs", "batch_size", "calibration", "nonlinear_calibration"),
     )
     config.output.mkdir(parents=True, exist_ok=True)
     grid = {"cells": config.cells, "times": config.times, "initial_concentration": config.initial_concentration}
@@ -91,12 +92,9 @@ def main(config: Config) -> None:
     rows, snapshots = [], None
     with report.progress() as bar:
         step = bar.add_task("training", total=_total_epochs(config))
+        advance = functools.partial(bar.advance, step)
         for widths in hidden:
             layers = "-".join(map(str, (2, *widths, 1)))
-
-            def advance(epochs):
-                bar.advance(step, epochs)
-
             for noise in config.noise:
                 bar.update(step, description=f"{layers}, a = {noise:g}")
                 task, initial = _task(widths, data[noise], config)

@@ -1,16 +1,13 @@
 """The baselines: magnitude, gradient magnitude and chance."""
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import Array
-from jaxtyping import PRNGKeyArray, Shaped
+from jaxtyping import PRNGKeyArray
 
 from ecjax import checks, networks
-from ecjax.networks import Inputs, Network, Params
+from ecjax.networks import Inputs, Loss, Network, Params, Targets
 from ecjax.score.scores import Scores
 
 
@@ -23,8 +20,8 @@ def gradient_magnitude(
     network: Network,
     params: Params,
     inputs: Inputs,
-    targets: Shaped[Array | np.ndarray, "_samples *outputs"],
-    loss: Callable[[Array, Array], Array],
+    targets: Targets,
+    loss: Loss,
 ) -> Scores:
     """``I = |W · ∂L/∂W|``: the first-order change of the mean loss L when the weight goes.
 

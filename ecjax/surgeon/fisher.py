@@ -13,7 +13,6 @@ Singh, Alistarh, arXiv:2004.14340 (WoodFisher); Yu, Serra, Ramalingam, Zhe, arXi
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from jax import Array
 from jaxtyping import Float, Shaped
 
 from ecjax import checks, networks
-from ecjax.networks import Inputs, Kernels, Network, Params
+from ecjax.networks import Inputs, Kernels, Loss, Network, Params, Targets
 from ecjax.score import Scores
 
 
@@ -30,8 +29,8 @@ def loss_gradients(
     network: Network,
     params: Params,
     inputs: Inputs,
-    targets: Shaped[Array | np.ndarray, "_samples *outputs"],
-    loss: Callable[[Array, Array], Array],
+    targets: Targets,
+    loss: Loss,
 ) -> Kernels:
     """Per-sample gradients of the loss with respect to the kernels, the rows of G.
 

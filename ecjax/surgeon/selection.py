@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from ecjax import checks
 from ecjax.networks import Kernels, Params
+from ecjax.prune import smallest
 from ecjax.surgeon.fisher import (
     flatten_gradients,
     flatten_masks,
@@ -93,16 +94,10 @@ def _start(params, weights, rows, start, key, *, count, draws, damping) -> Bool[
     if start not in STARTS:
         raise ValueError(f"start is {start!r}; it must be masks or one of {', '.join(map(repr, STARTS))}")
     if start == "magnitude":
-        return _smallest(jnp.abs(weights), count)
+        return smallest(jnp.abs(weights), count)
     if key is None:
         raise ValueError("start='rmp' draws chunks at random: give it a key, such as jax.random.key(0)")
     return _randomised_magnitude(weights, rows, key, count, damping, draws=int(draws))
-
-
-def _smallest(values: Float[Array, " weights"] | Int[Array, " weights"], count) -> Bool[Array, " weights"]:
-    """True for the ``count`` smallest, the earlier ones first among equals."""
-    chosen = jnp.arange(values.size) < count
-    return jnp.zeros(values.size, bool).at[jnp.argsort(values, stable=True)].set(chosen)
 
 
 @functools.partial(jax.jit, static_argnames=("draws",))
@@ -116,7 +111,7 @@ def _randomised_magnitude(weights, rows, key, count, damping, *, draws):
         padded = jnp.full(chunks * length, jnp.inf).at[: weights.size].set(jnp.abs(weights)[order])
         # The ranks of all chunks side by side: each chunk's smallest come first, however large they are elsewhere.
         ranks = jnp.argsort(jnp.argsort(padded.reshape(length, chunks), axis=0), axis=0).ravel()[: weights.size]
-        return jnp.zeros(weights.size, bool).at[order].set(_smallest(ranks, count))
+        return jnp.zeros(weights.size, bool).at[order].set(smallest(ranks, count))
 
     def cost(key):
         going = jnp.where(draw(key), weights, 0)
