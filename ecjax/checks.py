@@ -107,6 +107,21 @@ def require_no_nan(tree: Kernels, name: str) -> None:
             raise ValueError(f"{name} '{path}' hold NaN; they can't be ranked")
 
 
+def require_labels(labels: Array | np.ndarray, outputs: tuple[int, ...]) -> None:
+    """Raises a ValueError unless there is one class, a whole number, for each row of outputs of that shape."""
+    samples, classes = outputs
+    if np.shape(labels) != (samples,) or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"labels must be {samples} whole numbers, got {labels.dtype} {_describe(labels)}")
+    if _is_known_false(((labels >= 0) & (labels < classes)).all()):
+        raise ValueError(f"labels must be in [0, {classes}), got some outside")
+
+
+def require_above_zero(value: float | int | Array, name: str) -> None:
+    """Raises a ValueError unless ``value`` is above 0."""
+    if _is_known_false(value > 0):
+        raise ValueError(f"{name} is {value}; it must be above 0")
+
+
 def require_positive(value: int, name: str) -> None:
     """Raises a ValueError unless ``value`` is a whole number of at least 1."""
     if int(value) != value or value < 1:

@@ -47,6 +47,26 @@ def transposed_factor(
     return apply
 
 
+def matrix(
+    metric: str, outputs: Float[Array, "samples outputs"]
+) -> Callable[[Float[Array, "samples outputs"]], Float[Array, "samples outputs"]]:
+    """The linear map ``δ -> M δ`` of each sample.
+
+    Args:
+        metric: "euclidean" or "fisher".
+        outputs: where the metric is taken; logits for "fisher".
+    """
+    if metric == "euclidean":
+        return lambda change: change
+    probabilities = jax.nn.softmax(outputs)
+
+    def apply(change):
+        weighted = probabilities * change
+        return weighted - probabilities * weighted.sum(-1, keepdims=True)
+
+    return apply
+
+
 def squared_norm(
     metric: str, outputs: Float[Array, "samples outputs"], change: Float[Array, "samples outputs"]
 ) -> Float[Array, " samples"]:

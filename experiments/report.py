@@ -32,17 +32,19 @@ _PALETTE = (
     ("#009E73", "o"),
     ("#D55E00", "^"),
     ("#0072B2", "P"),
+    ("#882255", "*"),
 )
-_STYLES = {SMALL: ("black", "*")} | dict(zip(METHODS, _PALETTE, strict=True))
+_STYLES = {SMALL: ("black", "*")} | dict(zip(METHODS, _PALETTE, strict=False))
 
 
 class Measure(NamedTuple):
-    """How a column is shown: its words, its number format, a factor, and whether its axis is logarithmic."""
+    """How a column is shown: its words, its number format, a factor, a logarithmic axis, and where the axis ends."""
 
     words: str
     number: str
     factor: float = 1.0
     logarithmic: bool = False
+    lowest: float | None = None
 
 
 CLASSIFIER_MEASURES = {
@@ -139,11 +141,13 @@ def _mean_and_deviation(values: pd.Series, measure: Measure) -> str:
 
 
 class Panel(NamedTuple):
-    """One panel of a figure: its title, and the phase of which rows it shows."""
+    """One panel of a figure: its title, the phase of which rows it shows, and its measure if it has one of its own."""
 
     title: str
     frame: pd.DataFrame
     phase: str
+    column: str = ""
+    measure: Measure | None = None
 
 
 def panels(frame: pd.DataFrame, title: str = "") -> list[Panel]:
@@ -159,7 +163,7 @@ def figure(grid: list[list[Panel]], column: str, measure: Measure, title: str, p
     size = (max(min(5.5, 20 / columns) * columns, 7), 4 * rows + 1)
     canvas, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis, panel in zip(axes.ravel(), itertools.chain(*grid), strict=True):
-        _draw(axis, panel, column, measure)
+        _draw(axis, panel, panel.column or column, panel.measure or measure)
     canvas.suptitle(title)
     named = {
         label: line for axis in axes.ravel() for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
@@ -193,6 +197,8 @@ def _draw(axis, panel: Panel, column: str, measure: Measure) -> None:
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter(NullFormatter())
+    if measure.lowest is not None:
+        axis.set_ylim(bottom=max(measure.lowest, axis.get_ylim()[0]))
     axis.set_xlabel("sparsity (fraction of weights removed)")
     axis.set_ylabel(f"test {measure.words}")
     axis.grid(which="both", alpha=0.2)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments import benchmark, brain_surgeon, mnist, report
+from experiments import benchmark, brain_surgeon, frontier, mnist, report
 from experiments.datasets import digits
 from experiments.methods import METHODS
 from experiments.sweep import DENSE, FINE_TUNED, PRUNED, TRAINED
@@ -143,3 +143,22 @@ def test_training_that_does_not_get_there_says_so():
     config = brain_surgeon.Config(widths=(4,), learning_rate=1e-6)
     with pytest.raises(SystemExit, match=r"200 epochs of SGD reached .*; lower --target-accuracy"):
         brain_surgeon.train_to(0.99, (4, 10), data, config)
+
+
+def test_the_frontier_on_small_networks(tmp_path, capsys):
+    size = {"stages": 3, "calibration": 200, "seeds": 2, "sparsities": (0.7, 0.9), "surrogate_sparsities": (0.8,)}
+    chosen = {"networks": ("modest", "surrogate"), "data": "digits"}
+    frontier.main(frontier.Config(**chosen, **size, surrogate_epochs=20, output=tmp_path))
+    frame = pd.read_csv(tmp_path / "results.csv")
+    assert set(frame["layers"]) == {"64-40-20-10", "2-64-64-64-1"}
+    others = frame[frame["method"] != DENSE]
+    assert len(others) == len(frontier.METHODS) * 2 * (2 + 1)
+    assert (others["seconds"] > 0).all()
+    accuracy = others.groupby(["layers", "method", "sparsity"])["test_accuracy"].mean()["64-40-20-10"]
+    assert accuracy["EC, staged, survivors", 0.9] > accuracy["EC", 0.9] + 0.2
+    error = others.groupby(["layers", "method"])["test_error"].mean()["2-64-64-64-1"]
+    assert error["EC, staged, survivors"] < error["EC, staged, biases"] < error["magnitude"]
+    printed = capsys.readouterr().out
+    assert "digits, MLP 64-40-20-10, 2 seeds, no fine-tuning" in printed
+    assert "relative error" in printed
+    assert (tmp_path / "frontier.png").stat().st_size > 10_000

@@ -1,4 +1,4 @@
-"""Decisions: scores in, masks and new params out."""
+"""Masks, and pruning in one shot."""
 
 from typing import NamedTuple
 
@@ -43,8 +43,7 @@ def one_shot(params: Params, scores: Scores, sparsity: Sparsity, *, scope: str =
         ValueError: a sparsity outside [0, 1], an unknown scope, importances with NaN, scores shaped unlike the params.
     """
     checks.require_sparsity(sparsity)
-    if scope not in SCOPES:
-        raise ValueError(f"scope is {scope!r}; it must be one of {', '.join(map(repr, SCOPES))}")
+    require_scope(scope)
     checks.require_kernels(params, scores.importance, "importances")
     checks.require_no_nan(scores.importance, "importances")
     masks = _masks(scores.importance, sparsity, scope)
@@ -53,6 +52,12 @@ def one_shot(params: Params, scores: Scores, sparsity: Sparsity, *, scope: str =
     checks.require_kernels(params, scores.bias_shift, "bias shifts")
     checks.require_biases(params)
     return Pruned(apply_masks(_shift_biases(params, scores.bias_shift, masks), masks), masks)
+
+
+def require_scope(scope: str) -> None:
+    """Raises a ValueError unless ``scope`` is one."""
+    if scope not in SCOPES:
+        raise ValueError(f"scope is {scope!r}; it must be one of {', '.join(map(repr, SCOPES))}")
 
 
 def apply_masks(params: Params, masks: Kernels) -> Params:

@@ -1,0 +1,209 @@
+"""Repairs: what the surviving parameters can do for the ones that were removed.
+
+Both bring the outputs back to their targets by damped Gauss-Newton steps (``gauss_newton``) and differ in what may
+move: ``joint_biases`` all biases together, ``survivors`` every parameter that no mask has removed.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int
+
+from ecjax import batches, checks, gauss_newton, metrics, networks
+from ecjax.gauss_newton import Free, Problem
+from ecjax.networks import Inputs, Kernels, Network, Params, Targets
+
+
+def joint_biases(
+    network: Network,
+    params: Params,
+    inputs: Inputs,
+    targets: Targets,
+    *,
+    metric: str = "euclidean",
+    temperature: float | int = 1,
+    damping: float | int = 0.01,
+    iterations: int = 5,
+    products: int = 15,
+    batch_size: int = 1024,
+    curvature_samples: int = 2500,
+) -> Params:
+    """Moves all biases together towards the targets; no weight moves.
+
+    Each iteration solves ``(JᵀMJ + λ) δ = Jᵀr`` over the biases next to a kernel and goes along δ as far as the
+    objective falls (``gauss_newton``), so the mean objective over the inputs never rises.
+
+    Args:
+        network: pure function ``(params, inputs) -> outputs`` of shape (samples, K), differentiable forwards and
+            backwards; compiled once for each.
+        params: of the pruned network.
+        inputs: calibration inputs, samples along the first axis.
+        targets: the dense network's outputs, of shape (samples, K); or, with the metric "fisher", class labels of shape
+            (samples,); or a ``mixture`` of both.
+        metric: "euclidean" for regression; "fisher" for the logits of a classifier, whose objective is the
+            Kullback-Leibler divergence from the softmax of the targets.
+        temperature: what "fisher" divides outputs and targets by; above 1, a classifier's second choices count more.
+        damping: λ at the start, as a multiple of the mean diagonal of JᵀMJ; adapted after every step.
+        iterations: Gauss-Newton steps.
+        products: products with the curvature in a step.
+        batch_size: samples at a time; it bounds the memory, together with
+        curvature_samples: how many samples the curvature is of, others in each step.
+
+    Returns:
+        The params with other biases.
+
+    Raises:
+        ValueError: bad inputs, targets that do not fit the outputs, an unknown metric, a kernel without a sibling bias.
+    """
+    options = {"metric": metric, "temperature": temperature, "iterations": iterations}
+    sizes = {"products": products, "batch_size": batch_size, "curvature_samples": curvature_samples}
+    start = gauss_newton.start(params, damping)
+    return repair(network, start, every_bias(params), inputs, targets, **options, **sizes).params
+
+
+def survivors(
+    network: Network,
+    params: Params,
+    masks: Kernels,
+    inputs: Inputs,
+    targets: Targets,
+    *,
+    metric: str = "euclidean",
+    temperature: float | int = 4,
+    damping: float | int = 0.01,
+    iterations: int = 5,
+    products: int = 15,
+    batch_size: int = 1024,
+    curvature_samples: int = 2500,
+) -> Params:
+    """Moves every surviving parameter towards the targets; removed weights are exactly zero, before and after.
+
+    Any masks will do, wherever they come from. The steps are those of ``joint_biases``, over all weights that the masks
+    keep and all parameters that are no kernels.
+
+    Args:
+        network: pure function ``(params, inputs) -> outputs`` of shape (samples, K), differentiable forwards and
+            backwards; compiled once for each.
+        params: of the pruned network, or of the dense one.
+        masks: Kernels of booleans, True where the weight stays.
+        inputs: calibration inputs, samples along the first axis.
+        targets: as for ``joint_biases``, like all arguments below.
+        metric: "euclidean" or "fisher".
+        temperature: of "fisher".
+        damping: λ at the start.
+        iterations: Gauss-Newton steps.
+        products: products with the curvature in a step.
+        batch_size: samples at a time.
+        curvature_samples: how many samples the curvature is of.
+
+    Returns:
+        The params with other survivors.
+
+    Raises:
+        ValueError: as ``joint_biases``; masks shaped unlike the params.
+    """
+    free = every_survivor(params, masks)
+    leaves = networks.by_path(params)
+    pruned = {path: jnp.where(mask, leaves[path], 0) for path, mask in networks.by_path(masks).items()}
+    options = {"metric": metric, "temperature": temperature, "iterations": iterations}
+    sizes = {"products": products, "batch_size": batch_size, "curvature_samples": curvature_samples}
+    start = gauss_newton.start(networks.replace(params, pruned), damping)
+    return repair(network, start, free, inputs, targets, **options, **sizes).params
+
+
+def every_bias(params: Params) -> Free:
+    """What ``joint_biases`` may move: the bias next to each kernel."""
+    checks.require_biases(params)
+    leaves = networks.by_path(params)
+    paths = map(networks.bias_path, networks.by_path(networks.kernels(params)))
+    return {path: jnp.ones(leaves[path].shape, bool) for path in paths}
+
+
+def every_survivor(params: Params, masks: Kernels) -> Free:
+    """What ``survivors`` may move: the weights that the masks keep, and every parameter that is no kernel."""
+    checks.require_masks(params, masks)
+    kept = networks.by_path(masks)
+    leaves = {path: leaf for path, leaf in networks.by_path(params).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    return {path: kept.get(path, jnp.ones(leaf.shape, bool)) for path, leaf in leaves.items()}
+
+
+def mixture(
+    outputs: Float[Array | np.ndarray, "samples outputs"],
+    labels: Int[Array | np.ndarray, " samples"],
+    share: float | int,
+) -> Float[Array, "samples outputs"]:
+    """Targets between a dense classifier's outputs and labels, as logits: ``log((1 − share) softmax(y) + share e)``.
+
+    Args:
+        outputs: the dense network's logits y.
+        labels: the classes; e is the unit vector of each.
+        share: of the labels, in [0, 1]; 0 keeps the dense network's predictions, 1 the labels alone.
+
+    Raises:
+        ValueError: a share outside [0, 1], labels that are not classes of the outputs.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share is {share}; it must be in [0, 1], how much the labels count against the outputs")
+    checks.require_labels(labels, outputs.shape)
+    return jnp.log((1 - share) * jax.nn.softmax(outputs) + share * jax.nn.one_hot(labels, outputs.shape[-1]))
+
+
+def repair(
+    network: Network,
+    state: gauss_newton.State,
+    free: Free,
+    inputs: Inputs,
+    targets: Targets,
+    *,
+    metric: str,
+    temperature: float | int = 1,
+    iterations: int = 5,
+    products: int = 15,
+    batch_size: int = 1024,
+    curvature_samples: int = 2500,
+) -> gauss_newton.State:
+    """What both repairs do once it is said what may move; goes on with the damping that steps before have found.
+
+    Args:
+        network: pure function ``(params, inputs) -> outputs``.
+        state: where to start.
+        free: each leaf of the params that may move, by its path, and which of its entries.
+        inputs: as for ``joint_biases``, like all arguments below.
+        targets: what the outputs should be.
+        metric: "euclidean" or "fisher".
+        temperature: of "fisher".
+        iterations: Gauss-Newton steps.
+        products: products with the curvature in a step.
+        batch_size: samples at a time.
+        curvature_samples: how many samples the curvature is of.
+    """
+    checks.require_inputs(inputs)
+    checks.require_targets(inputs, targets)
+    metrics.require(metric)
+    checks.require_above_zero(temperature, "temperature")
+    checks.require_above_zero(state.damping, "damping")
+    sizes = {"products": products, "batch_size": batch_size, "curvature_samples": curvature_samples}
+    for name, size in {"iterations": iterations, **sizes}.items():
+        checks.require_positive(size, name)
+    inputs = jnp.asarray(inputs)
+    expected = _as_outputs(targets, _outputs_shape(network, state.params, inputs), metric)
+    problem = Problem(network, metric, float(temperature), batches.blocks(inputs), **sizes)
+    return gauss_newton.take_steps(problem, state, free, inputs, expected, steps=int(iterations))
+
+
+def _outputs_shape(network: Network, params: Params, inputs: Array) -> tuple[int, ...]:
+    shape = jax.eval_shape(network, params, inputs)
+    checks.require_outputs(shape, inputs.shape[0])
+    return shape.shape
+
+
+def _as_outputs(targets: Targets, shape: tuple[int, ...], metric: str) -> Float[Array, "samples outputs"]:
+    """Targets as rows of outputs: as they are, or the logits of labels."""
+    if np.shape(targets) == shape:
+        return jnp.asarray(targets, jnp.promote_types(targets.dtype, jnp.float32))
+    if metric == "fisher" and np.ndim(targets) == 1:
+        checks.require_labels(targets, shape)
+        return jnp.log(jax.nn.one_hot(targets, shape[-1]))
+    labels = f", or labels of shape {shape[:1]}" if metric == "fisher" else ""
+    raise ValueError(f"targets of shape {np.shape(targets)} do not fit outputs of shape {shape}{labels}")

@@ -1,0 +1,264 @@
+"""Damped Gauss-Newton steps that bring a network's outputs back to their targets, moving only what may move.
+
+With the gap r of the outputs to their targets, the outputs' Jacobian J with respect to the parameters that may move,
+and the output metric M, one step solves
+
+    (Jᵀ M J + λ) δ = Jᵀ r
+
+by conjugate gradients, preconditioned by the diagonal, on ``jax.jvp`` and ``jax.vjp`` products, never a matrix, and
+goes along δ as far as the objective falls: the step is halved until it does, and not taken if it never does. So the
+objective never rises.
+
+The objective is the mean over the samples of ``½ Σ_k (y_k − t_k)²`` (metric "euclidean") or of the Kullback-Leibler
+divergence ``KL(softmax(t) || softmax(y))`` ("fisher"), whose second derivative at the outputs is the softmax Fisher M.
+The latter is of outputs and targets divided by a temperature: above 1 it sees more of what a classifier knows than its
+first choice (Hinton, Vinyals, Dean, arXiv:1503.02531). The objective and its gradient are of all samples, batch after
+batch; the curvature JᵀMJ is of a part of them, another one each step (Martens, "Deep learning via Hessian-free
+optimization", 2010).
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
+
+from ecjax import batches, metrics, networks
+from ecjax.networks import Inputs, Network, Params
+
+_HALVINGS = 12
+_DAMPINGS = 1e-6, 1e6
+_DRAWS = 8
+_TINY = 1e-30
+
+Free = Mapping[str, Bool[Array, "..."]]
+_Step = dict[str, Array]
+
+
+class State(NamedTuple):
+    """Where the steps stand.
+
+    Attributes:
+        params: moved so far.
+        damping: λ, as a multiple of the mean diagonal of JᵀMJ; adapted after every step.
+        objective: the mean objective of all samples at these params; infinite before the first step.
+        steps: how many were tried.
+    """
+
+    params: Params
+    damping: Float[Array, ""]
+    objective: Float[Array, ""]
+    steps: Int[Array, ""]
+
+
+class Problem(NamedTuple):
+    """What is minimised.
+
+    Attributes:
+        network: pure function ``(params, inputs) -> outputs``.
+        metric: "euclidean" or "fisher".
+        temperature: what the metric "fisher" divides outputs and targets by.
+        blocks: how the samples lie on devices, see ``batches``.
+        products: products with the curvature in a step, one for each iteration of conjugate gradients.
+        batch_size: samples at a time.
+        curvature_samples: how many samples the curvature is of.
+    """
+
+    network: Network
+    metric: str
+    temperature: float
+    blocks: int
+    products: int
+    batch_size: int
+    curvature_samples: int
+
+
+def start(params: Params, damping: float | Float[Array, ""]) -> State:
+    """The state before the first step."""
+    dtype = jnp.zeros(()).dtype
+    return State(params, jnp.asarray(damping, dtype), jnp.asarray(jnp.inf, dtype), jnp.int32(0))
+
+
+def objective(
+    problem: Problem, outputs: Float[Array, "samples outputs"], targets: Float[Array, "samples outputs"]
+) -> Float[Array, " samples"]:
+    """``½ Σ_k (y_k − t_k)²``, or ``KL(softmax(t / T) || softmax(y / T))``, of each sample."""
+    outputs = outputs.astype(targets.dtype)
+    if problem.metric == "euclidean":
+        return jnp.sum((outputs - targets) ** 2, -1) / 2
+    expected, found = (jax.nn.log_softmax(logits / problem.temperature) for logits in (targets, outputs))
+    # The logits of what is never expected, of another label, are minus infinity.
+    return jnp.sum(jnp.where(expected > -jnp.inf, jnp.exp(expected) * (expected - found), 0), -1)
+
+
+@functools.partial(jax.jit, static_argnames=("problem", "steps"))
+def take_steps(
+    problem: Problem, state: State, free: Free, inputs: Inputs, targets: Float[Array, "samples outputs"], steps: int
+) -> State:
+    """Takes several steps.
+
+    Args:
+        problem: what is minimised; compiled once for each.
+        state: where to start.
+        free: by its path, each leaf of the params that may move, and which of its entries.
+        inputs: samples along the first axis.
+        targets: one row for each sample; of the metric "fisher" the logits of the expected distribution.
+        steps: how many.
+    """
+
+    def one_step(state, _):
+        return _step(problem, state, free, inputs, targets), None
+
+    return lax.scan(one_step, state, length=steps)[0]
+
+
+def _step(problem: Problem, state: State, free: Free, inputs, targets) -> State:
+    here = networks.by_path(state.params)
+    at_rest = {path: jnp.zeros(leaf.shape, state.damping.dtype) for path, leaf in here.items() if path in free}
+
+    def moved(step: _Step) -> Params:
+        moves = {path: jnp.where(free[path], step[path], 0).astype(here[path].dtype) for path in free}
+        return networks.replace(state.params, {path: here[path] + move for path, move in moves.items()})
+
+    def value(step: _Step) -> Array:
+        return _mean_objective(problem, moved(step), inputs, targets)
+
+    before, gradient = _value_and_gradient(problem, moved, at_rest, inputs, targets)
+    seen = batches.every(inputs, problem.curvature_samples, state.steps, problem.blocks)
+    curvature, diagonal = _curvature(problem, moved, at_rest, seen, jax.random.key(state.steps))
+    damping = state.damping * _mean(diagonal, free)
+    scales = jax.tree.map(lambda d: d + damping + _TINY, diagonal)
+
+    def damped(step):
+        return jax.tree.map(lambda product, s: product + damping * s, curvature(step), step)
+
+    descent = jax.tree.map(jnp.negative, gradient)
+    direction, residual = _conjugate_gradients(damped, scales, descent, problem.products)
+    # ½δᵀAδ − bᵀδ with Aδ = b − residual: what the quadratic says the whole step gains.
+    predicted = -(_dot(direction, descent) + _dot(direction, residual)) / 2
+    length, after = _backtrack(lambda length: value(jax.tree.map(lambda d: length * d, direction)), before)
+    gained = _ratio(after - before, predicted)
+    return State(
+        params=moved(jax.tree.map(lambda d: length * d, direction)),
+        damping=_adapted(state.damping, length, gained),
+        objective=after.astype(state.objective.dtype),
+        steps=state.steps + 1,
+    )
+
+
+def _value_and_gradient(problem, moved: Callable, at_rest: _Step, inputs, targets):
+    samples = inputs.shape[0]
+
+    def add(total, index):
+        def of_batch(step):
+            (batch, expected), counted = batches.take((inputs, targets), index, problem.batch_size, problem.blocks)
+            values = objective(problem, problem.network(moved(step), batch), expected)
+            return jnp.where(counted, values, 0).sum()
+
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(of_batch)(at_rest)), None
+
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (jnp.zeros((), targets.dtype), at_rest))
+    number = batches.count(samples, problem.batch_size, problem.blocks)
+    total, _ = lax.scan(add, zero, jnp.arange(number))
+    return jax.tree.map(lambda leaf: leaf / samples, total)
+
+
+def _mean_objective(problem: Problem, params: Params, inputs, targets) -> Array:
+    samples = inputs.shape[0]
+
+    def add(total, index):
+        (batch, expected), counted = batches.take((inputs, targets), index, problem.batch_size, problem.blocks)
+        values = objective(problem, problem.network(params, batch), expected)
+        return total + jnp.where(counted, values, 0).sum(), None
+
+    number = batches.count(samples, problem.batch_size, problem.blocks)
+    return lax.scan(add, jnp.zeros((), targets.dtype), jnp.arange(number))[0] / samples
+
+
+def _curvature(
+    problem: Problem, moved: Callable, at_rest: _Step, inputs, key: PRNGKeyArray
+) -> tuple[Callable[[_Step], _Step], _Step]:
+    """The product ``v -> JᵀMJ v / samples``, for which the network is linearised once, and its diagonal.
+
+    The diagonal is estimated by random signs c, one for each sample and output: ``E[(JᵀRᵀc)²]`` (Bekas, Kokiopoulou,
+    Saad 2007). It only sets scales, so a few draws do, and any others would do as well.
+    """
+    temperature = problem.temperature if problem.metric == "fisher" else 1
+    outputs, push = jax.linearize(lambda step: problem.network(moved(step), inputs) / temperature, at_rest)
+    pull = jax.linear_transpose(push, at_rest)
+    apply = metrics.matrix(problem.metric, outputs)
+    factor = metrics.transposed_factor(problem.metric, outputs)
+
+    def product(step):
+        (pulled,) = pull(apply(push(step)))
+        return jax.tree.map(lambda leaf: leaf / inputs.shape[0], pulled)
+
+    def add_squares(total, key):
+        (pulled,) = pull(factor(jax.random.rademacher(key, outputs.shape, outputs.dtype)))
+        return jax.tree.map(lambda t, p: t + p**2 / (inputs.shape[0] * _DRAWS), total, pulled), None
+
+    diagonal, _ = lax.scan(add_squares, at_rest, jax.random.split(key, _DRAWS))
+    return product, diagonal
+
+
+def _conjugate_gradients(
+    product: Callable[[_Step], _Step], scales: _Step, right: _Step, iterations: int
+) -> tuple[_Step, _Step]:
+    """An approximate solution of ``product(x) = right`` from x = 0, preconditioned by scales, and its residual."""
+
+    def iterate(carry, _):
+        solution, residual, direction, squared = carry
+        image = product(direction)
+        length = _ratio(squared, _dot(direction, image))
+        solution = jax.tree.map(lambda x, d: x + length * d, solution, direction)
+        residual = jax.tree.map(lambda r, i: r - length * i, residual, image)
+        scaled = jax.tree.map(jnp.divide, residual, scales)
+        new = _dot(residual, scaled)
+        direction = jax.tree.map(lambda r, d: r + _ratio(new, squared) * d, scaled, direction)
+        return (solution, residual, direction, new), None
+
+    scaled = jax.tree.map(jnp.divide, right, scales)
+    start = jax.tree.map(jnp.zeros_like, right), right, scaled, _dot(right, scaled)
+    (solution, residual, *_), _ = lax.scan(iterate, start, length=iterations)
+    return solution, residual
+
+
+def _backtrack(value: Callable[[Array], Array], before: Array) -> tuple[Array, Array]:
+    """The first of the lengths 1, ½, ¼, … at which the value falls, or 0; and the value there."""
+
+    def higher(carry):
+        _, after, halvings = carry
+        return ~(after < before) & (halvings < _HALVINGS)
+
+    def halve(carry):
+        length, _, halvings = carry
+        return length / 2, value(length / 2), halvings + 1
+
+    whole = jnp.ones((), before.dtype)
+    length, after, _ = lax.while_loop(higher, halve, (whole, value(whole), 0))
+    return jnp.where(after < before, length, 0), jnp.where(after < before, after, before)
+
+
+def _adapted(damping: Array, length: Array, gained: Array) -> Array:
+    """Levenberg's and Marquardt's rule: trust the quadratic more when it was right, less when it was not."""
+    trusted = (length == 1) & (gained > 0.75)
+    doubted = (length < 1) | (gained < 0.25)
+    factor = jnp.where(trusted, 0.5, jnp.where(doubted, 3.0, 1.0)).astype(damping.dtype)
+    return jnp.clip(damping * factor, *_DAMPINGS)
+
+
+def _dot(first: _Step, second: _Step) -> Array:
+    return sum(jnp.vdot(leaf, second[path]) for path, leaf in first.items())
+
+
+def _mean(diagonal: _Step, free: Free) -> Array:
+    """The mean over all entries that may move."""
+    return _ratio(sum(leaf.sum() for leaf in diagonal.values()), sum(jnp.sum(leaf) for leaf in free.values()))
+
+
+def _ratio(numerator: Array, denominator: Array) -> Array:
+    """The quotient, and 0 where there is nothing to divide by."""
+    return jnp.where(denominator != 0, numerator / jnp.where(denominator != 0, denominator, 1), 0)

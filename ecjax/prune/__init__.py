@@ -1,0 +1,17 @@
+"""Decisions: scores in, masks and new params out; one shot or in stages."""
+
+from ecjax.prune.masks import SCOPES, Pruned, apply_masks, one_shot, smallest, sparsity
+from ecjax.prune.stages import REPAIRS, Criterion, Stage, staged
+
+__all__ = [
+    "REPAIRS",
+    "SCOPES",
+    "Criterion",
+    "Pruned",
+    "Stage",
+    "apply_masks",
+    "one_shot",
+    "smallest",
+    "sparsity",
+    "staged",
+]

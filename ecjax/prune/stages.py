@@ -1,0 +1,123 @@
+"""Pruning step by step, with a repair after each."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ecjax import checks, compensate, gauss_newton, metrics, networks, score
+from ecjax.checks import Sparsity
+from ecjax.networks import Inputs, Kernels, Network, Params, Targets
+from ecjax.prune.masks import Pruned, one_shot, require_scope
+from ecjax.score import Scores
+
+REPAIRS = (None, "biases", "survivors")
+Criterion = Callable[[Network, Params, Inputs], Scores]
+
+
+class Stage(NamedTuple):
+    """What a progress callback is told after each stage.
+
+    Attributes:
+        number: of the stage, from 1.
+        stages: how many there are.
+        sparsity: reached so far.
+        objective: what the repair has left of the mean distance to the targets; infinite without one.
+    """
+
+    number: int
+    stages: int
+    sparsity: float | Array
+    objective: Array
+
+
+def staged(
+    network: Network,
+    params: Params,
+    inputs: Inputs,
+    sparsity: Sparsity,
+    *,
+    stages: int = 10,
+    repair: str | None = "survivors",
+    metric: str = "euclidean",
+    criterion: Criterion | None = None,
+    targets: Targets | None = None,
+    scope: str = "network",
+    temperature: float | int | None = None,
+    damping: float | int = 0.01,
+    progress: Callable[[Stage], None] | None = None,
+    **options: float | int,
+) -> Pruned:
+    """Removes weights in stages, scores afresh before each and repairs after each.
+
+    After a fraction t of the stages the sparsity is ``s(t) = r (1 − (1 − t)³)``: large steps while weights are plenty,
+    small ones towards the end (Zhu, Gupta, arXiv:1710.01878). What was removed stays removed. Everything is compiled
+    once, for all stages and all sparsities.
+
+    Args:
+        network: pure function ``(params, inputs) -> outputs`` of shape (samples, K).
+        params: the dense network's.
+        inputs: calibration inputs, samples along the first axis; no labels are needed.
+        sparsity: r, the fraction of weights to remove in the end, in [0, 1].
+        stages: how many.
+        repair: "survivors" moves all parameters left, "biases" all biases together, None only adds the criterion's own
+            shifts.
+        metric: "euclidean" or, for the logits of a classifier, "fisher"; of the repair, and of the criterion if it is
+            not given.
+        criterion: ``(network, params, inputs) -> Scores``; elimination-compensation if None. For instance
+            ``functools.partial(score.optimal_brain_damage, metric="fisher")``.
+        targets: what the repair aims at: the outputs of the dense network if None, or see ``compensate.joint_biases``.
+        scope: where weights compete, as in ``one_shot``.
+        temperature: of the repair in the metric "fisher". None for 4 with "survivors", which can keep more than a first
+            choice, and 1 with "biases", which can't.
+        damping: of the repair, at the start; each stage goes on with what the one before has adapted it to.
+        progress: called after each stage.
+        **options: of the repair, as ``iterations``, ``products`` or ``batch_size``: see ``compensate.survivors``.
+
+    Raises:
+        ValueError: bad input, as ``one_shot``, the criterion and the repair say; an unknown repair.
+    """
+    checks.require_sparsity(sparsity)
+    checks.require_inputs(inputs)
+    checks.require_positive(stages, "stages")
+    require_scope(scope)
+    if repair not in REPAIRS:
+        raise ValueError(f"repair is {repair!r}; it must be one of {', '.join(map(repr, REPAIRS))}")
+    metrics.require(metric)
+    if options and not repair:
+        raise ValueError(f"without a repair there is nothing to give {', '.join(options)} to")
+    if criterion is None:
+        criterion = functools.partial(score.elimination_compensation, metric=metric)
+    if targets is None and repair:
+        targets = outputs(network, params, inputs)
+    if temperature is None:
+        temperature = 4 if repair == "survivors" else 1
+    masks = jax.tree.map(lambda kernel: jnp.ones(kernel.shape, bool), networks.kernels(params))
+    state = gauss_newton.start(params, damping)
+    options |= {"metric": metric, "temperature": temperature}
+    for number in range(1, stages + 1):
+        reached = sparsity * (1 - (1 - number / stages) ** 3)
+        scores = criterion(network, state.params, inputs)
+        pruned, masks = one_shot(state.params, _removed_first(scores, masks), reached, scope=scope)
+        state = state._replace(params=pruned)
+        if repair:
+            free = compensate.every_bias(pruned) if repair == "biases" else compensate.every_survivor(pruned, masks)
+            state = compensate.repair(network, state, free, inputs, targets, **options)
+        if progress is not None:
+            progress(Stage(number, stages, reached, state.objective))
+    return Pruned(state.params, masks)
+
+
+@functools.partial(jax.jit, static_argnames="network")
+def outputs(network: Network, params: Params, inputs: Inputs) -> Array:
+    """What the network answers: the targets of a repair without labels."""
+    return network(params, inputs)
+
+
+def _removed_first(scores: Scores, masks: Kernels) -> Scores:
+    """Ranks what is already removed below everything else, also below survivors of importance 0."""
+    importance = jax.tree.map(lambda value, mask: jnp.where(mask, value, -1), scores.importance, masks)
+    return scores._replace(importance=importance)

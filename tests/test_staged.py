@@ -1,0 +1,148 @@
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ecjax import compensate, networks, prune, score, surgeon, train
+from experiments.datasets import digits
+from tests import examples
+
+_MLP = networks.MLP((30, 10), nn.relu)
+NETWORK = networks.pure(_MLP)
+DATA = digits.load()
+INPUTS = jnp.asarray(DATA.train_inputs)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    params = _MLP.init(jax.random.key(0), INPUTS[:1])["params"]
+    loss = optax.softmax_cross_entropy_with_integer_labels
+    options = {"optimizer": optax.adam(2e-3), "key": jax.random.key(1), "epochs": 30}
+    return train.fit(NETWORK, params, INPUTS, jnp.asarray(DATA.train_targets), loss, **options).params
+
+
+def accuracy(params):
+    return float((NETWORK(params, DATA.test_inputs).argmax(-1) == DATA.test_targets).mean())
+
+
+def removed(masks):
+    return sum(int((~mask).sum()) for mask in jax.tree.leaves(masks))
+
+
+def test_each_freedom_to_repair_keeps_more(trained):
+    scores = score.elimination_compensation(NETWORK, trained, INPUTS, metric="fisher")
+    one_shot = prune.one_shot(trained, scores, 0.93)
+    staged = {
+        repair: prune.staged(NETWORK, trained, INPUTS, 0.93, repair=repair, metric="fisher") for repair in prune.REPAIRS
+    }
+    kept = {repair: accuracy(pruned.params) for repair, pruned in staged.items()}
+    assert accuracy(one_shot.params) < kept["biases"] - 0.05
+    assert kept[None] < kept["biases"] < kept["survivors"]
+    assert kept["survivors"] > accuracy(trained) - 0.03
+
+
+def test_masks_are_exact_and_what_is_removed_stays_removed(trained):
+    stages = []
+    pruned = prune.staged(NETWORK, trained, INPUTS[:200], 0.9, stages=4, metric="fisher", progress=stages.append)
+    assert removed(pruned.masks) == round(0.9 * (64 * 30 + 300))
+    assert [stage.number for stage in stages] == [1, 2, 3, 4]
+    np.testing.assert_allclose(
+        [stage.sparsity for stage in stages], [0.9 * (1 - (1 - t / 4) ** 3) for t in (1, 2, 3, 4)]
+    )
+    assert stages[-1].objective > stages[0].objective > 0
+    for path, mask in networks.by_path(pruned.masks).items():
+        np.testing.assert_array_equal(np.asarray(networks.by_path(pruned.params)[path])[~np.asarray(mask)], 0)
+    earlier = prune.staged(NETWORK, trained, INPUTS[:200], 0.9 * (1 - 0.75**3), stages=1, metric="fisher")
+    both = zip(jax.tree.leaves(earlier.masks), jax.tree.leaves(pruned.masks), strict=True)
+    assert not any((~np.asarray(first) & np.asarray(last)).any() for first, last in both)
+
+
+def test_weights_of_no_importance_do_not_bring_removed_ones_back():
+    """A constant input makes importances of exactly 0, the same as those of removed weights."""
+    example = examples.mlp()
+    inputs = example.inputs.at[:, 2:].set(1.0)
+    masks = []
+    for sparsity in (0.3, 0.6):
+        options = {"stages": 2, "repair": None, "scope": "layer"}
+        pruned = prune.staged(example.network, example.params, inputs, sparsity, **options)
+        masks.append(pruned.masks)
+        for mask in jax.tree.leaves(pruned.masks):
+            assert int((~mask).sum()) == round(sparsity * mask.size)
+
+
+@pytest.mark.parametrize("repair", prune.REPAIRS)
+def test_compiled_once_for_all_stages_and_sparsities(trained, compilations, repair):
+    def run(sparsity, stages):
+        return prune.staged(NETWORK, trained, INPUTS[:100], sparsity, stages=stages, repair=repair)
+
+    run(0.5, 2)
+    before = compilations()
+    run(0.9, 5)
+    assert compilations() == before
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        lambda network, params, inputs: score.magnitude(params),
+        functools.partial(score.optimal_brain_damage, metric="fisher"),
+    ],
+)
+def test_any_criterion(trained, criterion):
+    pruned = prune.staged(NETWORK, trained, INPUTS, 0.8, stages=4, metric="fisher", criterion=criterion)
+    assert removed(pruned.masks) == round(0.8 * 2220)
+    assert accuracy(pruned.params) > accuracy(trained) - 0.05
+
+
+def test_survivors_of_any_other_masks(trained):
+    """Random 2:4 masks, and those of the combinatorial brain surgeon."""
+    generator = np.random.default_rng(0)
+
+    def two_of_four(kernel):
+        ranks = generator.random((kernel.shape[0] // 4 + 1, 4, kernel.shape[1])).argsort(1)
+        return jnp.asarray((ranks < 2).reshape(-1, kernel.shape[1])[: kernel.shape[0]])
+
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+    labels = jnp.asarray(DATA.train_targets[:100])
+    gradients = surgeon.loss_gradients(NETWORK, trained, INPUTS[:100], labels, cross_entropy)
+    options = {"damping": 1e-2, "start": "magnitude", "key": jax.random.key(0)}
+    targets = NETWORK(trained, INPUTS)
+    for masks in (
+        jax.tree.map(two_of_four, networks.kernels(trained)),
+        surgeon.combinatorial_selection(trained, gradients, 0.9, **options),
+    ):
+        before = accuracy(prune.apply_masks(trained, masks))
+        after = accuracy(compensate.survivors(NETWORK, trained, masks, INPUTS, targets, metric="fisher"))
+        assert before < accuracy(trained) - 0.1 < after
+
+
+def test_labels_instead_of_outputs(trained):
+    labels = jnp.asarray(DATA.train_targets)
+    spoilt = jax.tree.map(lambda leaf: 0.3 * leaf, trained)
+    spoilt = spoilt | {"Dense_1": jax.tree.map(lambda leaf: leaf[..., ::-1], spoilt["Dense_1"])}
+    options = {"metric": "fisher", "stages": 4, "temperature": 1}
+    assert accuracy(prune.staged(NETWORK, spoilt, INPUTS, 0.5, **options).params) < 0.3
+    assert accuracy(prune.staged(NETWORK, spoilt, INPUTS, 0.5, targets=labels, **options).params) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sparsity": 1.5}, "sparsity is 1.5"),
+        ({"repair": "weights"}, "repair is 'weights'; it must be one of None, 'biases', 'survivors'"),
+        ({"stages": 0}, "stages is 0; it must be a whole number of at least 1"),
+        ({"metric": "hinge"}, "metric is 'hinge'"),
+        ({"scope": "filter"}, "scope is 'filter'"),
+        ({"inputs": np.zeros((0, 64), np.float32)}, "hold no samples"),
+        ({"repair": None, "iterations": 3}, "without a repair there is nothing to give iterations to"),
+        ({"iterations": -1}, "iterations is -1"),
+    ],
+)
+def test_what_is_refused(trained, change, message):
+    arguments = {"inputs": INPUTS[:50], "sparsity": 0.5} | change
+    with pytest.raises(ValueError, match=message):
+        prune.staged(NETWORK, trained, **arguments)
