@@ -5,6 +5,6 @@
 the README for the formulas.
 """
 
-from ecjax import compensate, networks, prune, score, surgeon, train
+from ecjax import compact, compensate, networks, prune, score, surgeon, train
 
-__all__ = ["compensate", "networks", "prune", "score", "surgeon", "train"]
+__all__ = ["compact", "compensate", "networks", "prune", "score", "surgeon", "train"]

@@ -6,11 +6,12 @@ every device works on its own part of every batch and no inputs travel.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Int, PyTree, Shaped
 
 
-def blocks(inputs: Shaped[Array, "samples *features"]) -> int:
+def blocks(inputs: Shaped[Array | np.ndarray, "samples *features"]) -> int:
     """How many equal blocks of samples the devices hold; 1 for an array on one device, or while tracing."""
     if isinstance(inputs, jax.core.Tracer) or not isinstance(inputs, Array):
         return 1

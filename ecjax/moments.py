@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, PRNGKeyArray
 
-from ecjax import capture, checks, metrics, networks
+from ecjax import batches, capture, checks, metrics, networks
 from ecjax.networks import Inputs, Network, Params
 
 # Backward passes per loop iteration: enough to fuse their sums, few enough to compile fast when K is 1,000.
@@ -38,18 +38,39 @@ class LayerMoments(NamedTuple):
     scatter: Float[Array, "in out"]
 
 
+class InputMoments(NamedTuple):
+    """Moments of one dense layer's inputs ``a``, weighted by ``T_j = Σ_k (∂y_k/∂a_j)²`` through this layer.
+
+    Attributes:
+        sensitivity: ``Σ_n T_nj``, summed over samples.
+        mean: ``Σ_n T_nj a_nj / Σ_n T_nj``; 0 where the sensitivity is 0.
+        scatter: ``Σ_n T_nj (a_nj − mean_j)²``.
+    """
+
+    sensitivity: Float[Array, " in"]
+    mean: Float[Array, " in"]
+    scatter: Float[Array, " in"]
+
+
 class Moments(NamedTuple):
     """The moments of every dense layer, by its kernel's path, and how many samples they are of."""
 
     samples: Float[Array, ""]
-    layers: dict[str, LayerMoments]
+    layers: dict[str, LayerMoments] | dict[str, InputMoments]
 
 
-def empty(params: Params) -> Moments:
-    """The moments of no samples: what merging starts from. At least float32, whatever the params are."""
+def empty(params: Params, *, of_weights: bool = True) -> Moments:
+    """The moments of no samples: what merging starts from. At least float32, whatever the params are.
+
+    Args:
+        params: of the network.
+        of_weights: for each weight (``LayerMoments``), or for each input of a layer (``InputMoments``).
+    """
 
     def zeros(kernel):
         dtype = capture.tap_dtype(kernel)
+        if not of_weights:
+            return InputMoments(*(jnp.zeros(kernel.shape[:1], dtype) for _ in InputMoments._fields))
         return LayerMoments(
             sensitivity=jnp.zeros(kernel.shape[-1:], dtype),
             mean=jnp.zeros(kernel.shape, dtype),
@@ -70,11 +91,11 @@ def merge(first: Moments, second: Moments) -> Moments:
     return Moments(first.samples + second.samples, layers)
 
 
-def _merge_layer(first: LayerMoments, second: LayerMoments) -> LayerMoments:
+def _merge_layer(first: LayerMoments | InputMoments, second) -> LayerMoments | InputMoments:
     total = first.sensitivity + second.sensitivity
     share = _divide(second.sensitivity, total)
     gap = second.mean - first.mean
-    return LayerMoments(
+    return type(first)(
         sensitivity=total,
         mean=first.mean + gap * share,
         scatter=first.scatter + second.scatter + gap**2 * (first.sensitivity * share),
@@ -91,6 +112,7 @@ def of_batch(
     probes: int | None,
     key: PRNGKeyArray | None,
     biased: bool,
+    of_weights: bool = True,
 ) -> Moments:
     """The moments of one batch.
 
@@ -103,19 +125,25 @@ def of_batch(
         probes: number of random combinations of the metric's rows, or None for all K rows.
         key: for the probes.
         biased: whether every kernel must have an adjacent bias.
+        of_weights: for each weight, or for each input of a layer.
     """
     outputs, backward, layer_inputs = jax.vjp(
         lambda taps: capture.tapped(network, params, inputs, taps, biased=biased),
         capture.zero_taps(params, inputs.shape[0]),
         has_aux=True,
     )
-    sensitivities = _sensitivities(outputs, backward, metric=metric, probes=probes, key=key)
-    layers = {path: _layer_moments(layer_inputs[path], s, counted) for path, s in sensitivities.items()}
+    kernels = None if of_weights else networks.by_path(networks.kernels(params))
+    sensitivities = _sensitivities(outputs, backward, kernels, metric=metric, probes=probes, key=key)
+    of_layer = _layer_moments if of_weights else _input_moments
+    layers = {path: of_layer(layer_inputs[path], s, counted) for path, s in sensitivities.items()}
     return Moments(counted.sum(dtype=jnp.zeros(()).dtype), layers)
 
 
-def _sensitivities(outputs, backward, *, metric, probes, key) -> dict[str, Float[Array, "samples out"]]:
-    """``S_ni = Σ_k g_nki²`` of every layer, one backward pass a row of the metric, or a probe."""
+def _sensitivities(outputs, backward, kernels, *, metric, probes, key) -> dict[str, Float[Array, "samples _"]]:
+    """``S_ni = Σ_k g_nki²`` of every layer, one backward pass a row of the metric, or a probe.
+
+    With kernels, ``T_nj = Σ_k (Σ_i g_nki W_ji)²`` instead: the sensitivity to the layer's inputs.
+    """
     count = outputs.shape[-1]
     combine = metrics.transposed_factor(metric, outputs)
 
@@ -125,13 +153,20 @@ def _sensitivities(outputs, backward, *, metric, probes, key) -> dict[str, Float
     def probe(index):
         return jax.random.rademacher(jax.random.fold_in(key, index), outputs.shape, outputs.dtype)
 
+    def slopes(cotangents):
+        (gradients,) = backward(cotangents)
+        if kernels is None:
+            return gradients
+        highest = lax.Precision.HIGHEST
+        return {path: jnp.matmul(g, kernels[path].T, precision=highest) for path, g in gradients.items()}
+
     def add_squares(total, index):
         coefficients = row(index) if probes is None else probe(index)
-        (gradients,) = backward(combine(coefficients))
+        gradients = slopes(combine(coefficients))
         return jax.tree.map(lambda s, g: s + g**2, total, gradients), None
 
     passes = count if probes is None else probes
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(backward, outputs)[0])
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(slopes, outputs))
     total, _ = lax.scan(add_squares, zeros, jnp.arange(passes), unroll=min(passes, _UNROLLED_ROWS) or 1)
     return total if probes is None else jax.tree.map(lambda s: s / probes, total)
 
@@ -157,6 +192,18 @@ def _layer_moments(layer_inputs: Array, sensitivities: Array, counted: Array) ->
     )
 
 
+def _input_moments(layer_inputs: Array, sensitivities: Array, counted: Array) -> InputMoments:
+    """The same of one layer's inputs alone: each with its own sensitivity, entry by entry."""
+    weights = jnp.where(counted[:, None], sensitivities, 0)
+    raw = layer_inputs.astype(weights.dtype)
+    total = weights.sum(0)
+    centre = raw.mean(0)
+    mean = centre + _divide(((raw - centre) * weights).sum(0), total)
+    return InputMoments(
+        sensitivity=total, mean=jnp.where(total > 0, mean, 0), scatter=((raw - mean) ** 2 * weights).sum(0)
+    )
+
+
 def _divide(numerator: Array, denominator: Array) -> Array:
     """The quotient, and 0 where the denominator is 0."""
     return jnp.where(denominator > 0, numerator / jnp.where(denominator > 0, denominator, 1), 0)
@@ -172,6 +219,7 @@ def of_inputs(
     key: PRNGKeyArray | None = None,
     batch_size: int = 1024,
     biased: bool = True,
+    of_weights: bool = True,
 ) -> Moments:
     """The moments of all samples, batch after batch inside one compiled call.
 
@@ -185,6 +233,7 @@ def of_inputs(
         key: random key, needed with ``probes``.
         batch_size: samples at a time; it bounds the memory.
         biased: whether every kernel must have an adjacent bias.
+        of_weights: for each weight (``LayerMoments``), or for each input of a layer (``InputMoments``).
 
     Raises:
         ValueError: no inputs, inputs that hold NaN or infinity, an unknown metric, probes without a key, or a network
@@ -197,22 +246,22 @@ def of_inputs(
         checks.require_positive(probes, "probes")
         if key is None:
             raise ValueError(f"probes={probes} draws random signs: give it a key, such as jax.random.key(0)")
-    return _scan(network, params, inputs, key, metric=metric, probes=probes, batch_size=int(batch_size), biased=biased)
+    options = {"metric": metric, "probes": probes, "biased": biased, "of_weights": of_weights}
+    sizes = {"batch_size": int(batch_size), "blocks": batches.blocks(inputs)}
+    return _scan(network, params, inputs, key, **options, **sizes)
 
 
-@functools.partial(jax.jit, static_argnames=("network", "metric", "probes", "batch_size", "biased"))
-def _scan(network, params, inputs, key, *, metric, probes, batch_size, biased) -> Moments:
-    samples = inputs.shape[0]
-    size = min(batch_size, samples)
+@functools.partial(
+    jax.jit, static_argnames=("network", "metric", "probes", "batch_size", "blocks", "biased", "of_weights")
+)
+def _scan(network, params, inputs, key, *, batch_size, blocks, **options) -> Moments:
     key = jax.random.key(0) if key is None else key  # without probes nothing is drawn
 
     def add(total, index):
-        # The last batch reaches back to be as long as the others; what was counted before weighs nothing.
-        start = jnp.minimum(index * size, samples - size)
-        counted = start + jnp.arange(size) >= index * size
-        batch = lax.dynamic_slice_in_dim(inputs, start, size)
-        options = {"metric": metric, "probes": probes, "key": jax.random.fold_in(key, index), "biased": biased}
-        return merge(total, of_batch(network, params, batch, counted, **options)), None
+        batch, counted = batches.take(inputs, index, batch_size, blocks)
+        drawn = jax.random.fold_in(key, index)
+        return merge(total, of_batch(network, params, batch, counted, key=drawn, **options)), None
 
-    total, _ = lax.scan(add, empty(params), jnp.arange(-(-samples // size)))
+    nothing = empty(params, of_weights=options["of_weights"])
+    total, _ = lax.scan(add, nothing, jnp.arange(batches.count(inputs.shape[0], batch_size, blocks)))
     return total

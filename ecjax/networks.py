@@ -5,14 +5,18 @@ what gets pruned; its sibling leaf ``bias`` is what makes up for the loss. *Kern
 with the ``kernel`` leaves alone: importances, bias shifts and masks are Kernels.
 """
 
+import itertools
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Num, PyTree, Shaped
+from jaxtyping import Num, PRNGKeyArray, PyTree, Shaped
 
 Params = PyTree
 Kernels = PyTree
@@ -43,8 +47,16 @@ class MLP(nn.Module):
         """The outputs, of shape (samples, features[-1])."""
         hidden = inputs
         for width in self.features[:-1]:
-            hidden = self.activation(nn.Dense(width, self.use_bias, self.dtype)(hidden))
-        return nn.Dense(self.features[-1], self.use_bias, self.dtype)(hidden)
+            hidden = self.activation(self._dense(width)(hidden))
+        return self._dense(self.features[-1])(hidden)
+
+    def _dense(self, width: int) -> nn.Dense:
+        return nn.Dense(width, self.use_bias, self.dtype, kernel_init=_initial_kernel)
+
+
+def _initial_kernel(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Flax's own initialisation, which fails on layers without neurons: what ``compact`` leaves when all are pruned."""
+    return nn.initializers.lecun_normal()(key, shape, dtype) if math.prod(shape) else jnp.zeros(shape, dtype)
 
 
 def pure(module: nn.Module) -> Network:
@@ -74,6 +86,28 @@ def kernels(params: Params) -> Kernels:
 def _kernels_or_leaf(name: str, child: PyTree) -> PyTree:
     is_kernel_leaf = name == "kernel" and jax.tree_util.all_leaves([child])
     return child if is_kernel_leaf else kernels(child)
+
+
+def layers(params: Params) -> list[str]:
+    """The paths of an MLP's kernels, from the inputs to the outputs.
+
+    Raises:
+        ValueError: params that are no chain of layers: a kernel whose inputs are not the neurons of the one before.
+    """
+    leaves = by_path(kernels(params))
+    paths = sorted(leaves, key=by_number)
+    for first, second in itertools.pairwise(paths):
+        if leaves[first].ndim != 2 or leaves[first].shape[-1] != leaves[second].shape[0]:
+            shapes = {path: leaves[path].shape for path in paths}
+            raise ValueError(f"these are not the params of an MLP, each layer reading the one before: {shapes}")
+    if not paths or leaves[paths[-1]].ndim != 2:
+        raise ValueError(f"these are not the params of an MLP: their kernels are {', '.join(paths) or 'none'}")
+    return paths
+
+
+def by_number(path: str) -> list:
+    """Sorts Dense_10 after Dense_9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
 
 
 def by_path(tree: PyTree) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import tyro
 
 from ecjax import networks, prune, score, surgeon
 from ecjax.networks import Params
-from experiments import report, sweep
+from experiments import report, saved, sweep
 from experiments.datasets import Dataset, choose, diffusion_sorption
 
 SECONDS = report.Measure("seconds", ".1f")
@@ -45,7 +45,7 @@ class Config:
     """Folder with the four idx files of MNIST, gzipped or not. Default: $ECJAX_DATA_DIR, else they are downloaded."""
     seeds: int = 3
     """How many networks to train, prune and average over."""
-    sparsities: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
+    sparsities: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98, 0.995)
     """Fractions of the weights to remove from the classifiers."""
     surrogate_sparsities: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95, 0.98)
     """Fractions of the weights to remove from the surrogate."""
@@ -59,6 +59,8 @@ class Config:
     """One seed, three sparsities and 2,000 calibration inputs."""
     output: Path | None = None
     """Folder for the results. Default: results/frontier and the name of the data."""
+    save: Path | None = None
+    """Folder for each pruned network, as one small file, and report.csv with its size and speed. Takes minutes more."""
 
 
 class Problem(NamedTuple):
@@ -73,6 +75,8 @@ class Problem(NamedTuple):
         calibration: how many training samples the methods see.
         gradients: how many per-sample gradients the combinatorial brain surgeon sees.
         options: of the staged methods.
+        activation: its name.
+        few: how many of the calibration inputs are enough for what moves no weights.
     """
 
     name: str
@@ -83,6 +87,8 @@ class Problem(NamedTuple):
     calibration: int
     gradients: int
     options: dict[str, int]
+    activation: str = "relu"
+    few: int | None = None
 
 
 class Given(NamedTuple):
@@ -134,7 +140,8 @@ def _staged(given: Given, sparsity: float, repair: str | None) -> prune.Pruned:
     if repair == "biases":
         options = options | {"temperature": 1}  # few parameters: the first choice is what they can save
     network, metric = given.problem.task.network, given.problem.metric
-    return prune.staged(network, given.params, given.inputs, sparsity, repair=repair, metric=metric, **options)
+    inputs = given.inputs if repair == "survivors" else given.inputs[: given.problem.few]
+    return prune.staged(network, given.params, inputs, sparsity, repair=repair, metric=metric, **options)
 
 
 def _with_labels(given: Given, sparsity: float) -> prune.Pruned:
@@ -178,29 +185,38 @@ def main(config: Config) -> None:
             problem = PROBLEMS[chosen](config, data)
             bar.update(step, total=config.seeds * len(METHODS) * len(problem.sparsities))
             found = []
-            for row in _measured(problem):
+            kept = saved.Folder(config.save / problem.name, problem.activation) if config.save else None
+            for row in _measured(problem, kept):
                 found.append(row)
+                written = [*rows, _frame(found, problem)]
+                pd.concat(written).to_csv(folder / "results.csv", index=False)  # at once: long runs may be cut off
                 bar.update(step, description=f"{problem.name}: {row.method}, {row.sparsity:g}")
                 if row.method != sweep.DENSE:
                     bar.advance(step)
-            frame = report.to_frame(found, problem.task.data.name)
-            frame.insert(1, "layers", problem.name)
+            frame = _frame(found, problem)
             rows.append(frame)
             shown = _measures(problem)
             title = f"{problem.task.data.name}, MLP {problem.name}, {config.seeds} seeds, no fine-tuning"
             tables.append(report.table(frame, shown | {"seconds": SECONDS}, title))
+            if kept:
+                tables.append(kept.finish())
             column = next(iter(shown))
             panels.append(
                 report.Panel(f"{problem.task.data.name}, {problem.name}", frame, sweep.PRUNED, column, shown[column])
             )
 
-    pd.concat(rows).to_csv(folder / "results.csv", index=False)
     report.save_config(folder, config, data=name, output=folder)
     report.figure([panels], "", ACCURACY, f"pruned without fine-tuning, {config.seeds} seeds", folder / "frontier.png")
     console = report.console()
     for table in tables:
         console.print(table)
     console.print(f"results.csv, config.json and frontier.png are in {folder}/")
+
+
+def _frame(rows: list[sweep.Row], problem: Problem) -> pd.DataFrame:
+    frame = report.to_frame(rows, problem.task.data.name)
+    frame.insert(1, "layers", problem.name)
+    return frame
 
 
 def _large(config: Config, data: Dataset) -> Problem:
@@ -214,8 +230,8 @@ def _modest(config: Config, data: Dataset) -> Problem:
     """784-40-20-10, trained by plain SGD to about 94 %."""
     epochs = 5 if data.name == "MNIST" else 100
     problem = _classifier((40, 20), optax.sgd(0.05), epochs, config, data)
-    options = {"stages": 2 * config.stages, "products": 30, "curvature_samples": config.calibration, "temperature": 2}
-    return problem._replace(calibration=6 * config.calibration, options=options)
+    options = {"stages": 2 * config.stages, "products": 20, "curvature_samples": config.calibration, "temperature": 2}
+    return problem._replace(calibration=6 * config.calibration, few=config.calibration, options=options)
 
 
 def _classifier(widths: tuple[int, ...], optimizer, epochs: int, config: Config, data: Dataset) -> Problem:
@@ -236,9 +252,8 @@ def _surrogate(config: Config, _data: Dataset | None) -> Problem:
     optimizer = sweep.decaying_adam(task, 5e-3, config.surrogate_epochs)
     params = _train(task, mlp, optimizer, config.surrogate_epochs, config)
     options = {"stages": 2 * config.stages, "products": 30}
-    return Problem(
-        "2-64-64-64-1", task, params, "euclidean", config.surrogate_sparsities, config.calibration, 2000, options
-    )
+    sizes = config.surrogate_sparsities, config.calibration, 2000
+    return Problem("2-64-64-64-1", task, params, "euclidean", *sizes, options, "tanh")
 
 
 def _relative_error(outputs, targets):
@@ -267,7 +282,7 @@ def _measures(problem: Problem) -> dict[str, report.Measure]:
     return {"test_error": ERROR, "test_loss": ERROR._replace(words="mean squared error")}
 
 
-def _measured(problem: Problem) -> Iterator[sweep.Row]:
+def _measured(problem: Problem, kept: saved.Folder | None) -> Iterator[sweep.Row]:
     """A row for the dense networks, then for each seed, method and sparsity, with the seconds it took."""
     yield from sweep.measure(problem.task, problem.params, sweep.DENSE, 0.0, sweep.TRAINED)
     inputs = jnp.asarray(problem.task.data.train_inputs[: problem.calibration])
@@ -283,6 +298,8 @@ def _measured(problem: Problem) -> Iterator[sweep.Row]:
                 pruned = jax.block_until_ready(method(given, sparsity))
                 seconds = time.perf_counter() - start
                 stacked = jax.tree.map(lambda leaf: leaf[None], pruned.params)
+                if kept:
+                    kept.add(name, sparsity, stacked, first_seed=seed)
                 for row in sweep.measure(problem.task, stacked, name, sparsity, sweep.PRUNED):
                     yield row._replace(seed=seed, measures=row.measures | {"seconds": seconds})
 

@@ -16,7 +16,7 @@ import tyro
 from jax import Array
 
 from ecjax import networks
-from experiments import report, sweep
+from experiments import report, saved, sweep
 from experiments.datasets import choose
 from experiments.methods import METHODS, MethodName
 
@@ -60,6 +60,8 @@ class Config:
     """How many of these nonlinear-ec sees: its cost is weights times samples."""
     output: Path | None = None
     """Folder for the results. Default: results/ and the name of the data."""
+    save: Path | None = None
+    """Folder for each pruned network, as one small file, and report.csv with its size and speed. Takes minutes more."""
 
 
 def main(config: Config) -> None:
@@ -82,6 +84,7 @@ def main(config: Config) -> None:
         batch_size=config.batch_size,
     )
 
+    kept = saved.Folder(config.save, config.activation) if config.save else None
     tuned = len(config.methods) * len(config.sparsities) * config.fine_tuning_epochs
     with report.progress() as bar:
         step = bar.add_task("training", total=config.epochs + tuned)
@@ -105,6 +108,7 @@ def main(config: Config) -> None:
             optimizer=sweep.decaying_adam(task, config.learning_rate, config.fine_tuning_epochs),
             epochs=config.fine_tuning_epochs,
             advance=lambda epochs: bar.advance(step, epochs),
+            keep=kept.add if kept else None,
         ):
             rows.append(row)
             bar.update(step, description=f"{report.label(row.method)}, {row.sparsity:g}")
@@ -121,6 +125,8 @@ def main(config: Config) -> None:
     console = report.console()
     console.print(report.table(frame, report.CLASSIFIER_MEASURES, title))
     console.print(f"results.csv, config.json, loss.png and accuracy.png are in {folder}/")
+    if kept:
+        console.print(kept.finish())
 
 
 def _with_epochs(config: Config, data: str) -> Config:

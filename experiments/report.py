@@ -38,13 +38,14 @@ _STYLES = {SMALL: ("black", "*")} | dict(zip(METHODS, _PALETTE, strict=False))
 
 
 class Measure(NamedTuple):
-    """How a column is shown: its words, its number format, a factor, a logarithmic axis, and where the axis ends."""
+    """How a column is shown: words, number format, a factor, a logarithmic axis or not, its lower end and its label."""
 
     words: str
     number: str
     factor: float = 1.0
     logarithmic: bool = False
     lowest: float | None = None
+    axis: str = "sparsity (fraction of weights removed)"
 
 
 CLASSIFIER_MEASURES = {
@@ -199,7 +200,7 @@ def _draw(axis, panel: Panel, column: str, measure: Measure) -> None:
         axis.yaxis.set_minor_formatter(NullFormatter())
     if measure.lowest is not None:
         axis.set_ylim(bottom=max(measure.lowest, axis.get_ylim()[0]))
-    axis.set_xlabel("sparsity (fraction of weights removed)")
+    axis.set_xlabel(measure.axis)
     axis.set_ylabel(f"test {measure.words}")
     axis.grid(which="both", alpha=0.2)
 

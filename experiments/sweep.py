@@ -105,6 +105,7 @@ def run(
     optimizer: optax.GradientTransformation,
     epochs: int,
     advance: Callable[[int], None],
+    keep: Callable[[str, float, Params], None] | None = None,
 ) -> Iterator[Row]:
     """Prunes trained networks by each method to each sparsity, and fine-tunes them.
 
@@ -119,6 +120,7 @@ def run(
         optimizer: for fine-tuning.
         epochs: of fine-tuning; 0 leaves that phase out.
         advance: called with the number of epochs done since the last call.
+        keep: called with each method, sparsity and the params in the end, of every seed, stacked.
 
     Yields:
         A row for the dense network of each seed, then for each method, sparsity, phase and seed.
@@ -136,9 +138,12 @@ def run(
         for sparsity in sparsities:
             pruned = prune_seeds(params, scores, jnp.float32(sparsity))
             yield from measure(task, pruned.params, method, sparsity, PRUNED)
+            final = pruned.params
             if epochs:
-                tuned = fine_tune(task, pruned, optimizer=optimizer, epochs=epochs, advance=advance)
-                yield from measure(task, tuned, method, sparsity, FINE_TUNED)
+                final = fine_tune(task, pruned, optimizer=optimizer, epochs=epochs, advance=advance)
+                yield from measure(task, final, method, sparsity, FINE_TUNED)
+            if keep is not None:
+                keep(method, sparsity, final)
 
 
 def fine_tune(

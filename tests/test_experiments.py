@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments import benchmark, brain_surgeon, frontier, mnist, report
+from ecjax import compact, networks
+from experiments import benchmark, brain_surgeon, frontier, mnist, neurons, report
 from experiments.datasets import digits
 from experiments.methods import METHODS
 from experiments.sweep import DENSE, FINE_TUNED, PRUNED, TRAINED
@@ -20,7 +21,8 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results") / "nested"
     arguments = "--data digits --widths 20 --seeds 2 --epochs 40 --learning-rate 3e-3 --calibration 300"
     methods = ["--methods", *METHODS, "--sparsities", "0.3", "0.8", "--fine-tuning-epochs", "2"]
-    command = [sys.executable, "-m", "experiments.mnist", *arguments.split(), *methods, "--output", str(folder)]
+    places = ["--output", str(folder), "--save", str(folder / "saved")]
+    command = [sys.executable, "-m", "experiments.mnist", *arguments.split(), *methods, *places]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout, done.stderr
@@ -67,6 +69,18 @@ def test_config_says_what_ran(run):
     assert config["layers"] == "64-20-10"
     assert config["sparsities"] == [0.3, 0.8]
     assert {"jax", "jaxlib", "flax", "optax", "ecjax"} <= set(config["versions"])
+
+
+def test_every_pruned_network_is_saved(run):
+    folder, printed, _ = run
+    assert len(list((folder / "saved").glob("*.safetensors"))) == len(METHODS) * 2 * 2
+    network = compact.load(folder / "saved" / "ec-fisher-0.8-1.safetensors")
+    data = digits.load()
+    outputs = networks.pure(networks.MLP(network.widths))(network.params, data.test_inputs)
+    frame = pd.read_csv(folder / "results.csv").set_index(["method", "sparsity", "seed", "phase"])
+    expected = frame.loc[("ec-fisher", 0.8, 1, FINE_TUNED), "test_accuracy"]
+    np.testing.assert_allclose((outputs.argmax(-1) == data.test_targets).mean(), expected, atol=1e-6)
+    assert "sparse, NumPy" in printed
 
 
 @pytest.mark.parametrize("name", ["loss.png", "accuracy.png"])
@@ -146,19 +160,40 @@ def test_training_that_does_not_get_there_says_so():
 
 
 def test_the_frontier_on_small_networks(tmp_path, capsys):
-    size = {"stages": 3, "calibration": 200, "seeds": 2, "sparsities": (0.7, 0.9), "surrogate_sparsities": (0.8,)}
-    chosen = {"networks": ("modest", "surrogate"), "data": "digits"}
+    size = {"stages": 3, "calibration": 200, "seeds": 1, "sparsities": (0.9,), "surrogate_sparsities": (0.8,)}
+    chosen = {"networks": ("modest", "surrogate"), "data": "digits", "save": tmp_path / "saved"}
     frontier.main(frontier.Config(**chosen, **size, surrogate_epochs=20, output=tmp_path))
     frame = pd.read_csv(tmp_path / "results.csv")
     assert set(frame["layers"]) == {"64-40-20-10", "2-64-64-64-1"}
     others = frame[frame["method"] != DENSE]
-    assert len(others) == len(frontier.METHODS) * 2 * (2 + 1)
+    assert len(others) == len(frontier.METHODS) * (1 + 1)
     assert (others["seconds"] > 0).all()
-    accuracy = others.groupby(["layers", "method", "sparsity"])["test_accuracy"].mean()["64-40-20-10"]
-    assert accuracy["EC, staged, survivors", 0.9] > accuracy["EC", 0.9] + 0.2
+    accuracy = others.groupby(["layers", "method"])["test_accuracy"].mean()["64-40-20-10"]
+    assert accuracy["EC, staged, survivors"] > accuracy["EC"] + 0.2
     error = others.groupby(["layers", "method"])["test_error"].mean()["2-64-64-64-1"]
     assert error["EC, staged, survivors"] < error["EC, staged, biases"] < error["magnitude"]
     printed = capsys.readouterr().out
-    assert "digits, MLP 64-40-20-10, 2 seeds, no fine-tuning" in printed
+    assert "digits, MLP 64-40-20-10, 1 seeds, no fine-tuning" in printed
     assert "relative error" in printed
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
+    saved = tmp_path / "saved" / "64-40-20-10"
+    assert len(list(saved.glob("*.safetensors"))) == len(frontier.METHODS)
+    network = compact.load(saved / "EC-staged-survivors-0.9-0.safetensors")
+    data = digits.load()
+    outputs = networks.pure(networks.MLP(network.widths))(network.params, data.test_inputs)
+    found = (outputs.argmax(-1) == data.test_targets).mean()
+    np.testing.assert_allclose(found, accuracy["EC, staged, survivors"], atol=1e-6)
+    sizes = pd.read_csv(saved / "report.csv").set_index(["method", "name", "runtime"])["bytes"]
+    assert sizes["magnitude", "compacted", "JAX"] < 0.4 * sizes["magnitude", "dense", "JAX"]
+
+
+def test_neurons_of_two_networks(tmp_path, capsys):
+    size = {"seeds": 1, "epochs": 15, "fractions": (0.6,), "stages": 4}
+    neurons.main(neurons.Config(data="digits", output=tmp_path, **size))
+    frame = pd.read_csv(tmp_path / "results.csv")
+    accuracy = frame.groupby(["layers", "method"])["test_accuracy"].mean()
+    for layers in ("64-300-100-10", "64-128-64-10"):
+        assert accuracy[layers, "structured EC, staged"] > accuracy[layers, DENSE] - 0.05
+        assert accuracy[layers, "weight norm"] < accuracy[layers, DENSE] - 0.05
+    assert "digits, MLP 64-128-64-10, tanh, 1 seeds" in capsys.readouterr().out
+    assert (tmp_path / "accuracy.png").stat().st_size > 10_000

@@ -14,7 +14,8 @@ def blocks(language):
 
 
 @pytest.mark.parametrize("code", blocks("python"))
-def test_examples_run_as_they_stand(code, capsys):
+def test_examples_run_as_they_stand(code, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     for expected in re.findall(r"# prints (.*)", code):
         assert re.search(expected, capsys.readouterr().out)

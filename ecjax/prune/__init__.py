@@ -1,7 +1,8 @@
 """Decisions: scores in, masks and new params out; one shot or in stages."""
 
 from ecjax.prune.masks import SCOPES, Pruned, apply_masks, one_shot, smallest, sparsity
-from ecjax.prune.stages import REPAIRS, Criterion, Stage, staged
+from ecjax.prune.neurons import neurons
+from ecjax.prune.stages import REPAIRS, Criterion, Stage, staged, staged_neurons
 
 __all__ = [
     "REPAIRS",
@@ -10,8 +11,10 @@ __all__ = [
     "Pruned",
     "Stage",
     "apply_masks",
+    "neurons",
     "one_shot",
     "smallest",
     "sparsity",
     "staged",
+    "staged_neurons",
 ]

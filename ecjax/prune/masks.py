@@ -27,7 +27,9 @@ class Pruned(NamedTuple):
     masks: Kernels
 
 
-def one_shot(params: Params, scores: Scores, sparsity: Sparsity, *, scope: str = "network") -> Pruned:
+def one_shot(
+    params: Params, scores: Scores, sparsity: Sparsity | None = None, *, scope: str | tuple[int, int] = "network"
+) -> Pruned:
     """Removes the weights of least importance, all at once, and shifts the biases next to them.
 
     Exactly ``round(sparsity * weights)`` go in each scope; among equals, the ones that come first do. The shifts of all
@@ -36,14 +38,21 @@ def one_shot(params: Params, scores: Scores, sparsity: Sparsity, *, scope: str =
     Args:
         params: the dense network's.
         scores: of a criterion, for these params.
-        sparsity: the fraction of weights to remove, in [0, 1]; biases don't count. May be traced.
-        scope: where weights compete: "network", each "layer", or each "neuron" (the inputs of one output).
+        sparsity: the fraction of weights to remove, in [0, 1]; biases don't count. May be traced. Left out for N:M.
+        scope: where weights compete: "network", each "layer", or each "neuron" (the inputs of one output). Or a pair
+            (N, M): of every M consecutive inputs of a neuron N stay, and of a last group of fewer, at most N.
 
     Raises:
         ValueError: a sparsity outside [0, 1], an unknown scope, importances with NaN, scores shaped unlike the params.
     """
-    checks.require_sparsity(sparsity)
     require_scope(scope)
+    if isinstance(scope, tuple):
+        if sparsity is not None:
+            raise ValueError(f"scope {scope} says itself how many weights stay; leave the sparsity out")
+    elif sparsity is None:
+        raise ValueError(f"scope {scope!r} needs a sparsity, the fraction of weights to remove")
+    else:
+        checks.require_sparsity(sparsity)
     checks.require_kernels(params, scores.importance, "importances")
     checks.require_no_nan(scores.importance, "importances")
     masks = _masks(scores.importance, sparsity, scope)
@@ -54,10 +63,13 @@ def one_shot(params: Params, scores: Scores, sparsity: Sparsity, *, scope: str =
     return Pruned(apply_masks(_shift_biases(params, scores.bias_shift, masks), masks), masks)
 
 
-def require_scope(scope: str) -> None:
+def require_scope(scope: str | tuple[int, int]) -> None:
     """Raises a ValueError unless ``scope`` is one."""
-    if scope not in SCOPES:
-        raise ValueError(f"scope is {scope!r}; it must be one of {', '.join(map(repr, SCOPES))}")
+    if isinstance(scope, tuple):
+        if not 0 < scope[0] < scope[1]:
+            raise ValueError(f"scope is {scope}; a pattern (N, M) keeps N of M inputs, with 0 < N < M")
+    elif scope not in SCOPES:
+        raise ValueError(f"scope is {scope!r}; it must be one of {', '.join(map(repr, SCOPES))}, or a pair (N, M)")
 
 
 def apply_masks(params: Params, masks: Kernels) -> Params:
@@ -78,13 +90,15 @@ def sparsity(masks: Kernels) -> float:
     return sum(int(jnp.sum(~mask)) for mask in leaves) / max(total, 1)
 
 
-def _masks(importance: Kernels, sparsity: Sparsity, scope: str) -> Kernels:
+def _masks(importance: Kernels, sparsity: Sparsity | None, scope: str | tuple[int, int]) -> Kernels:
+    if isinstance(scope, tuple):
+        return jax.tree.map(lambda layer: _keep_in_groups(layer, *scope), importance)
     if scope == "layer":
-        return jax.tree.map(lambda layer: _keep(layer.ravel(), sparsity).reshape(layer.shape), importance)
+        return jax.tree.map(lambda layer: keep(layer.ravel(), sparsity).reshape(layer.shape), importance)
     if scope == "neuron":
         return jax.tree.map(lambda layer: _keep_in_columns(layer, sparsity), importance)
     leaves, structure = jax.tree.flatten(importance)
-    kept = _keep(jnp.concatenate([leaf.ravel() for leaf in leaves]), sparsity)
+    kept = keep(jnp.concatenate([leaf.ravel() for leaf in leaves]), sparsity)
     starts = [sum(leaf.size for leaf in leaves[:index]) for index in range(1, len(leaves))]
     parts = zip(jnp.split(kept, starts), leaves, strict=True)
     return jax.tree.unflatten(structure, [part.reshape(leaf.shape) for part, leaf in parts])
@@ -92,11 +106,21 @@ def _masks(importance: Kernels, sparsity: Sparsity, scope: str) -> Kernels:
 
 def _keep_in_columns(importance: Float[Array, "*in out"], sparsity: Sparsity) -> Bool[Array, "*in out"]:
     columns = importance.reshape(-1, importance.shape[-1])
-    kept = jax.vmap(lambda column: _keep(column, sparsity), in_axes=1, out_axes=1)(columns)
+    kept = jax.vmap(lambda column: keep(column, sparsity), in_axes=1, out_axes=1)(columns)
     return kept.reshape(importance.shape)
 
 
-def _keep(importance: Float[Array, " weights"], sparsity: Sparsity) -> Bool[Array, " weights"]:
+def _keep_in_groups(importance: Float[Array, "*in out"], stay: int, group: int) -> Bool[Array, "*in out"]:
+    """True for the ``stay`` largest of every ``group`` consecutive inputs; what fills up the last group goes first."""
+    columns = importance.reshape(-1, importance.shape[-1])
+    inputs = columns.shape[0]
+    filled = jnp.pad(columns, ((0, -inputs % group), (0, 0)), constant_values=-jnp.inf)
+    ranks = filled.reshape(-1, group, filled.shape[-1]).argsort(1, stable=True).argsort(1)
+    kept = (ranks >= group - stay).reshape(filled.shape)
+    return kept[:inputs].reshape(importance.shape)
+
+
+def keep(importance: Float[Array, " weights"], sparsity: Sparsity) -> Bool[Array, " weights"]:
     """False for the ``round(sparsity * weights)`` smallest, the earlier ones first among equals."""
     weights = importance.shape[0]
     traced = isinstance(sparsity, jax.core.Tracer)

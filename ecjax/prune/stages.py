@@ -12,7 +12,8 @@ from ecjax import checks, compensate, gauss_newton, metrics, networks, score
 from ecjax.checks import Sparsity
 from ecjax.networks import Inputs, Kernels, Network, Params, Targets
 from ecjax.prune.masks import Pruned, one_shot, require_scope
-from ecjax.score import Scores
+from ecjax.prune.neurons import alive, neurons, ranked_last
+from ecjax.score import NeuronScores, Scores
 
 REPAIRS = (None, "biases", "survivors")
 Criterion = Callable[[Network, Params, Inputs], Scores]
@@ -45,7 +46,7 @@ def staged(
     metric: str = "euclidean",
     criterion: Criterion | None = None,
     targets: Targets | None = None,
-    scope: str = "network",
+    scope: str | tuple[int, int] = "network",
     temperature: float | int | None = None,
     damping: float | int = 0.01,
     progress: Callable[[Stage], None] | None = None,
@@ -70,7 +71,7 @@ def staged(
         criterion: ``(network, params, inputs) -> Scores``; elimination-compensation if None. For instance
             ``functools.partial(score.optimal_brain_damage, metric="fisher")``.
         targets: what the repair aims at: the outputs of the dense network if None, or see ``compensate.joint_biases``.
-        scope: where weights compete, as in ``one_shot``.
+        scope: where weights compete, as in ``one_shot``; a pattern (N, M) has no stages.
         temperature: of the repair in the metric "fisher". None for 4 with "survivors", which can keep more than a first
             choice, and 1 with "biases", which can't.
         damping: of the repair, at the start; each stage goes on with what the one before has adapted it to.
@@ -80,28 +81,106 @@ def staged(
     Raises:
         ValueError: bad input, as ``one_shot``, the criterion and the repair say; an unknown repair.
     """
+    require_scope(scope)
+    if isinstance(scope, tuple):
+        raise ValueError(f"scope {scope} is of one sparsity, without stages: one_shot, then compensate.survivors")
+    if criterion is None:
+        criterion = functools.partial(score.elimination_compensation, metric=metric)
+
+    def decide(params, masks, reached):
+        scores = _removed_first(criterion(network, params, inputs), masks)
+        return one_shot(params, scores, reached, scope=scope)
+
+    shared = {"stages": stages, "repair": repair, "metric": metric, "targets": targets}
+    steps = {"temperature": temperature, "damping": damping, "progress": progress, **options}
+    return _in_stages(decide, network, params, inputs, sparsity, **shared, **steps)
+
+
+def staged_neurons(
+    network: Network,
+    params: Params,
+    inputs: Inputs,
+    fraction: Sparsity,
+    *,
+    stages: int = 10,
+    repair: str | None = "survivors",
+    metric: str = "euclidean",
+    criterion: Callable[[Network, Params, Inputs], NeuronScores] | None = None,
+    targets: Targets | None = None,
+    scope: str = "network",
+    temperature: float | int | None = None,
+    damping: float | int = 0.01,
+    progress: Callable[[Stage], None] | None = None,
+    **options: float | int,
+) -> Pruned:
+    """Removes whole hidden neurons of an MLP in stages, as ``staged`` removes weights.
+
+    Args:
+        network: an MLP as a pure function ``(params, inputs) -> outputs``.
+        params: the dense network's.
+        inputs: calibration inputs.
+        fraction: of the hidden neurons to remove in the end, in [0, 1].
+        stages: how many.
+        repair: None, "biases" or "survivors".
+        metric: "euclidean" or "fisher".
+        criterion: ``(network, params, inputs) -> NeuronScores``; ``score.neuron_elimination_compensation`` if None.
+        targets: as for ``staged``, like all arguments below.
+        scope: where neurons compete: "network", or each "layer".
+        temperature: of the repair.
+        damping: of the repair.
+        progress: called after each stage.
+        **options: of the repair.
+
+    Raises:
+        ValueError: bad input, as ``neurons``, the criterion and the repair say.
+    """
+    if criterion is None:
+        criterion = functools.partial(score.neuron_elimination_compensation, metric=metric)
+
+    def decide(params, masks, reached):
+        scores = ranked_last(criterion(network, params, inputs), alive(params, masks))
+        return neurons(params, scores, reached, scope=scope)
+
+    shared = {"stages": stages, "repair": repair, "metric": metric, "targets": targets}
+    steps = {"temperature": temperature, "damping": damping, "progress": progress, **options}
+    return _in_stages(decide, network, params, inputs, fraction, **shared, **steps)
+
+
+def _in_stages(
+    decide,
+    network,
+    params,
+    inputs,
+    sparsity,
+    *,
+    stages,
+    repair,
+    metric,
+    targets,
+    temperature,
+    damping,
+    progress,
+    **options,
+) -> Pruned:
+    """Decides what to remove, removes and repairs it, stage after stage."""
     checks.require_sparsity(sparsity)
     checks.require_inputs(inputs)
     checks.require_positive(stages, "stages")
-    require_scope(scope)
+    metrics.require(metric)
     if repair not in REPAIRS:
         raise ValueError(f"repair is {repair!r}; it must be one of {', '.join(map(repr, REPAIRS))}")
-    metrics.require(metric)
     if options and not repair:
         raise ValueError(f"without a repair there is nothing to give {', '.join(options)} to")
-    if criterion is None:
-        criterion = functools.partial(score.elimination_compensation, metric=metric)
     if targets is None and repair:
         targets = outputs(network, params, inputs)
     if temperature is None:
         temperature = 4 if repair == "survivors" else 1
+    options |= {"metric": metric, "temperature": temperature}
     masks = jax.tree.map(lambda kernel: jnp.ones(kernel.shape, bool), networks.kernels(params))
     state = gauss_newton.start(params, damping)
-    options |= {"metric": metric, "temperature": temperature}
     for number in range(1, stages + 1):
         reached = sparsity * (1 - (1 - number / stages) ** 3)
-        scores = criterion(network, state.params, inputs)
-        pruned, masks = one_shot(state.params, _removed_first(scores, masks), reached, scope=scope)
+        pruned, masks = decide(state.params, masks, reached)
         state = state._replace(params=pruned)
         if repair:
             free = compensate.every_bias(pruned) if repair == "biases" else compensate.every_survivor(pruned, masks)

@@ -8,15 +8,27 @@ are the baselines they are measured against.
 from ecjax.score.baselines import gradient_magnitude, magnitude, random
 from ecjax.score.definition import elimination_compensation_by_definition
 from ecjax.score.linear import elimination_compensation, optimal_brain_damage
+from ecjax.score.neurons import (
+    NeuronScores,
+    neuron_elimination_compensation,
+    neuron_elimination_compensation_by_definition,
+    neuron_norm,
+    neuron_variance,
+)
 from ecjax.score.nonlinear import nonlinear_elimination_compensation
 from ecjax.score.scores import Scores
 
 __all__ = [
+    "NeuronScores",
     "Scores",
     "elimination_compensation",
     "elimination_compensation_by_definition",
     "gradient_magnitude",
     "magnitude",
+    "neuron_elimination_compensation",
+    "neuron_elimination_compensation_by_definition",
+    "neuron_norm",
+    "neuron_variance",
     "nonlinear_elimination_compensation",
     "optimal_brain_damage",
     "random",

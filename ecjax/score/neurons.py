@@ -1,0 +1,147 @@
+"""Criteria for whole hidden neurons of an MLP: structured elimination-compensation, and what it is measured against."""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, PRNGKeyArray
+
+from ecjax import capture, checks, metrics, moments, networks
+from ecjax.networks import Inputs, Network, Params
+
+
+class NeuronScores(NamedTuple):
+    """What removing each hidden neuron costs, and what to put in its place.
+
+    Attributes:
+        importance: by the path of its own kernel, one number for each neuron of a hidden layer; the smallest go first.
+        constant: for each neuron, the constant that takes the place of its output: the biases of the next layer gain
+            ``constant_j · W_j`` when it is removed. None for a criterion that compensates nothing.
+    """
+
+    importance: dict[str, Float[Array, " neurons"]]
+    constant: dict[str, Float[Array, " neurons"]] | None = None
+
+
+def neuron_elimination_compensation(
+    network: Network,
+    params: Params,
+    inputs: Inputs,
+    *,
+    metric: str = "euclidean",
+    probes: int | None = None,
+    key: PRNGKeyArray | None = None,
+    batch_size: int = 1024,
+) -> NeuronScores:
+    """What is left of removing a whole hidden neuron after every bias of the next layer has moved to make up for it.
+
+    ``I_j = min_c E[Σ_k (∂y_k/∂a_j · (a_j − c))²]``: moving the next biases by ``c · W_j`` is the same as putting
+    a constant c in the neuron's place. With the sensitivity ``T_j = Σ_k (∂y_k/∂a_j)²`` to its output ``a_j``,
+
+        c*_j = mean_T(a_j)        I_j = E[T_j] · var_T(a_j)
+
+    Elimination-compensation (Ballini et al., arXiv:2602.20467) one level up; this library's own.
+
+    Args:
+        network: an MLP as a pure function ``(params, inputs) -> outputs``.
+        params: its parameters, layer after layer (``networks.layers``), each with a bias.
+        inputs: calibration inputs, samples along the first axis.
+        metric: "euclidean" or, for logits, "fisher".
+        probes: None, or the number of random combinations of the K rows of the metric.
+        key: random key, needed with ``probes``.
+        batch_size: samples at a time.
+
+    Returns:
+        NeuronScores: importance in squared units of the outputs, constants in units of the neurons' outputs.
+
+    Raises:
+        ValueError: bad inputs, an unknown metric, or params that are not an MLP's.
+    """
+    paths = networks.layers(params)
+    options = {"metric": metric, "probes": probes, "key": key, "batch_size": batch_size}
+    seen = moments.of_inputs(network, params, inputs, of_weights=False, **options)
+    read_by = {own: seen.layers[following] for own, following in itertools.pairwise(paths)}
+    importance = {path: layer.scatter / seen.samples for path, layer in read_by.items()}
+    return NeuronScores(importance, {path: layer.mean for path, layer in read_by.items()})
+
+
+def neuron_elimination_compensation_by_definition(
+    network: Network, params: Params, inputs: Inputs, *, metric: str = "euclidean"
+) -> NeuronScores:
+    """The same from the discrepancy itself, one neuron at a time under ``vmap``: the reference.
+
+    Removing the row ``W_j`` of the next kernel while its biases gain ``c · W_j`` changes the outputs by one
+    ``jax.jvp``; its mean square is a parabola in c, whose minimum is one Newton step with ``jax.grad`` away.
+
+    Args:
+        network: an MLP as a pure function ``(params, inputs) -> outputs``.
+        params: its parameters.
+        inputs: calibration inputs.
+        metric: "euclidean" or "fisher".
+
+    Raises:
+        ValueError: as ``neuron_elimination_compensation``.
+    """
+    checks.require_inputs(inputs)
+    metrics.require(metric)
+    checks.require_biases(params)
+    networks.layers(params)
+    return NeuronScores(*_all_neurons(network, params, inputs, metric=metric))
+
+
+@functools.partial(jax.jit, static_argnames=("network", "metric"))
+def _all_neurons(network, params, inputs, *, metric):
+    paths, leaves = networks.layers(params), networks.by_path(params)
+    outputs = network(params, inputs)
+    importance, constant = {}, {}
+    for own, following in itertools.pairwise(paths):
+        kernel, bias = leaves[following], leaves[networks.bias_path(following)]
+
+        def layer(kernel, bias, following=following):
+            return network(networks.replace(params, {following: kernel, networks.bias_path(following): bias}), inputs)
+
+        def of_neuron(neuron, layer=layer, kernel=kernel, bias=bias):
+            removed = jnp.zeros_like(kernel).at[neuron].set(-kernel[neuron])
+
+            def remainder(constant):
+                _, discrepancy = jax.jvp(layer, (kernel, bias), (removed, constant * kernel[neuron]))
+                return metrics.squared_norm(metric, outputs, discrepancy).mean()
+
+            zero = jnp.zeros((), capture.tap_dtype(kernel))
+            slope, curvature = jax.jvp(jax.grad(remainder), (zero,), (jnp.ones_like(zero),))
+            best = jnp.where(curvature > 0, -slope / jnp.where(curvature > 0, curvature, 1), 0)
+            return remainder(best), best
+
+        importance[own], constant[own] = jax.lax.map(of_neuron, jnp.arange(kernel.shape[0]), batch_size=64)
+    return importance, constant
+
+
+def neuron_norm(params: Params) -> NeuronScores:
+    """The Euclidean norm of each hidden neuron's incoming weights, the structured form of magnitude.
+
+    Raises:
+        ValueError: params that are not an MLP's.
+    """
+    leaves, paths = networks.by_path(params), networks.layers(params)
+    return NeuronScores({path: jnp.linalg.norm(leaves[path], axis=0) for path in paths[:-1]})
+
+
+def neuron_variance(network: Network, params: Params, inputs: Inputs) -> NeuronScores:
+    """The variance of each hidden neuron's output over the calibration inputs, with its mean as the constant.
+
+    Raises:
+        ValueError: bad inputs, or params that are not an MLP's.
+    """
+    checks.require_inputs(inputs)
+    return NeuronScores(*_variances(network, params, inputs))
+
+
+@functools.partial(jax.jit, static_argnames="network")
+def _variances(network, params, inputs):
+    paths = networks.layers(params)
+    _, layer_inputs = capture.tapped(network, params, inputs, {}, biased=True)
+    read = {own: layer_inputs[following] for own, following in itertools.pairwise(paths)}
+    return {path: a.var(0) for path, a in read.items()}, {path: a.mean(0) for path, a in read.items()}
