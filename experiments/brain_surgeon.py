@@ -6,7 +6,7 @@ trained by plain SGD to 94 %, is pruned without any training after. Methods that
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -149,7 +149,7 @@ def main(config: Config) -> None:
         steps = len(METHODS) * (1 + config.seeds * len(config.sparsities))
         step = bar.add_task("training", total=steps)
         params = train_to(config.target_accuracy, widths, data, config)
-        rows = list(_measured(network, params, data, sweep.DENSE, 0.0, sweep.TRAINED, 0, None))
+        rows = [_measured(network, params, data, sweep.DENSE, 0.0, sweep.TRAINED, 0, None)]
         for seed in range(config.seeds):
             given = _given(network, params, data, seed, config)
             if seed == 0:
@@ -163,7 +163,7 @@ def main(config: Config) -> None:
                     pruned = jax.block_until_ready(method(given, sparsity))
                     seconds = time.perf_counter() - start
                     judged = biased if method is elimination_compensation else network
-                    rows += _measured(judged, pruned, data, name, sparsity, sweep.PRUNED, seed, seconds)
+                    rows.append(_measured(judged, pruned, data, name, sparsity, sweep.PRUNED, seed, seconds))
                     bar.advance(step)
 
     frame = report.to_frame(rows, data.name)
@@ -204,10 +204,9 @@ def _given(network, params: Params, data: Dataset, seed: int, config: Config) ->
     return Given(params, jax.block_until_ready(gradients), inputs, key, config)
 
 
-def _measured(network, params, data: Dataset, method, sparsity, phase, seed, seconds) -> Iterator[sweep.Row]:
+def _measured(network, params, data: Dataset, method, sparsity, phase, seed, seconds) -> sweep.Row:
     task = sweep.Task(network, data, cross_entropy, sweep.CLASSIFIER_MEASURES, 1)
-    for row in sweep.measure(task, jax.tree.map(lambda leaf: leaf[None], params), method, sparsity, phase):
-        yield row._replace(seed=seed, measures=row.measures | {"seconds": seconds})
+    return sweep.measure_one(task, params, method, sparsity, phase, seed=seed, seconds=seconds)
 
 
 if __name__ == "__main__":

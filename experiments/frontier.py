@@ -230,7 +230,7 @@ def _modest(config: Config, data: Dataset) -> Problem:
     """784-40-20-10, trained by plain SGD to about 94 %."""
     epochs = 5 if data.name == "MNIST" else 100
     problem = _classifier((40, 20), optax.sgd(0.05), epochs, config, data)
-    options = {"stages": 2 * config.stages, "products": 20, "curvature_samples": config.calibration, "temperature": 2}
+    options = {"stages": 2 * config.stages, "products": 20, "temperature": 2}
     return problem._replace(calibration=6 * config.calibration, few=config.calibration, options=options)
 
 
@@ -297,11 +297,10 @@ def _measured(problem: Problem, kept: saved.Folder | None) -> Iterator[sweep.Row
                 start = time.perf_counter()
                 pruned = jax.block_until_ready(method(given, sparsity))
                 seconds = time.perf_counter() - start
-                stacked = jax.tree.map(lambda leaf: leaf[None], pruned.params)
                 if kept:
-                    kept.add(name, sparsity, stacked, first_seed=seed)
-                for row in sweep.measure(problem.task, stacked, name, sparsity, sweep.PRUNED):
-                    yield row._replace(seed=seed, measures=row.measures | {"seconds": seconds})
+                    kept.add(name, sparsity, jax.tree.map(lambda leaf: leaf[None], pruned.params), first_seed=seed)
+                took = {"seed": seed, "seconds": seconds}
+                yield sweep.measure_one(problem.task, pruned.params, name, sparsity, sweep.PRUNED, **took)
 
 
 if __name__ == "__main__":

@@ -147,9 +147,8 @@ def _measured(widths: tuple[int, ...], activation: str, data: Dataset, config: C
                 start = time.perf_counter()
                 pruned = jax.block_until_ready(method(given, fraction))
                 seconds = time.perf_counter() - start
-                stacked = jax.tree.map(lambda leaf: leaf[None], pruned.params)
-                for row in sweep.measure(task, stacked, name, fraction, sweep.PRUNED):
-                    yield row._replace(seed=seed, measures=row.measures | {"seconds": seconds})
+                took = {"seed": seed, "seconds": seconds}
+                yield sweep.measure_one(task, pruned.params, name, fraction, sweep.PRUNED, **took)
 
 
 def _initial(mlp: networks.MLP, inputs: Array, key: Array) -> Params:

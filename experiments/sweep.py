@@ -195,6 +195,14 @@ def measure(task: Task, params: Params, method: str, sparsity: float, phase: str
         yield Row(method, sparsity, seed, phase, measures)
 
 
+def measure_one(
+    task: Task, params: Params, method: str, sparsity: float, phase: str, *, seed: int, seconds: float | None
+) -> Row:
+    """The row of one network, with the seconds its pruning took."""
+    (row,) = measure(task, jax.tree.map(lambda leaf: leaf[None], params), method, sparsity, phase)
+    return row._replace(seed=seed, measures=row.measures | {"seconds": seconds})
+
+
 @functools.partial(jax.jit, static_argnames=("network", "measures"))
 def _measure(network, params, inputs, targets, measures):
     outputs = jax.vmap(network, in_axes=(0, None))(params, inputs)

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
-from ecjax import checks, compensate, gauss_newton, metrics, networks, score
+from ecjax import batches, checks, compensate, gauss_newton, metrics, networks, score
 from ecjax.checks import Sparsity
 from ecjax.networks import Inputs, Kernels, Network, Params, Targets
 from ecjax.prune.masks import Pruned, one_shot, require_scope
@@ -172,7 +172,8 @@ def _in_stages(
     if options and not repair:
         raise ValueError(f"without a repair there is nothing to give {', '.join(options)} to")
     if targets is None and repair:
-        targets = outputs(network, params, inputs)
+        # Samples that are spread over devices are few on each; together they stay where they are.
+        targets = _outputs(network, params, inputs, together=batches.blocks(inputs) > 1)
     if temperature is None:
         temperature = 4 if repair == "survivors" else 1
     options |= {"metric": metric, "temperature": temperature}
@@ -190,10 +191,12 @@ def _in_stages(
     return Pruned(state.params, masks)
 
 
-@functools.partial(jax.jit, static_argnames="network")
-def outputs(network: Network, params: Params, inputs: Inputs) -> Array:
-    """What the network answers: the targets of a repair without labels."""
-    return network(params, inputs)
+@functools.partial(jax.jit, static_argnames=("network", "together"))
+def _outputs(network: Network, params: Params, inputs: Inputs, *, together: bool) -> Array:
+    """What the network answers, the targets of a repair without labels: all samples together, or in batches."""
+    if together:
+        return network(params, inputs)
+    return lax.map(lambda sample: network(params, sample[None])[0], inputs, batch_size=1024)
 
 
 def _removed_first(scores: Scores, masks: Kernels) -> Scores:
