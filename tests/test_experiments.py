@@ -163,21 +163,17 @@ def test_training_that_does_not_get_there_says_so():
         brain_surgeon.train_to(0.99, (4, 10), data, config)
 
 
-def test_the_frontier_on_small_networks(tmp_path, capsys):
-    size = {"stages": 3, "calibration": 200, "seeds": 1, "sparsities": (0.9,)}
-    chosen = {"networks": ("surrogate", "modest"), "data": "digits", "surrogate_sparsities": (0.8,)}
-    frontier.main(frontier.Config(**chosen, **size, surrogate_epochs=20, output=tmp_path))
+def test_the_frontier_of_a_surrogate(tmp_path, capsys):
+    size = {"stages": 3, "calibration": 200, "seeds": 1, "surrogate_sparsities": (0.8,), "surrogate_epochs": 20}
+    frontier.main(frontier.Config(networks=("surrogate",), output=tmp_path, **size))
     frame = pd.read_csv(tmp_path / "results.csv")
-    assert set(frame["layers"]) == {"64-40-20-10", "2-64-64-64-1"}
     others = frame[frame["method"] != DENSE]
-    assert len(others) == len(frontier.METHODS) * (1 + 1)
+    assert len(others) == len(frontier.METHODS)
     assert (others["seconds"] > 0).all()
-    accuracy = others.groupby(["layers", "method"])["test_accuracy"].mean()["64-40-20-10"]
-    assert accuracy["EC, staged, survivors"] > accuracy["EC"] + 0.1
-    error = others.groupby(["layers", "method"])["test_error"].mean()["2-64-64-64-1"]
+    error = others.set_index("method")["test_error"]
     assert error["EC, staged, survivors"] < error["EC, staged, biases"] < error["magnitude"]
     printed = capsys.readouterr().out
-    assert "digits, MLP 64-40-20-10, 1 seeds, no fine-tuning" in printed
+    assert "diffusion-sorption, MLP 2-64-64-64-1, 1 seeds, no fine-tuning" in printed
     assert "relative error" in printed
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
 
