@@ -64,7 +64,8 @@ def empty(params: Params, *, of_weights: bool = True) -> Moments:
 
     Args:
         params: of the network.
-        of_weights: for each weight (``LayerMoments``), or for each input of a layer (``InputMoments``).
+        of_weights: for each weight (``LayerMoments``), or for each input of a layer (``InputMoments``); the latter of
+            an MLP, without the first layer, whose inputs are no neurons.
     """
 
     def zeros(kernel):
@@ -77,8 +78,14 @@ def empty(params: Params, *, of_weights: bool = True) -> Moments:
             scatter=jnp.zeros(kernel.shape, dtype),
         )
 
-    layers = {path: zeros(kernel) for path, kernel in networks.by_path(networks.kernels(params)).items()}
-    return Moments(jnp.zeros(()), layers)
+    kernels = networks.by_path(networks.kernels(params)) if of_weights else _reading_neurons(params)
+    return Moments(jnp.zeros(()), {path: zeros(kernel) for path, kernel in kernels.items()})
+
+
+def _reading_neurons(params: Params) -> dict[str, Array]:
+    """The kernels of an MLP that read hidden neurons: all but the first."""
+    leaves = networks.by_path(params)
+    return {path: leaves[path] for path in networks.layers(params)[1:]}
 
 
 def merge(first: Moments, second: Moments) -> Moments:
@@ -132,7 +139,7 @@ def of_batch(
         capture.zero_taps(params, inputs.shape[0]),
         has_aux=True,
     )
-    kernels = None if of_weights else networks.by_path(networks.kernels(params))
+    kernels = None if of_weights else _reading_neurons(params)
     sensitivities = _sensitivities(outputs, backward, kernels, metric=metric, probes=probes, key=key)
     of_layer = _layer_moments if of_weights else _input_moments
     layers = {path: of_layer(layer_inputs[path], s, counted) for path, s in sensitivities.items()}
@@ -158,7 +165,7 @@ def _sensitivities(outputs, backward, kernels, *, metric, probes, key) -> dict[s
         if kernels is None:
             return gradients
         highest = lax.Precision.HIGHEST
-        return {path: jnp.matmul(g, kernels[path].T, precision=highest) for path, g in gradients.items()}
+        return {path: jnp.matmul(gradients[path], kernel.T, precision=highest) for path, kernel in kernels.items()}
 
     def add_squares(total, index):
         coefficients = row(index) if probes is None else probe(index)

@@ -6,7 +6,6 @@ combinatorial brain surgeon, and in stages of elimination-compensation with each
 """
 
 import functools
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -290,17 +289,8 @@ def _measured(problem: Problem, kept: saved.Folder | None) -> Iterator[sweep.Row
     for seed in range(len(jax.tree.leaves(problem.params)[0])):
         params = jax.tree.map(lambda leaf, seed=seed: leaf[seed], problem.params)
         given = Given(problem, params, inputs, targets)
-        for name, method in METHODS.items():
-            if seed == 0:
-                jax.block_until_ready(method(given, problem.sparsities[0]))  # compiled once, outside the times
-            for sparsity in problem.sparsities:
-                start = time.perf_counter()
-                pruned = jax.block_until_ready(method(given, sparsity))
-                seconds = time.perf_counter() - start
-                if kept:
-                    kept.add(name, sparsity, jax.tree.map(lambda leaf: leaf[None], pruned.params), first_seed=seed)
-                took = {"seed": seed, "seconds": seconds}
-                yield sweep.measure_one(problem.task, pruned.params, name, sparsity, sweep.PRUNED, **took)
+        keep = functools.partial(kept.add, first_seed=seed) if kept else None
+        yield from sweep.time_methods(problem.task, METHODS, given, problem.sparsities, seed=seed, keep=keep)
 
 
 if __name__ == "__main__":

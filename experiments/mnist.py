@@ -4,23 +4,18 @@ As in Figure 1 of the elimination-compensation paper (arXiv:2602.20467): train a
 remove the least important ones, fine-tune what is left, and show the test loss before and after against the sparsity.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import flax.linen as nn
 import jax.numpy as jnp
 import optax
 import tyro
-from jax import Array
 
 from ecjax import networks
 from experiments import report, saved, sweep
 from experiments.datasets import choose
 from experiments.methods import METHODS, MethodName
-
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": nn.relu, "tanh": jnp.tanh, "gelu": nn.gelu}
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,7 @@ def main(config: Config) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
     classes = int(data.train_targets.max()) + 1
-    mlp = networks.MLP(features=(*config.widths, classes), activation=_ACTIVATIONS[config.activation])
+    mlp = networks.MLP(features=(*config.widths, classes), activation=saved.ACTIVATIONS[config.activation][0])
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels
     task = sweep.Task(
         network=networks.pure(mlp),

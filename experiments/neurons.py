@@ -5,7 +5,6 @@ variance, by structured elimination-compensation in one shot, and by the same in
 """
 
 import functools
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,15 +139,7 @@ def _measured(widths: tuple[int, ...], activation: str, data: Dataset, config: C
     for seed in range(config.seeds):
         one = jax.tree.map(lambda leaf, seed=seed: leaf[seed], params)
         given = Given(task.network, one, inputs, config.stages)
-        for name, method in METHODS.items():
-            if seed == 0:
-                jax.block_until_ready(method(given, config.fractions[0]))  # compiled once, outside the times
-            for fraction in config.fractions:
-                start = time.perf_counter()
-                pruned = jax.block_until_ready(method(given, fraction))
-                seconds = time.perf_counter() - start
-                took = {"seed": seed, "seconds": seconds}
-                yield sweep.measure_one(task, pruned.params, name, fraction, sweep.PRUNED, **took)
+        yield from sweep.time_methods(task, METHODS, given, config.fractions, seed=seed)
 
 
 def _initial(mlp: networks.MLP, inputs: Array, key: Array) -> Params:

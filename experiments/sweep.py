@@ -1,8 +1,9 @@
 """Training, pruning, training: methods × sparsities × seeds, all seeds at once under ``vmap``."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -193,6 +194,37 @@ def measure(task: Task, params: Params, method: str, sparsity: float, phase: str
     for seed, values in enumerate(zip(*measured, strict=True)):
         measures = dict(zip(task.measures, map(float, values), strict=True))
         yield Row(method, sparsity, seed, phase, measures)
+
+
+def time_methods(
+    task: Task,
+    methods: Mapping[str, Callable[[Any, float], prune.Pruned]],
+    given: Any,
+    sparsities: Sequence[float],
+    *,
+    seed: int,
+    keep: Callable[[str, float, Params], None] | None = None,
+) -> Iterator[Row]:
+    """Prunes one network by each method to each sparsity: a row for each, with the seconds it took.
+
+    Args:
+        task: what was learnt.
+        methods: by name, ``(given, sparsity) -> Pruned``.
+        given: what the methods see.
+        sparsities: fractions to remove.
+        seed: of the network; the first one compiles each method once, outside the times.
+        keep: called with each method, sparsity and the pruned params, stacked as if of several seeds.
+    """
+    for name, method in methods.items():
+        if seed == 0:
+            jax.block_until_ready(method(given, sparsities[0]))
+        for sparsity in sparsities:
+            start = time.perf_counter()
+            pruned = jax.block_until_ready(method(given, sparsity))
+            seconds = time.perf_counter() - start
+            if keep is not None:
+                keep(name, sparsity, jax.tree.map(lambda leaf: leaf[None], pruned.params))
+            yield measure_one(task, pruned.params, name, sparsity, PRUNED, seed=seed, seconds=seconds)
 
 
 def measure_one(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from ecjax import capture, checks, metrics, networks
 from ecjax.networks import Inputs, Network, Params
-from ecjax.score.scores import Scores, of_each_weight
+from ecjax.score.scores import Scores, least, of_each_weight
 
 
 def elimination_compensation_by_definition(
@@ -71,7 +71,4 @@ def _importance_and_shift(network, params, inputs, outputs, path, index, *, metr
         _, discrepancy = jax.jvp(layer, (kernel, bias), (removed, moved))
         return metrics.squared_norm(metric, outputs, discrepancy).mean()
 
-    zero = jnp.zeros((), capture.tap_dtype(kernel))
-    slope, curvature = jax.jvp(jax.grad(remainder), (zero,), (jnp.ones_like(zero),))
-    shift = jnp.where(curvature > 0, -slope / jnp.where(curvature > 0, curvature, 1), 0)
-    return remainder(shift), shift
+    return least(remainder, jnp.zeros((), capture.tap_dtype(kernel)))

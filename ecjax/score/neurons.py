@@ -11,6 +11,7 @@ from jaxtyping import Float, PRNGKeyArray
 
 from ecjax import capture, checks, metrics, moments, networks
 from ecjax.networks import Inputs, Network, Params
+from ecjax.score.scores import least
 
 
 class NeuronScores(NamedTuple):
@@ -110,10 +111,7 @@ def _all_neurons(network, params, inputs, *, metric):
                 _, discrepancy = jax.jvp(layer, (kernel, bias), (removed, constant * kernel[neuron]))
                 return metrics.squared_norm(metric, outputs, discrepancy).mean()
 
-            zero = jnp.zeros((), capture.tap_dtype(kernel))
-            slope, curvature = jax.jvp(jax.grad(remainder), (zero,), (jnp.ones_like(zero),))
-            best = jnp.where(curvature > 0, -slope / jnp.where(curvature > 0, curvature, 1), 0)
-            return remainder(best), best
+            return least(remainder, jnp.zeros((), capture.tap_dtype(kernel)))
 
         importance[own], constant[own] = jax.lax.map(of_neuron, jnp.arange(kernel.shape[0]), batch_size=64)
     return importance, constant

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -27,6 +28,13 @@ class Scores(NamedTuple):
 def as_kernels(params: Params, leaves: Mapping[str, Array]) -> Kernels:
     """Kernels of ``params`` with the leaf for each kernel taken from ``leaves``, by path."""
     return networks.replace(networks.kernels(params), leaves)
+
+
+def least(remainder: Callable[[Array], Array], zero: Array) -> tuple[Array, Array]:
+    """The minimum of a parabola and where it is, by one Newton step from ``zero``; there if the parabola is flat."""
+    slope, curvature = jax.jvp(jax.grad(remainder), (zero,), (jnp.ones_like(zero),))
+    best = jnp.where(curvature > 0, -slope / jnp.where(curvature > 0, curvature, 1), 0)
+    return remainder(best), best
 
 
 def of_each_weight(
