@@ -1,7 +1,7 @@
 """Batches of samples inside a compiled loop.
 
 Samples that are spread over devices lie in equal blocks, one a device. A batch takes as many samples of each block, so
-every device works on its own part of every batch and no inputs travel.
+every device works on its own part of every batch and no inputs travel. The size of a batch is what one device holds.
 """
 
 import jax
@@ -12,27 +12,33 @@ from jaxtyping import Bool, Int, PyTree, Shaped
 
 
 def blocks(inputs: Shaped[Array | np.ndarray, "samples *features"]) -> int:
-    """How many equal blocks of samples the devices hold; 1 for an array on one device, or while tracing."""
-    if isinstance(inputs, jax.core.Tracer) or not isinstance(inputs, Array):
+    """How many equal blocks of samples the devices hold; 1 for an array on one device.
+
+    Where an array lies is not known while tracing; there the axis "data" of the mesh that is set says it.
+    """
+    if not isinstance(inputs, Array) or inputs.shape[0] == 0:
         return 1
-    return inputs.shape[0] // max(inputs.sharding.shard_shape(inputs.shape)[0], 1)
+    if isinstance(inputs, jax.core.Tracer):
+        parts = dict(jax.sharding.get_abstract_mesh().shape).get("data", 1)
+        return 1 if inputs.shape[0] % parts else parts
+    return inputs.shape[0] // inputs.sharding.shard_shape(inputs.shape)[0]
 
 
 def count(samples: int, size: int, blocks: int = 1) -> int:
-    """How many batches of about ``size`` samples cover all of them."""
+    """How many batches of at most ``size`` samples a block cover all of them."""
     of_block = samples // blocks
-    return -(-of_block // _share(of_block, size, blocks))
+    return -(-of_block // min(size, of_block))
 
 
 def take(
     arrays: PyTree[Shaped[Array, "samples ..."]], index: int | Int[Array, ""], size: int, blocks: int = 1
 ) -> tuple[PyTree, Bool[Array, " batch"]]:
-    """One batch of arrays that share their samples, and which of its samples count.
+    """One batch of at most ``size`` samples a block, of arrays that share their samples, and which of them count.
 
     The last batch reaches back to be as long as the others; the samples that were in the one before it don't count.
     """
     of_block = jax.tree.leaves(arrays)[0].shape[0] // blocks
-    share = _share(of_block, size, blocks)
+    share = min(size, of_block)
     start = jnp.minimum(index * share, of_block - share)
     counted = start + jnp.arange(share) >= index * share
 
@@ -46,15 +52,18 @@ def take(
 def every(
     array: Shaped[Array, "samples ..."], size: int, offset: Int[Array, ""], blocks: int = 1
 ) -> Shaped[Array, "batch ..."]:
-    """About ``size`` samples, evenly spaced; the offset says which of them, and counts on round the spacing."""
+    """About ``size`` samples of all, evenly spaced; the offset says which of them, and counts on round the spacing."""
     of_block = array.shape[0] // blocks
-    share = _share(of_block, size, blocks)
+    share = min(max(size // blocks, 1), of_block)
     spacing = of_block // share
     spaced = array.reshape(blocks, of_block, *array.shape[1:])[:, : share * spacing]
     spaced = spaced.reshape(blocks, share, spacing, *array.shape[1:])
     return lax.dynamic_index_in_dim(spaced, offset % spacing, 2, keepdims=False).reshape(-1, *array.shape[1:])
 
 
-def _share(of_block: int, size: int, blocks: int) -> int:
-    """How many samples of each block a batch takes."""
-    return min(max(size // blocks, 1), of_block)
+def filled_up(inputs: Shaped[Array | np.ndarray, "samples ..."], size: int) -> Shaped[Array | np.ndarray, "more ..."]:
+    """The inputs with their last sample repeated, up to a power of two below ``size`` or a multiple of it above."""
+    samples = inputs.shape[0]
+    filled = -(-samples // size) * size if samples > size else min(1 << (samples - 1).bit_length(), size)
+    backend = np if isinstance(inputs, np.ndarray) else jnp
+    return backend.pad(inputs, ((0, filled - samples), *((0, 0),) * (inputs.ndim - 1)), mode="edge")

@@ -21,8 +21,14 @@ def _is_known_false(condition) -> bool:
     return not isinstance(condition, jax.core.Tracer) and not condition
 
 
+def _all_finite(array: Array | np.ndarray) -> Array | np.bool_:
+    if isinstance(array, np.ndarray):
+        return np.isfinite(array).all()  # nothing to compile for batches of many sizes
+    return _all_finite_on_device(array)
+
+
 @jax.jit
-def _all_finite(array: Array | np.ndarray) -> Array:
+def _all_finite_on_device(array: Array) -> Array:
     return jnp.isfinite(array).all()
 
 

@@ -5,17 +5,23 @@ for another output metric M), a layer with inputs ``a`` is described by ``Σ S_i
 ``a_j`` and by its S-weighted sum of squared deviations. Elimination-compensation and optimal brain damage are read off
 these.
 
+Moments are additive: ``start``, ``update`` with one batch after another, on one machine or on several, and ``merge``;
+``score.elimination_compensation_from_moments`` reads the scores off them. They are plain pytrees, to be saved and gone
+on with. ``of_batches`` does so for an iterator, ``of_inputs`` for one array.
+
 They cost one forward pass and K backward passes to the pre-activations, then two matrix products a layer; no gradient
 with respect to a weight is formed for any sample.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
-from jaxtyping import Bool, Float, PRNGKeyArray
+from jaxtyping import Bool, Float, Num, PRNGKeyArray
 
 from ecjax import batches, capture, checks, metrics, networks
 from ecjax.networks import Inputs, Network, Params
@@ -59,11 +65,11 @@ class Moments(NamedTuple):
     layers: dict[str, LayerMoments] | dict[str, InputMoments]
 
 
-def empty(params: Params, *, of_weights: bool = True) -> Moments:
-    """The moments of no samples: what merging starts from. At least float32, whatever the params are.
+def start(params: Params, *, of_weights: bool = True) -> Moments:
+    """The moments of no samples: what ``update`` and ``merge`` start from. At least float32, whatever the params are.
 
     Args:
-        params: of the network.
+        params: of the network; the moments lie on devices as the kernels do.
         of_weights: for each weight (``LayerMoments``), or for each input of a layer (``InputMoments``); the latter of
             an MLP, without the first layer, whose inputs are no neurons.
     """
@@ -74,8 +80,8 @@ def empty(params: Params, *, of_weights: bool = True) -> Moments:
             return InputMoments(*(jnp.zeros(kernel.shape[:1], dtype) for _ in InputMoments._fields))
         return LayerMoments(
             sensitivity=jnp.zeros(kernel.shape[-1:], dtype),
-            mean=jnp.zeros(kernel.shape, dtype),
-            scatter=jnp.zeros(kernel.shape, dtype),
+            mean=jnp.zeros_like(kernel, dtype),
+            scatter=jnp.zeros_like(kernel, dtype),
         )
 
     kernels = networks.by_path(networks.kernels(params)) if of_weights else _reading_neurons(params)
@@ -164,8 +170,7 @@ def _sensitivities(outputs, backward, kernels, *, metric, probes, key) -> dict[s
         (gradients,) = backward(cotangents)
         if kernels is None:
             return gradients
-        highest = lax.Precision.HIGHEST
-        return {path: jnp.matmul(gradients[path], kernel.T, precision=highest) for path, kernel in kernels.items()}
+        return {path: gradients[path] @ kernel.T for path, kernel in kernels.items()}
 
     def add_squares(total, index):
         coefficients = row(index) if probes is None else probe(index)
@@ -233,12 +238,13 @@ def of_inputs(
     Args:
         network: pure function ``(params, inputs) -> outputs``; compiled once for each.
         params: its parameters.
-        inputs: calibration inputs, samples along the first axis.
+        inputs: calibration inputs, samples along the first axis; on one device, or spread evenly over several
+            (``devices``): each then works on its own samples.
         metric: "euclidean" for ``Σ_k g_k²`` on raw outputs, "fisher" for the softmax Fisher of logits.
         probes: None for all K rows of the metric, or how many random ±1 combinations of them to draw for each sample
             (Hutchinson's estimator: the sensitivities stay unbiased).
         key: random key, needed with ``probes``.
-        batch_size: samples at a time; it bounds the memory.
+        batch_size: samples at a time, on each device; it bounds the memory.
         biased: whether every kernel must have an adjacent bias.
         of_weights: for each weight (``LayerMoments``), or for each input of a layer (``InputMoments``).
 
@@ -246,6 +252,102 @@ def of_inputs(
         ValueError: no inputs, inputs that hold NaN or infinity, an unknown metric, probes without a key, or a network
             whose dense layers can't be found (see ``capture.tapped``).
     """
+    _require(inputs, metric, probes, key, batch_size)
+    options = {"metric": metric, "probes": probes, "biased": biased, "batch_size": int(batch_size)}
+    nothing = start(params, of_weights=of_weights)
+    return _scan(nothing, network, params, inputs, None, key, blocks=batches.blocks(inputs), **options)
+
+
+def update(
+    seen: Moments,
+    network: Network,
+    params: Params,
+    inputs: Inputs,
+    *,
+    metric: str = "euclidean",
+    probes: int | None = None,
+    key: PRNGKeyArray | None = None,
+    batch_size: int = 1024,
+    biased: bool = True,
+) -> Moments:
+    """The moments of the samples seen so far and of these together.
+
+    Samples on one device are filled up to a usual number, so that parts of many sizes share a few compiled functions.
+
+    Args:
+        seen: of ``start``, or of earlier samples with the same params and metric.
+        network: pure function ``(params, inputs) -> outputs``.
+        params: its parameters.
+        inputs: more calibration inputs, as many as there are.
+        metric: "euclidean" or "fisher".
+        probes: None, or how many random combinations of the K rows of the metric.
+        key: random key, needed with ``probes``; may be the same each time, as the number of samples seen enters what is
+            drawn. Machines whose moments are to be merged need one each.
+        batch_size: samples at a time, on each device.
+        biased: whether every kernel must have an adjacent bias.
+
+    Raises:
+        ValueError: as ``of_inputs``, or moments of a network with other layers.
+    """
+    _require(inputs, metric, probes, key, batch_size)
+    require_layers(params, seen, of_weights=_of_weights(seen))
+    options = {"metric": metric, "probes": probes, "biased": biased, "batch_size": int(batch_size)}
+    blocks, samples = batches.blocks(inputs), None
+    if blocks == 1:
+        samples, inputs = jnp.int32(inputs.shape[0]), batches.filled_up(inputs, int(batch_size))
+    return _scan(seen, network, params, inputs, samples, key, blocks=blocks, **options)
+
+
+def of_batches(
+    network: Network,
+    params: Params,
+    batches: Iterable[Num[Array | np.ndarray, "..."]],
+    *,
+    of_weights: bool = True,
+    **options: Any,
+) -> Moments:
+    """The moments of all samples of an iterator, a generator or a list of batches; of one batch in memory at a time.
+
+    Args:
+        network: pure function ``(params, inputs) -> outputs``.
+        params: its parameters.
+        batches: NumPy or JAX arrays of any numbers of samples, such as
+            ``(batch["image"] for batch in loader)``.
+        of_weights: for each weight, or for each input of a layer.
+        **options: of ``update``.
+
+    Raises:
+        ValueError: as ``update``, or not a single batch.
+    """
+    seen = start(params, of_weights=of_weights)
+    for batch in batches:
+        seen = update(seen, network, params, batch, **options)
+    require_samples(seen)
+    return seen
+
+
+def require_layers(params: Params, seen: Moments, *, of_weights: bool) -> None:
+    """Raises a ValueError unless the moments are of these layers, for each weight or for each input."""
+    fields = LayerMoments._fields if of_weights else InputMoments._fields
+    expected = jax.eval_shape(functools.partial(start, of_weights=of_weights), params).layers
+    wanted, found = (
+        {path: tuple(leaf.shape for leaf in layer) for path, layer in layers.items()}
+        for layers in (expected, seen.layers)
+    )
+    if found != wanted:
+        raise ValueError(
+            f"moments of other layers: {', '.join(fields)} of shapes {found or 'none'} given, "
+            f"{wanted} in a network of these params"
+        )
+
+
+def require_samples(seen: Moments) -> None:
+    """Raises a ValueError if the moments are known to be of no samples."""
+    if not isinstance(seen.samples, jax.core.Tracer) and seen.samples == 0:
+        raise ValueError("these moments are of no samples; update them with a batch of inputs first")
+
+
+def _require(inputs, metric: str, probes: int | None, key: PRNGKeyArray | None, batch_size: int) -> None:
     checks.require_inputs(inputs)
     metrics.require(metric)
     checks.require_positive(batch_size, "batch_size")
@@ -253,22 +355,24 @@ def of_inputs(
         checks.require_positive(probes, "probes")
         if key is None:
             raise ValueError(f"probes={probes} draws random signs: give it a key, such as jax.random.key(0)")
-    options = {"metric": metric, "probes": probes, "biased": biased, "of_weights": of_weights}
-    sizes = {"batch_size": int(batch_size), "blocks": batches.blocks(inputs)}
-    return _scan(network, params, inputs, key, **options, **sizes)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("network", "metric", "probes", "batch_size", "blocks", "biased", "of_weights")
-)
-def _scan(network, params, inputs, key, *, batch_size, blocks, **options) -> Moments:
+def _of_weights(seen: Moments) -> bool:
+    return all(isinstance(layer, LayerMoments) for layer in seen.layers.values())
+
+
+@functools.partial(jax.jit, static_argnames=("network", "metric", "probes", "batch_size", "blocks", "biased"))
+def _scan(seen, network, params, inputs, samples, key, *, batch_size, blocks, **options) -> Moments:
+    """Adds batch after batch; where ``samples`` are given, only so many of the inputs count."""
     key = jax.random.key(0) if key is None else key  # without probes nothing is drawn
 
     def add(total, index):
         batch, counted = batches.take(inputs, index, batch_size, blocks)
-        drawn = jax.random.fold_in(key, index)
-        return merge(total, of_batch(network, params, batch, counted, key=drawn, **options)), None
+        if samples is not None:
+            counted &= index * counted.size + jnp.arange(counted.size) < samples
+        drawn = jax.random.fold_in(key, total.samples.astype(jnp.uint32))
+        of_these = of_batch(network, params, batch, counted, key=drawn, of_weights=_of_weights(seen), **options)
+        return merge(total, of_these), None
 
-    nothing = empty(params, of_weights=options["of_weights"])
-    total, _ = lax.scan(add, nothing, jnp.arange(batches.count(inputs.shape[0], batch_size, blocks)))
+    total, _ = lax.scan(add, seen, jnp.arange(batches.count(inputs.shape[0], batch_size, blocks)))
     return total

@@ -6,9 +6,11 @@ import struct
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from ecjax import moments, networks, score
 from experiments.datasets import choose, digits, idx, mnist
 from experiments.datasets.mnist_builder import MnistIdx
 from experiments.datasets.mnist_files import FILES
@@ -114,6 +116,25 @@ def test_the_builder_prepares_the_same_bytes_and_keeps_them(small, builder):
         assert {part: payload(array) for part, array in arrays.items()} == small[1]
         assert (records / "arrays.npz").is_file()
     assert not list(records.glob("*.partial"))
+
+
+def test_moments_of_a_data_source_are_those_of_the_array(builder):
+    builder.download_and_prepare()
+    source = builder.as_data_source(split="train")
+
+    def batches(size):
+        for first in range(0, len(source), size):
+            rows = source.__getitems__(range(first, min(first + size, len(source))))
+            yield np.stack([row["image"].reshape(-1) for row in rows]) / np.float32(16)
+
+    mlp = networks.MLP((8, 10))
+    network, images = networks.pure(mlp), digits.load().train_inputs
+    params = mlp.init(jax.random.key(0), images[:1])["params"]
+    seen = moments.of_batches(network, params, batches(500))
+    assert seen.samples == len(images) == len(source)
+    scores = score.elimination_compensation_from_moments(params, seen)
+    expected = score.elimination_compensation(network, params, images)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-9), scores, expected)
 
 
 def test_damaged_kept_arrays_are_read_again(small, builder):

@@ -7,11 +7,17 @@ are the baselines they are measured against.
 
 from ecjax.score.baselines import gradient_magnitude, magnitude, random
 from ecjax.score.definition import elimination_compensation_by_definition
-from ecjax.score.linear import elimination_compensation, optimal_brain_damage
+from ecjax.score.linear import (
+    elimination_compensation,
+    elimination_compensation_from_moments,
+    optimal_brain_damage,
+    optimal_brain_damage_from_moments,
+)
 from ecjax.score.neurons import (
     NeuronScores,
     neuron_elimination_compensation,
     neuron_elimination_compensation_by_definition,
+    neuron_elimination_compensation_from_moments,
     neuron_norm,
     neuron_variance,
 )
@@ -23,13 +29,16 @@ __all__ = [
     "Scores",
     "elimination_compensation",
     "elimination_compensation_by_definition",
+    "elimination_compensation_from_moments",
     "gradient_magnitude",
     "magnitude",
     "neuron_elimination_compensation",
     "neuron_elimination_compensation_by_definition",
+    "neuron_elimination_compensation_from_moments",
     "neuron_norm",
     "neuron_variance",
     "nonlinear_elimination_compensation",
     "optimal_brain_damage",
+    "optimal_brain_damage_from_moments",
     "random",
 ]

@@ -5,6 +5,7 @@ from jax import Array
 from jaxtyping import PRNGKeyArray
 
 from ecjax import capture, moments, networks
+from ecjax.moments import Moments
 from ecjax.networks import Inputs, Network, Params
 from ecjax.score.scores import Scores, as_kernels
 
@@ -46,7 +47,22 @@ def elimination_compensation(
     """
     options = {"metric": metric, "probes": probes, "key": key, "batch_size": batch_size}
     seen = moments.of_inputs(network, params, inputs, biased=True, **options)
-    kernels = _kernels(params)
+    return elimination_compensation_from_moments(params, seen)
+
+
+def elimination_compensation_from_moments(params: Params, seen: Moments) -> Scores:
+    """Elimination-compensation of all samples that went into the moments.
+
+    ``Δb*_ij = W_ij · mean_ij`` and ``I_ij = W_ij² · scatter_ij / samples``: see ``elimination_compensation``.
+
+    Args:
+        params: that the moments were taken with.
+        seen: ``moments.of_batches`` of an iterator, or ``moments.update`` and ``moments.merge`` of parts.
+
+    Raises:
+        ValueError: moments of no samples, or of other layers.
+    """
+    kernels = _kernels(params, seen)
     importance = {path: kernels[path] ** 2 * (layer.scatter / seen.samples) for path, layer in seen.layers.items()}
     shift = {path: kernels[path] * layer.mean for path, layer in seen.layers.items()}
     return Scores(as_kernels(params, importance), as_kernels(params, shift))
@@ -84,7 +100,22 @@ def optimal_brain_damage(
     """
     options = {"metric": metric, "probes": probes, "key": key, "batch_size": batch_size}
     seen = moments.of_inputs(network, params, inputs, biased=False, **options)
-    kernels = _kernels(params)
+    return optimal_brain_damage_from_moments(params, seen)
+
+
+def optimal_brain_damage_from_moments(params: Params, seen: Moments) -> Scores:
+    """Optimal brain damage of all samples that went into the moments.
+
+    ``I_ij = W_ij² · (scatter_ij + ΣS_i · mean_ij²) / samples``: see ``optimal_brain_damage``.
+
+    Args:
+        params: that the moments were taken with; biases are not needed if the moments were with ``biased=False``.
+        seen: as for ``elimination_compensation_from_moments``.
+
+    Raises:
+        ValueError: moments of no samples, or of other layers.
+    """
+    kernels = _kernels(params, seen)
 
     def importance(path, layer):
         second_moment = layer.scatter + layer.sensitivity * layer.mean**2
@@ -93,7 +124,9 @@ def optimal_brain_damage(
     return Scores(as_kernels(params, {path: importance(path, layer) for path, layer in seen.layers.items()}))
 
 
-def _kernels(params: Params) -> dict[str, Array]:
-    """The kernels by path, in the precision of the moments."""
+def _kernels(params: Params, seen: Moments) -> dict[str, Array]:
+    """The kernels by path, in the precision of the moments, which must be theirs."""
+    moments.require_layers(params, seen, of_weights=True)
+    moments.require_samples(seen)
     kernels = networks.by_path(networks.kernels(params))
     return {path: jnp.asarray(kernel, capture.tap_dtype(kernel)) for path, kernel in kernels.items()}

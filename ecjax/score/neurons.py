@@ -10,6 +10,7 @@ from jax import Array
 from jaxtyping import Float, PRNGKeyArray
 
 from ecjax import capture, checks, metrics, moments, networks
+from ecjax.moments import Moments
 from ecjax.networks import Inputs, Network, Params
 from ecjax.score.scores import least
 
@@ -61,9 +62,27 @@ def neuron_elimination_compensation(
     Raises:
         ValueError: bad inputs, an unknown metric, or params that are not an MLP's.
     """
-    paths = networks.layers(params)
+    networks.layers(params)
     options = {"metric": metric, "probes": probes, "key": key, "batch_size": batch_size}
     seen = moments.of_inputs(network, params, inputs, of_weights=False, **options)
+    return neuron_elimination_compensation_from_moments(params, seen)
+
+
+def neuron_elimination_compensation_from_moments(params: Params, seen: Moments) -> NeuronScores:
+    """Structured elimination-compensation of all samples that went into the moments.
+
+    ``c*_j = mean_j`` and ``I_j = scatter_j / samples``: see ``neuron_elimination_compensation``.
+
+    Args:
+        params: of an MLP, that the moments were taken with.
+        seen: moments of the layers' inputs, of ``moments.of_batches(..., of_weights=False)`` or of parts merged.
+
+    Raises:
+        ValueError: moments of no samples, of other layers or of weights, or params that are not an MLP's.
+    """
+    paths = networks.layers(params)
+    moments.require_layers(params, seen, of_weights=False)
+    moments.require_samples(seen)
     read_by = {own: seen.layers[following] for own, following in itertools.pairwise(paths)}
     importance = {path: layer.scatter / seen.samples for path, layer in read_by.items()}
     return NeuronScores(importance, {path: layer.mean for path, layer in read_by.items()})
