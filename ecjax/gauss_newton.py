@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
-from ecjax import batches, metrics, networks
+from ecjax import batches, metrics, networks, precision
 from ecjax.networks import Inputs, Network, Params
 
 _HALVINGS = 12
@@ -61,7 +61,7 @@ class Problem(NamedTuple):
         network: pure function ``(params, inputs) -> outputs``.
         metric: "euclidean" or "fisher".
         temperature: what the metric "fisher" divides outputs and targets by.
-        blocks: how the samples lie on devices, see ``batches``.
+        blocks: how the samples lie on see ``batches``.
         products: products with the curvature in a step, one for each iteration of conjugate gradients.
         batch_size: samples at a time.
         curvature_samples: how many samples the curvature is of.
@@ -95,6 +95,7 @@ def objective(
 
 
 @functools.partial(jax.jit, static_argnames=("problem", "steps"))
+@precision.in_full
 def take_steps(
     problem: Problem, state: State, free: Free, inputs: Inputs, targets: Float[Array, "samples outputs"], steps: int
 ) -> State:

@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Num, PRNGKeyArray
 
-from ecjax import batches, capture, checks, metrics, networks
+from ecjax import batches, capture, checks, metrics, networks, precision
 from ecjax.networks import Inputs, Network, Params
 
 # Backward passes per loop iteration: enough to fuse their sums, few enough to compile fast when K is 1,000.
@@ -194,8 +194,7 @@ def _layer_moments(layer_inputs: Array, sensitivities: Array, counted: Array) ->
     centre = raw.mean(0)
     centred = raw - centre
     total = weights.sum(0)
-    first = jnp.matmul(centred.T, weights, precision=lax.Precision.HIGHEST)
-    second = jnp.matmul((centred**2).T, weights, precision=lax.Precision.HIGHEST)
+    first, second = centred.T @ weights, (centred**2).T @ weights
     offset = _divide(first, total)
     return LayerMoments(
         sensitivity=total,
@@ -362,6 +361,7 @@ def _of_weights(seen: Moments) -> bool:
 
 
 @functools.partial(jax.jit, static_argnames=("network", "metric", "probes", "batch_size", "blocks", "biased"))
+@precision.in_full
 def _scan(seen, network, params, inputs, samples, key, *, batch_size, blocks, **options) -> Moments:
     """Adds batch after batch; where ``samples`` are given, only so many of the inputs count."""
     key = jax.random.key(0) if key is None else key  # without probes nothing is drawn

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ecjax import batches, checks, compensate, gauss_newton, metrics, networks, score
+from ecjax import batches, checks, compensate, gauss_newton, metrics, networks, precision, score
 from ecjax.checks import Sparsity
 from ecjax.networks import Inputs, Kernels, Network, Params, Targets
 from ecjax.prune.masks import Pruned, one_shot, require_scope
@@ -192,6 +192,7 @@ def _in_stages(
 
 
 @functools.partial(jax.jit, static_argnames=("network", "together"))
+@precision.in_full
 def _outputs(network: Network, params: Params, inputs: Inputs, *, together: bool) -> Array:
     """What the network answers, the targets of a repair without labels: all samples together, or in batches."""
     if together:

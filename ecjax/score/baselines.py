@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from ecjax import checks, networks
+from ecjax import checks, networks, precision
 from ecjax.networks import Inputs, Loss, Network, Params, Targets
 from ecjax.score.scores import Scores
 
@@ -45,6 +45,7 @@ def gradient_magnitude(
 
 
 @functools.partial(jax.jit, static_argnames=("network", "loss"))
+@precision.in_full
 def _loss_gradient(network, params, inputs, targets, *, loss):
     return jax.grad(lambda params: loss(network(params, inputs), targets).mean())(params)
 

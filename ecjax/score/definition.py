@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ecjax import capture, checks, metrics, networks
+from ecjax import capture, checks, metrics, networks, precision
 from ecjax.networks import Inputs, Network, Params
 from ecjax.score.scores import Scores, least, of_each_weight
 
@@ -45,6 +45,7 @@ def elimination_compensation_by_definition(
 
 
 @functools.partial(jax.jit, static_argnames=("network", "metric", "weights_at_once"))
+@precision.in_full
 def _all_weights(network, params, inputs, *, metric, weights_at_once) -> Scores:
     outputs = network(params, inputs)
     checks.require_outputs(jax.eval_shape(lambda: outputs), inputs.shape[0])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, PRNGKeyArray
 
-from ecjax import capture, checks, metrics, moments, networks
+from ecjax import capture, checks, metrics, moments, networks, precision
 from ecjax.moments import Moments
 from ecjax.networks import Inputs, Network, Params
 from ecjax.score.scores import least
@@ -113,6 +113,7 @@ def neuron_elimination_compensation_by_definition(
 
 
 @functools.partial(jax.jit, static_argnames=("network", "metric"))
+@precision.in_full
 def _all_neurons(network, params, inputs, *, metric):
     paths, leaves = networks.layers(params), networks.by_path(params)
     outputs = network(params, inputs)
@@ -157,6 +158,7 @@ def neuron_variance(network: Network, params: Params, inputs: Inputs) -> NeuronS
 
 
 @functools.partial(jax.jit, static_argnames="network")
+@precision.in_full
 def _variances(network, params, inputs):
     paths = networks.layers(params)
     _, layer_inputs = capture.tapped(network, params, inputs, {}, biased=True)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ecjax import capture, checks, metrics, moments, networks
+from ecjax import capture, checks, metrics, moments, networks, precision
 from ecjax.networks import Inputs, Network, Params
 from ecjax.score.scores import Scores, of_each_weight
 
@@ -51,6 +51,7 @@ def nonlinear_elimination_compensation(
 
 
 @functools.partial(jax.jit, static_argnames=("network", "metric", "steps", "weights_at_once"))
+@precision.in_full
 def _all_weights(network, params, inputs, seen, *, metric, steps, weights_at_once) -> Scores:
     outputs, layer_inputs = capture.tapped(network, params, inputs, {}, biased=True)
     kernels = networks.by_path(networks.kernels(params))

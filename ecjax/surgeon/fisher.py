@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Shaped
 
-from ecjax import checks, networks
+from ecjax import checks, networks, precision
 from ecjax.networks import Inputs, Kernels, Loss, Network, Params, Targets
 from ecjax.score import Scores
 
@@ -54,6 +54,7 @@ def loss_gradients(
 
 
 @functools.partial(jax.jit, static_argnames=("network", "loss"))
+@precision.in_full
 def _loss_gradients(network, params, inputs, targets, *, loss):
     def of_sample(x, target):
         def mean_loss(kernels):
