@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from ecjax import batches, checks, gauss_newton, metrics, networks
+from ecjax import batches, checks, devices, gauss_newton, metrics, networks
 from ecjax.gauss_newton import Free, Problem
 from ecjax.networks import Inputs, Kernels, Network, Params, Targets
 
@@ -186,7 +186,7 @@ def repair(
     sizes = {"products": products, "batch_size": batch_size, "curvature_samples": curvature_samples}
     for name, size in {"iterations": iterations, **sizes}.items():
         checks.require_positive(size, name)
-    inputs = jnp.asarray(inputs)
+    inputs, targets = devices.automatic((jnp.asarray(inputs), targets))
     expected = _as_outputs(targets, _outputs_shape(network, state.params, inputs), metric)
     problem = Problem(network, metric, float(temperature), batches.blocks(inputs), **sizes)
     return gauss_newton.take_steps(problem, state, free, inputs, expected, steps=int(iterations))

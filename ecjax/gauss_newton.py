@@ -61,7 +61,7 @@ class Problem(NamedTuple):
         network: pure function ``(params, inputs) -> outputs``.
         metric: "euclidean" or "fisher".
         temperature: what the metric "fisher" divides outputs and targets by.
-        blocks: how the samples lie on see ``batches``.
+        blocks: how the samples lie on devices, see ``batches``.
         products: products with the curvature in a step, one for each iteration of conjugate gradients.
         batch_size: samples at a time.
         curvature_samples: how many samples the curvature is of.

@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Num, PRNGKeyArray
 
-from ecjax import batches, capture, checks, metrics, networks, precision
+from ecjax import batches, capture, checks, devices, metrics, networks, precision
 from ecjax.networks import Inputs, Network, Params
 
 # Backward passes per loop iteration: enough to fuse their sums, few enough to compile fast when K is 1,000.
@@ -253,7 +253,7 @@ def of_inputs(
     """
     _require(inputs, metric, probes, key, batch_size)
     options = {"metric": metric, "probes": probes, "biased": biased, "batch_size": int(batch_size)}
-    nothing = start(params, of_weights=of_weights)
+    inputs, nothing = devices.automatic(inputs), start(params, of_weights=of_weights)
     return _scan(nothing, network, params, inputs, None, key, blocks=batches.blocks(inputs), **options)
 
 
@@ -291,6 +291,7 @@ def update(
     _require(inputs, metric, probes, key, batch_size)
     require_layers(params, seen, of_weights=_of_weights(seen))
     options = {"metric": metric, "probes": probes, "biased": biased, "batch_size": int(batch_size)}
+    inputs = devices.automatic(inputs)
     blocks, samples = batches.blocks(inputs), None
     if blocks == 1:
         samples, inputs = jnp.int32(inputs.shape[0]), batches.filled_up(inputs, int(batch_size))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ecjax import batches, checks, compensate, gauss_newton, metrics, networks, precision, score
+from ecjax import batches, checks, compensate, devices, gauss_newton, metrics, networks, precision, score
 from ecjax.checks import Sparsity
 from ecjax.networks import Inputs, Kernels, Network, Params, Targets
 from ecjax.prune.masks import Pruned, one_shot, require_scope
@@ -171,6 +171,7 @@ def _in_stages(
         raise ValueError(f"repair is {repair!r}; it must be one of {', '.join(map(repr, REPAIRS))}")
     if options and not repair:
         raise ValueError(f"without a repair there is nothing to give {', '.join(options)} to")
+    inputs = devices.automatic(inputs)
     if targets is None and repair:
         # Samples that are spread over devices are few on each; together they stay where they are.
         targets = _outputs(network, params, inputs, together=batches.blocks(inputs) > 1)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from ecjax import checks, networks, precision
+from ecjax import checks, devices, networks, precision
 from ecjax.networks import Inputs, Loss, Network, Params, Targets
 from ecjax.score.scores import Scores
 
@@ -39,6 +39,7 @@ def gradient_magnitude(
     """
     checks.require_inputs(inputs)
     checks.require_targets(inputs, targets)
+    inputs, targets = devices.automatic((inputs, targets))
     kernels = _kernels(params)
     gradient = networks.kernels(_loss_gradient(network, params, inputs, targets, loss=loss))
     return Scores(jax.tree.map(lambda kernel, slope: jnp.abs(kernel * slope), kernels, gradient))

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ecjax import capture, checks, metrics, networks, precision
+from ecjax import capture, checks, devices, metrics, networks, precision
 from ecjax.networks import Inputs, Network, Params
 from ecjax.score.scores import Scores, least, of_each_weight
 
@@ -41,6 +41,7 @@ def elimination_compensation_by_definition(
     metrics.require(metric)
     checks.require_positive(weights_at_once, "weights_at_once")
     checks.require_biases(params)
+    inputs = devices.automatic(inputs)
     return _all_weights(network, params, inputs, metric=metric, weights_at_once=int(weights_at_once))
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, PRNGKeyArray
 
-from ecjax import capture, checks, metrics, moments, networks, precision
+from ecjax import capture, checks, devices, metrics, moments, networks, precision
 from ecjax.moments import Moments
 from ecjax.networks import Inputs, Network, Params
 from ecjax.score.scores import least
@@ -109,7 +109,7 @@ def neuron_elimination_compensation_by_definition(
     metrics.require(metric)
     checks.require_biases(params)
     networks.layers(params)
-    return NeuronScores(*_all_neurons(network, params, inputs, metric=metric))
+    return NeuronScores(*_all_neurons(network, params, devices.automatic(inputs), metric=metric))
 
 
 @functools.partial(jax.jit, static_argnames=("network", "metric"))
@@ -154,7 +154,7 @@ def neuron_variance(network: Network, params: Params, inputs: Inputs) -> NeuronS
         ValueError: bad inputs, or params that are not an MLP's.
     """
     checks.require_inputs(inputs)
-    return NeuronScores(*_variances(network, params, inputs))
+    return NeuronScores(*_variances(network, params, devices.automatic(inputs)))
 
 
 @functools.partial(jax.jit, static_argnames="network")

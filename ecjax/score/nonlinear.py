@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ecjax import capture, checks, metrics, moments, networks, precision
+from ecjax import capture, checks, devices, metrics, moments, networks, precision
 from ecjax.networks import Inputs, Network, Params
 from ecjax.score.scores import Scores, of_each_weight
 
@@ -45,6 +45,7 @@ def nonlinear_elimination_compensation(
     """
     checks.require_positive(steps, "steps")
     checks.require_positive(weights_at_once, "weights_at_once")
+    inputs = devices.automatic(inputs)
     seen = moments.of_inputs(network, params, inputs, metric=metric)
     options = {"metric": metric, "steps": int(steps), "weights_at_once": int(weights_at_once)}
     return _all_weights(network, params, inputs, seen, **options)

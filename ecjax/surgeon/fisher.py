@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Shaped
 
-from ecjax import checks, networks, precision
+from ecjax import checks, devices, networks, precision
 from ecjax.networks import Inputs, Kernels, Loss, Network, Params, Targets
 from ecjax.score import Scores
 
@@ -50,6 +50,7 @@ def loss_gradients(
     checks.require_inputs(inputs)
     checks.require_targets(inputs, targets)
     checks.require_any_kernel(params)
+    inputs, targets = devices.automatic((inputs, targets))
     return _loss_gradients(network, params, inputs, targets, loss=loss)
 
 

@@ -1,0 +1,180 @@
+"""Samples and neurons spread over eight devices, and over two processes."""
+
+import functools
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from ecjax import batches, compensate, devices, gauss_newton, moments, prune, score, surgeon
+from tests import examples, two_processes
+
+pytestmark = pytest.mark.usefixtures("float64")
+SAMPLES, FEATURES = 512, 20
+cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+REPAIR = {"metric": "fisher", "iterations": 1, "products": 3, "batch_size": 16, "curvature_samples": 128}
+
+
+@functools.cache
+def example():
+    return examples.mlp((16, 4), nn.gelu, SAMPLES, FEATURES)
+
+
+def labels():
+    return np.arange(SAMPLES) % 4
+
+
+@functools.cache
+def mesh(model):
+    return devices.mesh(model, jax.devices("cpu"))
+
+
+def sharded(model):
+    """The example's params, inputs and labels on eight devices."""
+    params = devices.shard_params(example().params, mesh(model))
+    inputs, targets = (devices.shard_samples(array, mesh(model)) for array in (example().inputs, labels()))
+    return params, inputs, targets
+
+
+def assert_close(found, expected, rtol=1e-9):
+    def compare(a, b):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(np.abs(np.asarray(b, float)).max()))
+
+    jax.tree.map(compare, jax.device_get(found), jax.device_get(expected))
+
+
+def _staged(network, params, inputs, _targets):
+    return prune.staged(network, params, inputs, 0.5, stages=1, **REPAIR).params
+
+
+ENTRY_POINTS = {
+    "elimination_compensation": lambda network, params, inputs, _: score.elimination_compensation(
+        network, params, inputs, metric="fisher", batch_size=16
+    ),
+    "optimal_brain_damage": lambda network, params, inputs, _: score.optimal_brain_damage(
+        network, params, inputs, batch_size=16
+    ),
+    "probes": lambda network, params, inputs, _: score.optimal_brain_damage(
+        network, params, inputs, probes=2, key=jax.random.key(0)
+    ),
+    "by_definition": lambda network, params, inputs, _: score.elimination_compensation_by_definition(
+        network, params, inputs
+    ),
+    "nonlinear": lambda network, params, inputs, _: score.nonlinear_elimination_compensation(
+        network, params, inputs, steps=1
+    ),
+    "gradient_magnitude": lambda network, params, inputs, targets: score.gradient_magnitude(
+        network, params, inputs, targets, cross_entropy
+    ),
+    "neurons": lambda network, params, inputs, _: score.neuron_elimination_compensation(
+        network, params, inputs, batch_size=16
+    ),
+    "neuron_variance": lambda network, params, inputs, _: score.neuron_variance(network, params, inputs),
+    "loss_gradients": lambda network, params, inputs, targets: surgeon.loss_gradients(
+        network, params, inputs, targets, cross_entropy
+    ),
+    "update": lambda network, params, inputs, _: moments.update(moments.start(params), network, params, inputs),
+    "joint_biases": lambda network, params, inputs, targets: compensate.joint_biases(
+        network, params, inputs, targets, **REPAIR
+    ),
+    "staged": _staged,
+}
+
+
+SPREAD = [(name, 1) for name in ENTRY_POINTS] + [("elimination_compensation", 2), ("by_definition", 2), ("staged", 2)]
+
+
+@pytest.mark.parametrize(("name", "model"), SPREAD)
+def test_every_entry_point_gives_what_one_device_gives(name, model):
+    function = functools.partial(ENTRY_POINTS[name], example().network)
+    assert_close(function(*sharded(model)), function(*example()[1:], labels()))
+
+
+@pytest.mark.parametrize("name", ["elimination_compensation", "by_definition", "joint_biases"])
+def test_axes_that_are_explicit(name):
+    explicit = jax.make_mesh((8,), ("samples",), (AxisType.Explicit,), devices=jax.devices("cpu"))
+    here = NamedSharding(explicit, PartitionSpec("samples"))
+    inputs, targets = jax.device_put(example().inputs, here), jax.device_put(labels(), here)
+    function = functools.partial(ENTRY_POINTS[name], example().network)
+    assert_close(function(example().params, inputs, targets), function(*sharded(1)))
+
+
+def gathered(compiled):
+    """The shapes that a compiled function brings together from several devices."""
+    shapes = re.findall(r"= \(?\w+\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)", compiled.as_text())
+    return [tuple(map(int, shape.split(","))) if shape else () for shape in shapes]
+
+
+def test_no_samples_travel_in_what_is_compiled():
+    params, inputs, _ = sharded(1)
+    network = example().network
+    assert batches.blocks(inputs) == 8
+    options = {"metric": "fisher", "probes": None, "biased": True, "batch_size": 16, "blocks": 8}
+    of_moments = moments._scan.lower(moments.start(params), network, params, inputs, None, None, **options)
+    problem = gauss_newton.Problem(network, "fisher", 1.0, 8, 2, 16, 128)
+    start = gauss_newton.start(params, 0.01)
+    rows = devices.shard_samples(jnp.log(jax.nn.one_hot(labels(), 4)), mesh(1))
+    steps = gauss_newton.take_steps.lower(problem, start, compensate.every_bias(params), inputs, rows, 1)
+    for lowered in (of_moments, steps):
+        compiled = lowered.compile()
+        assert "all-reduce" in compiled.as_text()  # the sums over devices
+        assert gathered(compiled) == []
+    # The same without what is known of the devices does gather: the test sees what it looks for.
+    blind = moments._scan.lower(
+        moments.start(params), network, params, inputs, None, None, **options | {"blocks": 1}
+    ).compile()
+    assert (1, SAMPLES, FEATURES) in gathered(blind)
+
+
+def test_no_samples_travel_inside_a_jit_of_the_callers():
+    function = jax.jit(functools.partial(ENTRY_POINTS["elimination_compensation"], example().network))
+    with jax.set_mesh(mesh(1)):
+        assert gathered(function.lower(*sharded(1)).compile()) == []
+
+
+def test_neurons_stay_spread_out():
+    params, inputs, _ = sharded(2)
+    scores = score.elimination_compensation(example().network, params, inputs)
+    assert params["Dense_0"]["kernel"].sharding.spec == PartitionSpec(None, "model")
+    for leaf in jax.tree.leaves(scores):
+        assert leaf.sharding.shard_shape(leaf.shape)[-1] == leaf.shape[-1] // 2
+
+
+def test_what_does_not_divide_evenly():
+    with pytest.raises(ValueError, match="model is 3; it must divide the number of devices, 8"):
+        devices.mesh(3, jax.devices("cpu"))
+    with pytest.raises(ValueError, match="510 samples can't be shared out equally to 8 devices; give 504 of them"):
+        devices.shard_samples(example().inputs[:510], mesh(1))
+    odd = {f"Dense_{i}": {"kernel": jnp.ones((5, i + 6)), "bias": jnp.ones(i + 6)} for i in range(2)}
+    params = devices.shard_params(odd, mesh(2))
+    assert params["Dense_0"]["kernel"].sharding.spec == PartitionSpec(None, "model")
+    assert params["Dense_1"]["bias"].sharding.is_fully_replicated
+
+
+def test_two_processes_with_half_of_the_samples_each(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "tests.two_processes", address, str(tmp_path)]
+    root = Path(__file__).parent.parent
+    started = [subprocess.Popen([*command, rank], cwd=root, stderr=subprocess.PIPE, text=True) for rank in ("0", "1")]
+    errors = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], errors
+    expected = two_processes.answer(two_processes.inputs())
+    for rank in range(2):
+        found = np.load(tmp_path / f"{rank}.npz")
+        assert set(found) == set(expected)
+        for name, leaf in expected.items():
+            if leaf.dtype == bool:
+                np.testing.assert_array_equal(found[name], leaf, name)
+            else:
+                np.testing.assert_allclose(found[name], leaf, 1e-9, 1e-9 * np.abs(leaf).max(), err_msg=name)
