@@ -1,84 +1,439 @@
-"""What scoring costs, in plain gradient passes over the same samples: ``python -m experiments.benchmark``.
+"""What scoring and pruning cost, in plain gradient passes over the same samples: ``python -m experiments.benchmark``.
 
-All candidates run in turn, round after round, so that a slow moment of the machine hits them alike; what is shown is
-the ratio of the medians. Compilation is not counted.
+MLPs of growing width, depth, number of samples and number of outputs are scored by elimination-compensation, by optimal
+brain damage, and by the ways to write EC that this library exists to avoid; one of them is pruned in stages and by the
+brain surgeons. Then, for networks of 1,000 outputs, how well a few probes rank the weights.
 """
 
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
 import optax
+import pandas as pd
 import tyro
-from rich.progress import track
+from jax import Array, lax
 from rich.table import Table
 
-from ecjax import networks, score
-from experiments import report
+from ecjax import networks, prune, score, surgeon, train
+from ecjax.networks import Network, Params
+from experiments import cost, report
+from experiments.cost import Candidate, Cost
+from experiments.datasets import diffusion_sorption
+
+GRADIENT, EC = "gradient pass", "EC"
+JACOBIANS, DEFINITION = "per-sample Jacobians", "EC by definition"
+AXES = {"width": "width of the layers", "depth": "layers", "samples": "samples", "outputs": "outputs K"}
+RANKING = ["network", "probes", "spearman", "overlap"]
+cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
 
 @dataclass(frozen=True)
 class Config:
-    """Time the criteria against a plain gradient pass over the same samples."""
+    """Time scoring and pruning against a plain gradient pass over the same samples, and measure their memory.
 
-    widths: tuple[int, ...] = (784, 300, 100, 10)
-    """Widths of all layers, inputs first."""
-    samples: int = 20_000
+    Writes results.csv, probes.csv, config.json and benchmark.png, and prints the tables.
+    """
+
+    base: tuple[int, ...] = (784, 300, 100, 10)
+    """Widths of the network, inputs first, whose samples and outputs grow, and that is pruned."""
+    base_samples: int = 10_000
+    """Calibration samples wherever they don't grow."""
+    widths: tuple[int, ...] = (100, 300, 1000, 2048, 4096)
+    """Widths of all but the last layer of a network of four layers and ten outputs."""
+    depths: tuple[int, ...] = (2, 4, 6, 8)
+    """Layers of a network of width 512."""
+    samples: tuple[int, ...] = (1_000, 10_000, 60_000)
     """Calibration samples."""
-    rounds: int = 15
-    """How many times each candidate runs."""
+    outputs: tuple[int, ...] = (1, 10, 100, 1000)
+    """Outputs K."""
+    probes: tuple[int, ...] = (1, 4, 16, 64)
+    """Probes whose ranking is compared with the exact one, for networks of 1,000 outputs."""
+    stages: int = 10
+    """Stages of staged pruning."""
+    gradients: int = 500
+    """Per-sample gradients that the brain surgeons see."""
+    rounds: int = 9
+    """How many times each candidate runs at most."""
+    seconds: float = 5.0
+    """A candidate that has run for so long in all is not run again."""
+    quick: bool = False
+    """Four sizes, few samples, two stages: under a minute."""
+    output: Path = Path("results/benchmark")
+    """Folder for the results."""
+
+
+class Case(NamedTuple):
+    """A network and its samples: where along which axis, all widths with the inputs first, and how many samples."""
+
+    axis: str
+    value: int
+    widths: tuple[int, ...]
+    samples: int
 
 
 def main(config: Config) -> None:
-    """Runs the benchmark and prints the table."""
-    seconds = measure(candidates(config), config.rounds)
-    gradient = seconds["gradient pass"]
-    layers = "-".join(map(str, config.widths))
-    table = Table(title=f"MLP {layers}, {config.samples:,} samples, {jax.devices()[0].device_kind}")
-    table.add_column("one call")
-    table.add_column("median (ms)", justify="right")
-    table.add_column("gradient passes", justify="right")
-    for name, median in seconds.items():
-        table.add_row(name, f"{1000 * median:.1f}", f"{median / gradient:.2f}")
-    report.console().print(table)
+    """Runs the benchmark from networks to figure."""
+    counts = ("base_samples", "stages", "gradients", "rounds")
+    report.require_flags(config, fractions=(), counts=counts)
+    if config.quick:
+        small = {"widths": (100,), "depths": (), "samples": (1000, 4000), "outputs": (100,), "probes": (1, 16)}
+        config = replace(config, base_samples=2000, stages=2, gradients=50, rounds=5, seconds=0.3, **small)
+    config.output.mkdir(parents=True, exist_ok=True)
+    report.save_config(config.output, config)
+    rows = []
+    with report.progress() as bar:
+        step = bar.add_task("", total=len(cases(config)) + 2)
+        for found in _measured(config, lambda words: bar.update(step, description=words)):
+            bar.advance(step)
+            rows += found
+            frame = pd.DataFrame(rows)
+            frame.to_csv(config.output / "results.csv", index=False)  # at once: long runs may be cut off
+        ranking = pd.DataFrame(_agreement(config, lambda words: bar.update(step, description=words)), columns=RANKING)
+        ranking.to_csv(config.output / "probes.csv", index=False)
+    _figure(frame, ranking, config.output / "benchmark.png")
+    console = report.console()
+    for table in (*_tables(frame), _ranking_table(ranking)):
+        console.print(table)
+    console.print(f"results.csv, probes.csv, config.json and benchmark.png are in {config.output}/")
 
 
-def candidates(config: Config) -> dict[str, Callable[[], object]]:
-    """What is timed, by name; each call starts from arrays and ends in arrays."""
-    mlp = networks.MLP(config.widths[1:])
-    network = networks.pure(mlp)
-    inputs = jax.random.uniform(jax.random.key(0), (config.samples, config.widths[0]))
-    labels = jax.random.randint(jax.random.key(1), (config.samples,), 0, config.widths[-1])
-    params = mlp.init(jax.random.key(2), inputs[:1])["params"]
+def cases(config: Config) -> list[Case]:
+    """Every network and number of samples to be scored, each once."""
+    hidden, samples = config.base[:-1], config.base_samples
+    return [
+        *(Case("samples", count, config.base, count) for count in config.samples),
+        *(Case("outputs", outputs, (*hidden, outputs), samples) for outputs in config.outputs),
+        *(Case("width", width, (width,) * 4 + (10,), samples) for width in config.widths),
+        *(Case("depth", depth, (512,) * depth + (10,), samples) for depth in config.depths),
+    ]
+
+
+def _measured(config: Config, describe: Callable[[str], None]) -> Iterator[list[dict]]:
+    """The rows of every case, then those of pruning."""
+    options = {"rounds": config.rounds, "seconds": config.seconds}
+    for case in cases(config):
+        layers = "-".join(map(str, case.widths))
+        advance = functools.partial(_describe, describe, f"{layers}, {case.samples:,} samples")
+        yield [
+            _row(case, name, found)
+            for name, found in cost.measure(scoring(case, config), advance=advance, **options).items()
+        ]
+    case = Case("pruning", 0, config.base, config.base_samples)
+    advance = functools.partial(_describe, describe, "pruning")
+    found = cost.measure(pruning(case, config), advance=advance, **options | {"rounds": min(config.rounds, 3)})
+    yield [_row(case, name, costs) for name, costs in found.items()]
+
+
+def _describe(describe: Callable[[str], None], of: str, name: str) -> None:
+    describe(f"{of}: {name}")
+
+
+def _row(case: Case, name: str, found: Cost) -> dict:
+    layers = "-".join(map(str, case.widths))
+    return {"axis": case.axis, "value": case.value, "layers": layers, "samples": case.samples, "method": name} | (
+        found._asdict()
+    )
+
+
+class Problem(NamedTuple):
+    """A fresh network with random inputs and labels: costs do not depend on the values."""
+
+    network: Network
+    params: Params
+    inputs: Array
+    labels: Array
+
+
+@functools.cache
+def _network(features: tuple[int, ...]) -> tuple[networks.MLP, Network]:
+    mlp = networks.MLP(features)
+    return mlp, networks.pure(mlp)
+
+
+def problem(widths: tuple[int, ...], samples: int) -> Problem:
+    """What is scored, pruned and differentiated, by all widths with the inputs first."""
+    mlp, network = _network(widths[1:])
+    inputs = jax.random.uniform(jax.random.key(0), (samples, widths[0]))
+    labels = jax.random.randint(jax.random.key(1), (samples,), 0, widths[-1])
+    return Problem(network, mlp.init(jax.random.key(2), inputs[:1])["params"], inputs, labels)
+
+
+def gradient_pass(widths: tuple[int, ...], samples: int) -> Candidate:
+    """What everything is measured in: the gradient of a mean loss with respect to all params."""
+    network, *given = problem(widths, samples)
 
     def loss(params, inputs, labels):
-        return optax.softmax_cross_entropy_with_integer_labels(network(params, inputs), labels).mean()
+        return cross_entropy(network(params, inputs), labels).mean()
 
-    forward, gradient = jax.jit(network), jax.jit(jax.grad(loss))
-    key = jax.random.key(3)
-    return {
-        "forward pass": lambda: forward(params, inputs),
-        "gradient pass": lambda: gradient(params, inputs, labels),
-        "optimal brain damage": lambda: score.optimal_brain_damage(network, params, inputs),
-        "EC (Euclidean)": lambda: score.elimination_compensation(network, params, inputs),
-        "EC (Fisher)": lambda: score.elimination_compensation(network, params, inputs, metric="fisher"),
-        "EC (Euclidean), 1 probe": lambda: score.elimination_compensation(network, params, inputs, probes=1, key=key),
+    return Candidate(jax.jit(jax.grad(loss)), tuple(given), cost.gradient_pass(widths, samples))
+
+
+def scoring(case: Case, config: Config) -> dict[str, Candidate]:
+    """What is timed in a case, by name."""
+    network, params, inputs, _ = problem(case.widths, case.samples)
+    given = params, inputs
+    criterion = functools.partial(score.elimination_compensation, network)
+    outputs = case.widths[-1]
+    exact = cost.moments(case.widths, case.samples, outputs)
+    found = {
+        "forward pass": Candidate(jax.jit(network), given, cost.forward_pass(case.widths, case.samples)),
+        GRADIENT: gradient_pass(case.widths, case.samples),
+        "optimal brain damage": Candidate(functools.partial(score.optimal_brain_damage, network), given, exact),
+        EC: Candidate(criterion, given, exact),
+        "EC (Fisher)": Candidate(functools.partial(criterion, metric="fisher"), given, exact),
     }
+    for probes in config.probes if outputs >= 1000 else (1,):
+        call = functools.partial(criterion, probes=probes, key=jax.random.key(3))
+        name = "EC, 1 probe" if probes == 1 else f"EC, {probes} probes"
+        found[name] = Candidate(call, given, cost.moments(case.widths, case.samples, probes))
+    return found | _the_slow_ways(case, network, params, inputs)
 
 
-def measure(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call."""
-    times = {name: [] for name in calls}
-    for call in calls.values():
-        jax.block_until_ready(call())
-    for _ in track(range(rounds), "timing", console=report.progress().console, transient=True):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(spent) for name, spent in times.items()}
+def _the_slow_ways(case: Case, network: Network, params: Params, inputs: Array) -> dict[str, Candidate]:
+    """EC as it is usually written, on as few samples as bearable, where one sample is bearable at all."""
+    found, weights = {}, cost.weights(case.widths)
+    numbers = case.widths[-1] * weights  # in the Jacobian of one sample
+    if numbers < 3e8:
+        few = min(case.samples, max(int(2e8 // numbers), 2))
+        at_once = max(int(3e7 // numbers), 1)
+        call = jax.jit(functools.partial(jacobian_scores, network, at_once=at_once))
+        scale = case.samples / few
+        found[JACOBIANS] = Candidate(call, (params, inputs[:few]), cost.jacobians(case.widths, few), scale)
+    if weights < 4e4:
+        few = min(case.samples, max(int(1e10 // weights**2), 1))
+        call = functools.partial(score.elimination_compensation_by_definition, network)
+        scale = case.samples / few
+        found[DEFINITION] = Candidate(call, (params, inputs[:few]), cost.definition(case.widths, few), scale)
+    return found
+
+
+def jacobian_scores(network: Network, params: Params, inputs: Array, *, at_once: int) -> score.Scores:
+    """EC the usual way: every output's gradient with respect to every weight, for every sample.
+
+    ``Δb* = W Σ E[∂y/∂W ∂y/∂b] / Σ E[(∂y/∂b)²]`` and ``I = Σ E[(∂y/∂W W − ∂y/∂b Δb*)²]``, so many samples at once.
+    """
+
+    def of_sample(x):
+        jacobian = networks.by_path(jax.jacrev(lambda params: network(params, x[None])[0])(params))
+        by_weight = {path: jacobian[path] for path in networks.by_path(networks.kernels(params))}
+        by_bias = {path: jacobian[networks.bias_path(path)][:, None] for path in by_weight}
+        return {
+            path: ((g**2).sum(0), (g * by_bias[path]).sum(0), (by_bias[path] ** 2).sum(0))
+            for path, g in by_weight.items()
+        }
+
+    def add(total, batch):
+        return jax.tree.map(lambda t, s: t + s.sum(0), total, jax.vmap(of_sample)(batch)), None
+
+    whole = len(inputs) // at_once * at_once
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape), jax.eval_shape(of_sample, inputs[0]))
+    total, _ = lax.scan(add, zeros, inputs[:whole].reshape(-1, at_once, *inputs.shape[1:]))
+    if whole < len(inputs):
+        total, _ = add(total, inputs[whole:])
+    kernels = networks.by_path(networks.kernels(params))
+    importance, shift = {}, {}
+    for path, (square, cross, bias_square) in total.items():
+        mean = cross / jnp.where(bias_square > 0, bias_square, 1)
+        shift[path] = kernels[path] * mean
+        importance[path] = kernels[path] ** 2 * (square - cross * mean) / len(inputs)
+    of_kernels = networks.kernels(params)
+    return score.Scores(networks.replace(of_kernels, importance), networks.replace(of_kernels, shift))
+
+
+def pruning(case: Case, config: Config) -> dict[str, Candidate]:
+    """Pruning to a tenth of the weights, from scores to repaired params, by name."""
+    network, params, inputs, labels = problem(case.widths, case.samples)
+
+    def one_shot(params, inputs):
+        scores = score.elimination_compensation(network, params, inputs, metric="fisher")
+        return prune.one_shot(params, scores, 0.9)
+
+    def staged(params, inputs, repair):
+        return prune.staged(network, params, inputs, 0.9, stages=config.stages, repair=repair, metric="fisher")
+
+    def gradients(params, inputs, labels):
+        few = slice(config.gradients)
+        return surgeon.loss_gradients(network, params, inputs[few], labels[few], cross_entropy)
+
+    def woodfisher(params, inputs, labels):
+        rows = gradients(params, inputs, labels)
+        masks = prune.one_shot(params, surgeon.brain_surgeon_saliency(params, rows), 0.9).masks
+        return surgeon.brain_surgeon_update(params, masks, rows)
+
+    def combinatorial(params, inputs, labels):
+        rows = gradients(params, inputs, labels)
+        masks = surgeon.combinatorial_selection(params, rows, 0.9, start="magnitude", key=jax.random.key(0))
+        return surgeon.combinatorial_update(params, masks, rows)
+
+    unknown = float("nan")  # they stop when they are done
+    calls = {
+        "EC, one shot": one_shot,
+        f"EC, {config.stages} stages": functools.partial(staged, repair=None),
+        f"EC, {config.stages} stages, biases": functools.partial(staged, repair="biases"),
+        f"EC, {config.stages} stages, survivors": functools.partial(staged, repair="survivors"),
+    }
+    surgeons = {
+        f"WoodFisher, {config.gradients} gradients": woodfisher,
+        f"CBS-S + CBS-U, {config.gradients} gradients": combinatorial,
+    }
+    return (
+        {GRADIENT: gradient_pass(case.widths, case.samples)}
+        | {name: Candidate(call, (params, inputs), unknown, traceable=False) for name, call in calls.items()}
+        | {name: Candidate(call, (params, inputs, labels), unknown, traceable=False) for name, call in surgeons.items()}
+    )
+
+
+def _agreement(config: Config, describe: Callable[[str], None]) -> Iterator[dict]:
+    """How well probes rank the weights of networks of 1,000 outputs: mean of three keys."""
+    if not config.probes:
+        return
+    for name, (network, params, inputs) in _of_many_outputs(config, describe).items():
+        describe(f"probes: {name}, exact")
+        exact = score.elimination_compensation(network, params, inputs)
+        for probes in config.probes:
+            describe(f"probes: {name}, {probes}")
+            drawn = [
+                score.elimination_compensation(network, params, inputs, probes=probes, key=jax.random.key(seed))
+                for seed in range(3)
+            ]
+            ranks, kept = zip(*(agreement(params, exact, found) for found in drawn), strict=True)
+            yield {"network": name, "probes": probes, "spearman": np.mean(ranks), "overlap": np.mean(kept)}
+
+
+def agreement(params: Params, exact: score.Scores, found: score.Scores) -> tuple[float, float]:
+    """Spearman's rank correlation of two importances, and the share of the weights kept at 0.9 that both keep."""
+    importances, kept = (
+        [np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in trees]
+        for trees in (
+            (exact.importance, found.importance),
+            tuple(prune.one_shot(params, scores, 0.9).masks for scores in (exact, found)),
+        )
+    )
+    ranks = pd.Series(importances[0]).corr(pd.Series(importances[1]), method="spearman")
+    return float(ranks), float((kept[0] & kept[1]).sum() / kept[0].sum())
+
+
+def _of_many_outputs(config: Config, describe: Callable[[str], None]) -> dict[str, tuple[Network, Params, Array]]:
+    """Two networks of 1,000 outputs: a fresh one, whose outputs have nothing in common, and a surrogate."""
+    samples = min(config.base_samples, 2048)
+    fresh = problem((*config.base[:-1], 1000), samples)
+    describe("probes: training a surrogate of 1,000 outputs")
+    inputs, histories = _histories(places=64, concentrations=16, times=1000)
+    mlp = networks.MLP((64, 64, 1000), jnp.tanh)
+    network = networks.pure(mlp)
+    params = mlp.init(jax.random.key(0), inputs[:1])["params"]
+    fit = {"loss": optax.squared_error, "optimizer": optax.adam(1e-3), "key": jax.random.key(1), "batch_size": 64}
+    trained = train.fit(network, params, inputs, histories, epochs=20 if config.quick else 200, **fit).params
+    return {"fresh, random inputs": fresh[:3], "surrogate, trained": (network, trained, jnp.asarray(inputs))}
+
+
+def _histories(*, places: int, concentrations: int, times: int) -> tuple[np.ndarray, np.ndarray]:
+    """From (place, first concentration) to the concentration there at every time: diffusion-sorption."""
+    instants = np.linspace(0, diffusion_sorption.LAST_TIME, times + 1)[1:]
+    first = np.linspace(0, 0.2, concentrations)
+    solutions = [diffusion_sorption.solve(cells=places, times=instants, initial_concentration=u) for u in first]
+    x = (np.arange(places) + 0.5) / places
+    inputs = np.stack([np.tile(x, concentrations), np.repeat(first / 0.2, places)], -1)
+    return inputs.astype(np.float32), np.concatenate([np.asarray(u).T for u in solutions]).astype(np.float32)
+
+
+def _ratios(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with times and multiply-adds also in gradient passes of the same case."""
+    of_gradient = frame[frame["method"] == GRADIENT].set_index(["axis", "value"])
+    index = pd.MultiIndex.from_frame(frame[["axis", "value"]])
+    passes = {
+        f"{column} in gradient passes": frame[column].to_numpy() / of_gradient[column].reindex(index).to_numpy()
+        for column in ("seconds", "multiply_adds")
+    }
+    return frame.assign(**passes)
+
+
+def _tables(frame: pd.DataFrame) -> Iterator[Table]:
+    device = jax.devices()[0].device_kind
+    for (axis, value), chosen in _ratios(frame).groupby(["axis", "value"], sort=False):
+        layers, samples = chosen.iloc[0][["layers", "samples"]]
+        what = "pruning to 0.9" if axis == "pruning" else f"{axis} {value:,}"
+        table = Table(title=f"{what}: MLP {layers}, {samples:,} samples, {device}")
+        table.add_column("one call", min_width=32)
+        for column in (
+            "median (ms)",
+            "gradient passes",
+            "multiply-adds\nin gradient passes",
+            "XLA (MB)",
+            "process (MB)",
+        ):
+            table.add_column(column, justify="right")
+        for row in chosen.to_dict("records"):
+            table.add_row(
+                row["method"],
+                f"{1000 * row['seconds']:,.1f}",
+                f"{row['seconds in gradient passes']:,.2f}",
+                _number(row["multiply_adds in gradient passes"], 1),
+                *(_number(row[column], 1e6) for column in ("compiler_bytes", "process_bytes")),
+            )
+        yield table
+
+
+def _number(value: float | None, unit: float) -> str:
+    if value is None or np.isnan(value):
+        return ""
+    return f"{value / unit:,.2f}" if unit == 1 else f"{value / unit:,.0f}"
+
+
+def _ranking_table(ranking: pd.DataFrame) -> Table:
+    table = Table(title="probes against the exact ranking, networks of 1,000 outputs, mean of three keys")
+    for column in RANKING:
+        table.add_column(column, justify="right")
+    for row in ranking.itertuples(index=False):
+        table.add_row(row.network, str(row.probes), f"{row.spearman:.4f}", f"{row.overlap:.3f}")
+    return table
+
+
+def _figure(frame: pd.DataFrame, ranking: pd.DataFrame, path: Path) -> None:
+    """Times in gradient passes along each axis, memory against samples, and what probes are worth."""
+    ratios = _ratios(frame)
+    shown = [axis for axis in AXES if (frame["axis"] == axis).any()]
+    canvas, axes = plt.subplots(2, 3, figsize=(15, 9), layout="constrained")
+    methods = list(dict.fromkeys(frame.loc[frame["axis"] != "pruning", "method"]))
+    colours = dict(zip(methods, plt.get_cmap("tab10").colors, strict=False))
+    for panel, axis in zip(axes.ravel(), shown, strict=False):
+        _draw(panel, ratios[ratios["axis"] == axis], "seconds in gradient passes", colours)
+        panel.set(xlabel=AXES[axis], ylabel="time in gradient passes", title=f"against the {AXES[axis]}")
+    memory = frame[(frame["axis"] == "samples") & ~frame["method"].isin([JACOBIANS, DEFINITION])]
+    _draw(axes[1, 1], memory.assign(megabytes=memory["compiler_bytes"] / 1e6), "megabytes", colours)
+    axes[1, 1].set(xlabel="samples", ylabel="memory by XLA (MB)", title="memory of one call, data aside")
+    for name, chosen in ranking.groupby("network", sort=False):
+        axes[1, 2].plot(chosen["probes"], chosen["spearman"], "o-", label=f"{name}: Spearman")
+        axes[1, 2].plot(chosen["probes"], chosen["overlap"], "s--", label=f"{name}: same weights kept at 0.9")
+    axes[1, 2].set(xscale="log", xlabel="probes", ylabel="agreement", title="probes against exact, K = 1,000")
+    if len(ranking):
+        axes[1, 2].legend(fontsize="small")
+    for panel in axes.ravel():
+        panel.grid(which="both", alpha=0.2)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    canvas.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    canvas.savefig(path, dpi=110)
+    plt.close(canvas)
+
+
+def _draw(panel, frame: pd.DataFrame, column: str, colours: dict) -> None:
+    for method, chosen in frame.groupby("method", sort=False):
+        scaled = method in (JACOBIANS, DEFINITION)
+        panel.plot(
+            chosen["value"],
+            chosen[column],
+            "s:" if scaled else "o-",
+            color=colours[method],
+            label=f"{method} (part of the samples)" if scaled else method,
+        )
+    panel.set(xscale="log", yscale="log")
 
 
 if __name__ == "__main__":

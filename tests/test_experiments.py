@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from ecjax import compact, networks
-from experiments import benchmark, brain_surgeon, frontier, mnist, neurons, report
+from experiments import brain_surgeon, frontier, mnist, neurons, report
 from experiments.datasets import digits
 from experiments.methods import METHODS
 from experiments.sweep import DENSE, FINE_TUNED, PRUNED, TRAINED
@@ -128,13 +128,6 @@ def test_one_seed_has_no_spread_and_no_fine_tuning_no_panel(tmp_path):
     assert list(table.columns[2].cells) == ["0.10", "0.20", "2.30"]
     report.figure([report.panels(frame)], "test_loss", measure, "title", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 1000
-
-
-def test_the_benchmark_compares_with_a_gradient_pass(capsys):
-    benchmark.main(benchmark.Config(widths=(20, 10, 5), samples=100, rounds=2))
-    printed = capsys.readouterr().out
-    assert re.search(r"gradient pass +│ +[\d.]+ │ +1\.00 │", printed)
-    assert "EC (Fisher)" in printed
 
 
 def test_the_brain_surgeons_on_a_small_network(tmp_path, capsys):
