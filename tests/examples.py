@@ -168,9 +168,8 @@ class NnxMLP(nnx.Module):
 
 
 def flax_nnx() -> Example:
-    graph, state = nnx.split(NnxMLP(nnx.Rngs(0)))
-    params = with_random_biases(nnx.to_pure_dict(state))
-    return Example(lambda params, x: nnx.merge(graph, params)(x), params, inputs())
+    network, params = networks.from_nnx(NnxMLP(nnx.Rngs(0)))
+    return Example(network, with_random_biases(params), inputs())
 
 
 def convolution() -> Example:

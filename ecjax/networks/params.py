@@ -1,4 +1,4 @@
-"""What a network is here: a pure function ``(params, inputs) -> outputs``, its kernels, and the MLP.
+"""What a network is here: a pure function ``(params, inputs) -> outputs``, and the kernels of its params.
 
 ``params`` is a pytree of nested dicts (plain or Flax's ``FrozenDict``), lists and tuples. A leaf named ``kernel`` is
 what gets pruned; its sibling leaf ``bias`` is what makes up for the loss. *Kernels* is a pytree shaped like ``params``
@@ -6,17 +6,14 @@ with the ``kernel`` leaves alone: importances, bias shifts and masks are Kernels
 """
 
 import itertools
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Num, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import Num, PyTree, Shaped
 
 Params = PyTree
 Kernels = PyTree
@@ -25,50 +22,6 @@ Network = Callable[[Params, Inputs], Array]
 # Not checked against the samples of the inputs here: ``checks.require_targets`` says it more clearly.
 Targets = Shaped[Array | np.ndarray, "_samples *outputs"]
 Loss = Callable[[Array, Array], Array]
-
-
-class MLP(nn.Module):
-    """A multilayer perceptron: dense layers with an activation between them.
-
-    Attributes:
-        features: width of each layer; the last one is the number of outputs.
-        activation: elementwise function after every layer but the last.
-        dtype: what the layers compute in; None for the dtype of params and inputs.
-        use_bias: whether the layers have biases.
-    """
-
-    features: Sequence[int]
-    activation: Callable[[Array], Array] = nn.relu
-    dtype: Any = None
-    use_bias: bool = True
-
-    @nn.compact
-    def __call__(self, inputs: Inputs) -> Array:
-        """The outputs, of shape (samples, features[-1])."""
-        hidden = inputs
-        for width in self.features[:-1]:
-            hidden = self.activation(self._dense(width)(hidden))
-        return self._dense(self.features[-1])(hidden)
-
-    def _dense(self, width: int) -> nn.Dense:
-        return nn.Dense(width, self.use_bias, self.dtype, kernel_init=_initial_kernel)
-
-
-def _initial_kernel(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Array:
-    """Flax's own initialisation, which fails on layers without neurons: what ``compact`` leaves when all are pruned."""
-    return nn.initializers.lecun_normal()(key, shape, dtype) if math.prod(shape) else jnp.zeros(shape, dtype)
-
-
-def pure(module: nn.Module) -> Network:
-    """The pure function ``(params, inputs) -> outputs`` of a Flax Linen module.
-
-    Make it once and pass the same function everywhere: everything in ecjax is compiled once per network function.
-    """
-
-    def network(params: Params, inputs: Inputs) -> Array:
-        return module.apply({"params": params}, inputs)
-
-    return network
 
 
 def kernels(params: Params) -> Kernels:
@@ -83,7 +36,7 @@ def kernels(params: Params) -> Kernels:
     return None
 
 
-def _kernels_or_leaf(name: str, child: PyTree) -> PyTree:
+def _kernels_or_leaf(name: str | int, child: PyTree) -> PyTree:
     is_kernel_leaf = name == "kernel" and jax.tree_util.all_leaves([child])
     return child if is_kernel_leaf else kernels(child)
 
