@@ -12,14 +12,29 @@ from jaxtyping import Bool, Int, PyTree, Shaped
 
 
 def blocks(inputs: Shaped[Array | np.ndarray, "samples *features"]) -> int:
-    """How many equal blocks of samples the devices hold; 1 for an array on one device, or while tracing."""
+    """How many equal blocks of samples the devices hold; 1 for an array on one device, or while tracing.
+
+    Example:
+        >>> batches.blocks(inputs)
+        1
+    """
     if isinstance(inputs, jax.core.Tracer) or not isinstance(inputs, Array):
         return 1
     return inputs.shape[0] // max(inputs.sharding.shard_shape(inputs.shape)[0], 1)
 
 
 def count(samples: int, size: int, blocks: int = 1) -> int:
-    """How many batches of about ``size`` samples cover all of them."""
+    """How many batches of about ``size`` samples cover all of them.
+
+    Args:
+        samples: how many there are.
+        size: of a batch, at most.
+        blocks: how they lie on devices.
+
+    Example:
+        >>> batches.count(samples=10, size=4)
+        3
+    """
     of_block = samples // blocks
     return -(-of_block // _share(of_block, size, blocks))
 
@@ -30,6 +45,17 @@ def take(
     """One batch of arrays that share their samples, and which of its samples count.
 
     The last batch reaches back to be as long as the others; the samples that were in the one before it don't count.
+
+    Args:
+        arrays: a pytree of arrays, samples along the first axis.
+        index: of the batch, below ``count``; may be traced.
+        size: of a batch, at most.
+        blocks: how the samples lie on devices.
+
+    Example:
+        >>> batch, counted = batches.take(jnp.arange(10), 2, size=4)
+        >>> batch.tolist(), counted.tolist()
+        ([6, 7, 8, 9], [False, False, True, True])
     """
     of_block = jax.tree.leaves(arrays)[0].shape[0] // blocks
     share = _share(of_block, size, blocks)
@@ -46,7 +72,18 @@ def take(
 def every(
     array: Shaped[Array, "samples ..."], size: int, offset: Int[Array, ""], blocks: int = 1
 ) -> Shaped[Array, "batch ..."]:
-    """About ``size`` samples, evenly spaced; the offset says which of them, and counts on round the spacing."""
+    """About ``size`` samples, evenly spaced; the offset says which of them, and counts on round the spacing.
+
+    Args:
+        array: samples along the first axis.
+        size: how many to take, at most.
+        offset: any whole number; may be traced.
+        blocks: how the samples lie on devices.
+
+    Example:
+        >>> batches.every(jnp.arange(10), 3, jnp.asarray(1)).tolist()
+        [1, 4, 7]
+    """
     of_block = array.shape[0] // blocks
     share = _share(of_block, size, blocks)
     spacing = of_block // share
