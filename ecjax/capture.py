@@ -76,6 +76,12 @@ def tapped(
     Raises:
         ValueError: a kernel that is not a factor of exactly one such product, or (with ``biased``) whose
             sibling bias is missing or not added to it; the message names the leaf and what would still work.
+
+    Example:
+        >>> taps = capture.zero_taps(params, samples=200)
+        >>> outputs, layer_inputs = capture.tapped(network, params, inputs, taps, biased=True)
+        >>> {path: a.shape for path, a in layer_inputs.items()}
+        {'Dense_0/kernel': (200, 4), 'Dense_1/kernel': (200, 8)}
     """
     kernels = networks.by_path(networks.kernels(params))
     require = checks.require_biases if biased else checks.require_any_kernel
@@ -196,12 +202,26 @@ def _evaluate(equation, operands: list) -> list:
 
 
 def tap_dtype(kernel: Array | np.ndarray) -> jnp.dtype:
-    """What a kernel's taps and moments are held in: at least float32, whatever the layer computes in."""
+    """What a kernel's taps and moments are held in: at least float32, whatever the layer computes in.
+
+    Example:
+        >>> capture.tap_dtype(jnp.ones((4, 8), jnp.bfloat16))
+        dtype('float32')
+    """
     return jnp.promote_types(kernel.dtype, jnp.float32)
 
 
 def zero_taps(params: Params, samples: int) -> dict[str, Float[Array, "samples out"]]:
-    """Zero taps for every dense layer: the place to differentiate at."""
+    """Zero taps for every dense layer: the place to differentiate at.
+
+    Args:
+        params: with the kernels.
+        samples: how many rows the taps have.
+
+    Example:
+        >>> {path: tap.shape for path, tap in capture.zero_taps(params, samples=200).items()}
+        {'Dense_0/kernel': (200, 8), 'Dense_1/kernel': (200, 2)}
+    """
     return {
         path: jnp.zeros((samples, kernel.shape[-1]), tap_dtype(kernel))
         for path, kernel in networks.by_path(networks.kernels(params)).items()

@@ -20,6 +20,11 @@ class MLP(nn.Module):
         activation: elementwise function after every layer but the last.
         dtype: what the layers compute in; None for the dtype of params and inputs.
         use_bias: whether the layers have biases.
+
+    Example:
+        >>> mlp = networks.MLP(features=(8, 2), activation=jnp.tanh)
+        >>> mlp.init(jax.random.key(0), inputs)["params"]["Dense_0"]["kernel"].shape
+        (4, 8)
     """
 
     features: Sequence[int]
@@ -48,6 +53,11 @@ def pure(module: nn.Module) -> Network:
     """The pure function ``(params, inputs) -> outputs`` of a Flax Linen module.
 
     Make it once and pass the same function everywhere: everything in ecjax is compiled once per network function.
+
+    Example:
+        >>> network = networks.pure(nn.Dense(3))
+        >>> network({"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}, jnp.ones((1, 2))).tolist()
+        [[2.0, 2.0, 2.0]]
     """
 
     def network(params: Params, inputs: Inputs) -> Array:

@@ -26,6 +26,14 @@ def from_nnx(module: object) -> tuple[Network, Params]:
     Raises:
         ValueError: no NNX module; or, when the network is called, one that draws random numbers or moves its batch
             statistics.
+
+    Example:
+        >>> module = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
+        >>> network, params = networks.from_nnx(module)
+        >>> network(params, inputs).shape
+        (200, 2)
+        >>> score.magnitude(params).importance["layers"][0]["kernel"].shape
+        (4, 8)
     """
     _require_module(module)
     graph, state, others = nnx.split(module, nnx.Param, ...)
@@ -56,6 +64,14 @@ def to_nnx(module: object, params: Params) -> nnx.Module:
 
     Raises:
         ValueError: no NNX module, or params under other paths than the module's.
+
+    Example:
+        >>> module = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+        >>> network, params = networks.from_nnx(module)
+        >>> pruned = prune.one_shot(params, score.magnitude(params), sparsity=0.75)
+        >>> smaller = networks.to_nnx(module, pruned.params)
+        >>> int((smaller.kernel[...] == 0).sum()), int((module.kernel[...] == 0).sum())
+        (6, 0)
     """
     _require_module(module)
     graph, state, others = nnx.split(module, nnx.Param, ...)

@@ -25,7 +25,12 @@ Loss = Callable[[Array, Array], Array]
 
 
 def kernels(params: Params) -> Kernels:
-    """The ``kernel`` leaves of ``params``, in the same nesting; dicts without any are left out."""
+    """The ``kernel`` leaves of ``params``, in the same nesting; dicts without any are left out.
+
+    Example:
+        >>> networks.kernels({"Dense_0": {"kernel": 1, "bias": 2}, "LayerNorm_0": {"scale": 3}})
+        {'Dense_0': {'kernel': 1}}
+    """
     if isinstance(params, Mapping):
         inside = {name: _kernels_or_leaf(name, child) for name, child in params.items()}
         return type(params)({name: child for name, child in inside.items() if jax.tree.leaves(child)})
@@ -46,6 +51,10 @@ def layers(params: Params) -> list[str]:
 
     Raises:
         ValueError: params that are no chain of layers: a kernel whose inputs are not the neurons of the one before.
+
+    Example:
+        >>> networks.layers(params)
+        ['Dense_0/kernel', 'Dense_1/kernel']
     """
     leaves = by_path(kernels(params))
     paths = sorted(leaves, key=by_number)
@@ -59,18 +68,37 @@ def layers(params: Params) -> list[str]:
 
 
 def by_number(path: str) -> list:
-    """Sorts Dense_10 after Dense_9."""
+    """A key to sort paths by that puts Dense_10 after Dense_9.
+
+    Example:
+        >>> sorted(["Dense_10", "Dense_9"], key=networks.by_number)
+        ['Dense_9', 'Dense_10']
+    """
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
 
 
 def by_path(tree: PyTree) -> dict[str, Any]:
-    """The leaves of a pytree under names like ``"Dense_0/kernel"``, in the order of the flattened tree."""
+    """The leaves of a pytree under names like ``"Dense_0/kernel"``, in the order of the flattened tree.
+
+    Example:
+        >>> networks.by_path({"Dense_0": {"kernel": 1, "bias": 2}})
+        {'Dense_0/bias': 2, 'Dense_0/kernel': 1}
+    """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
-    """A copy of ``tree`` with other leaves at the paths that ``leaves`` names (see ``by_path``)."""
+    """A copy of ``tree`` with other leaves at some paths.
+
+    Args:
+        tree: any pytree.
+        leaves: the new ones, by their paths (see ``by_path``).
+
+    Example:
+        >>> networks.replace({"Dense_0": {"bias": 2, "kernel": 1}}, {"Dense_0/bias": 5})
+        {'Dense_0': {'bias': 5, 'kernel': 1}}
+    """
 
     def choose(path, leaf):
         return leaves.get(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
@@ -79,5 +107,10 @@ def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
 
 
 def bias_path(kernel_path: str) -> str:
-    """Where the bias next to a kernel lives: ``"Dense_0/kernel"`` has ``"Dense_0/bias"``."""
+    """Where the bias next to a kernel lives: ``"Dense_0/kernel"`` has ``"Dense_0/bias"``.
+
+    Example:
+        >>> networks.bias_path("Dense_0/kernel")
+        'Dense_0/bias'
+    """
     return kernel_path.removesuffix("kernel") + "bias"

@@ -43,6 +43,11 @@ def elimination_compensation(
 
     Raises:
         ValueError: bad inputs, an unknown metric, or a network without such layers, with the leaf by name.
+
+    Example:
+        >>> scores = score.elimination_compensation(network, params, inputs, metric="fisher")
+        >>> scores.importance["Dense_0"]["kernel"].shape, scores.bias_shift["Dense_0"]["kernel"].shape
+        ((4, 8), (4, 8))
     """
     options = {"metric": metric, "probes": probes, "key": key, "batch_size": batch_size}
     seen = moments.of_inputs(network, params, inputs, biased=True, **options)
@@ -81,6 +86,12 @@ def optimal_brain_damage(
 
     Raises:
         ValueError: as ``elimination_compensation``.
+
+    Example:
+        >>> damage = score.optimal_brain_damage(network, params, inputs, metric="fisher").importance
+        >>> compensated = scores.importance["Dense_1"]["kernel"]  # of elimination_compensation
+        >>> bool((compensated <= 1.001 * damage["Dense_1"]["kernel"]).all())
+        True
     """
     options = {"metric": metric, "probes": probes, "key": key, "batch_size": batch_size}
     seen = moments.of_inputs(network, params, inputs, biased=False, **options)

@@ -42,6 +42,11 @@ def nonlinear_elimination_compensation(
 
     Raises:
         ValueError: as ``elimination_compensation``.
+
+    Example:
+        >>> exact = score.nonlinear_elimination_compensation(network, params, inputs, metric="fisher")
+        >>> exact.importance["Dense_0"]["kernel"].shape
+        (4, 8)
     """
     checks.require_positive(steps, "steps")
     checks.require_positive(weights_at_once, "weights_at_once")
