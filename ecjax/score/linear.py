@@ -31,7 +31,7 @@ def elimination_compensation(
 
     Args:
         network: pure function ``(params, inputs) -> outputs`` of shape (samples, K).
-        params: its parameters; every kernel is the right factor of one product and has a sibling bias.
+        params: its parameters; every kernel enters one product with the inputs and has a sibling bias.
         inputs: calibration inputs, samples along the first axis.
         metric: "euclidean" for ``Σ_k δy_k²`` on raw outputs, "fisher" for the softmax Fisher of logits.
         probes: None for the exact sensitivities, or how many random ±1 combinations of the K rows stand in for them.
@@ -74,7 +74,7 @@ def optimal_brain_damage(
 
     Args:
         network: pure function ``(params, inputs) -> outputs`` of shape (samples, K).
-        params: its parameters; every kernel is the right factor of one product, biases are not needed.
+        params: its parameters; every kernel enters one product with the inputs, biases are not needed.
         inputs: calibration inputs, samples along the first axis.
         metric: "euclidean" or "fisher", as in ``elimination_compensation``.
         probes: None, or the number of random combinations of the K rows.

@@ -31,7 +31,7 @@ def nonlinear_elimination_compensation(
 
     Args:
         network: pure function ``(params, inputs) -> outputs`` of shape (samples, K).
-        params: its parameters; every kernel is the right factor of one product and has a sibling bias.
+        params: its parameters; every kernel enters one product with the inputs and has a sibling bias.
         inputs: calibration inputs, samples along the first axis, all held in memory at once.
         metric: "euclidean" or "fisher".
         steps: Newton steps for each weight.
