@@ -10,22 +10,38 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Int, PyTree, Shaped
 
+from ecjax import devices
+
 
 def blocks(inputs: Shaped[Array | np.ndarray, "samples *features"]) -> int:
     """How many equal blocks of samples the devices hold; 1 for an array on one device.
 
     Where an array lies is not known while tracing; there the axis "data" of the mesh that is set says it.
+
+    Example:
+        >>> batches.blocks(inputs)
+        1
     """
     if not isinstance(inputs, Array) or inputs.shape[0] == 0:
         return 1
     if isinstance(inputs, jax.core.Tracer):
-        parts = dict(jax.sharding.get_abstract_mesh().shape).get("data", 1)
+        parts = dict(jax.sharding.get_abstract_mesh().shape).get(devices.DATA, 1)
         return 1 if inputs.shape[0] % parts else parts
     return inputs.shape[0] // inputs.sharding.shard_shape(inputs.shape)[0]
 
 
 def count(samples: int, size: int, blocks: int = 1) -> int:
-    """How many batches of at most ``size`` samples a block cover all of them."""
+    """How many batches of at most ``size`` samples a block cover all of them.
+
+    Args:
+        samples: how many there are.
+        size: of a batch, on each device.
+        blocks: how they lie on devices.
+
+    Example:
+        >>> batches.count(samples=10, size=4)
+        3
+    """
     of_block = samples // blocks
     return -(-of_block // min(size, of_block))
 
@@ -36,6 +52,17 @@ def take(
     """One batch of at most ``size`` samples a block, of arrays that share their samples, and which of them count.
 
     The last batch reaches back to be as long as the others; the samples that were in the one before it don't count.
+
+    Args:
+        arrays: a pytree of arrays, samples along the first axis.
+        index: of the batch, below ``count``; may be traced.
+        size: of a batch, at most, on each device.
+        blocks: how the samples lie on devices.
+
+    Example:
+        >>> batch, counted = batches.take(jnp.arange(10), 2, size=4)
+        >>> batch.tolist(), counted.tolist()
+        ([6, 7, 8, 9], [False, False, True, True])
     """
     of_block = jax.tree.leaves(arrays)[0].shape[0] // blocks
     share = min(size, of_block)
@@ -52,7 +79,18 @@ def take(
 def every(
     array: Shaped[Array, "samples ..."], size: int, offset: Int[Array, ""], blocks: int = 1
 ) -> Shaped[Array, "batch ..."]:
-    """About ``size`` samples of all, evenly spaced; the offset says which of them, and counts on round the spacing."""
+    """About ``size`` samples of all, evenly spaced; the offset says which of them, and counts on round the spacing.
+
+    Args:
+        array: samples along the first axis.
+        size: how many to take, at most, on all devices together.
+        offset: any whole number; may be traced.
+        blocks: how the samples lie on devices.
+
+    Example:
+        >>> batches.every(jnp.arange(10), 3, jnp.asarray(1)).tolist()
+        [1, 4, 7]
+    """
     of_block = array.shape[0] // blocks
     share = min(max(size // blocks, 1), of_block)
     spacing = of_block // share
@@ -62,7 +100,16 @@ def every(
 
 
 def filled_up(inputs: Shaped[Array | np.ndarray, "samples ..."], size: int) -> Shaped[Array | np.ndarray, "more ..."]:
-    """The inputs with their last sample repeated, up to a power of two below ``size`` or a multiple of it above."""
+    """The inputs with their last sample repeated, up to a power of two below ``size`` or a multiple of it above.
+
+    Args:
+        inputs: at least one sample.
+        size: of a batch.
+
+    Example:
+        >>> batches.filled_up(np.arange(5), size=16).tolist()
+        [0, 1, 2, 3, 4, 4, 4, 4]
+    """
     samples = inputs.shape[0]
     filled = -(-samples // size) * size if samples > size else min(1 << (samples - 1).bit_length(), size)
     backend = np if isinstance(inputs, np.ndarray) else jnp

@@ -18,7 +18,8 @@ from jaxtyping import Float
 from ecjax import checks, networks
 from ecjax.networks import Inputs, Network, Params
 
-# What a kernel, a bias or a product may pass through and still be itself. Only a bias may also change its shape.
+# What a kernel, a bias or a product may pass through and still be itself. Only a bias may also change its shape, only
+# a kernel or a product be transposed.
 _CASTS = {"convert_element_type", "copy", "reduce_precision", "sharding_constraint", "optimization_barrier"}
 _BROADCASTS = {"reshape", "broadcast_in_dim", "squeeze", "expand_dims"}
 # Calls that only run the jaxpr they hold, on the same arguments, and the parameter that holds it.
@@ -37,10 +38,11 @@ _BY_DEFINITION = "score.elimination_compensation_by_definition takes any differe
 
 
 class _Origin(NamedTuple):
-    """What a value in the jaxpr is: the "kernel", "bias" or "product" of the kernel at ``path``."""
+    """What a value in the jaxpr is: the "kernel", "bias" or "product" of the kernel at ``path``, or its transpose."""
 
     kind: str
     path: str
+    transposed: bool = False
 
 
 class _Layers(NamedTuple):
@@ -63,7 +65,7 @@ def tapped(
 
     Args:
         network: pure function ``(params, inputs) -> outputs``.
-        params: its parameters; every kernel must enter one product ``(samples, in) @ (in, out)``.
+        params: its parameters; every kernel must enter one product ``(samples, in) @ (in, out)``, or its transpose.
         inputs: samples along the first axis.
         taps: by the kernel's path (``networks.by_path``).
         biased: whether every kernel must also have a sibling bias that is added to its product.
@@ -72,8 +74,14 @@ def tapped(
         The outputs, and by each kernel's path the inputs ``a`` of its layer.
 
     Raises:
-        ValueError: a kernel that is not the right factor of exactly one such product, or (with ``biased``) whose
+        ValueError: a kernel that is not a factor of exactly one such product, or (with ``biased``) whose
             sibling bias is missing or not added to it; the message names the leaf and what would still work.
+
+    Example:
+        >>> taps = capture.zero_taps(params, samples=200)
+        >>> outputs, layer_inputs = capture.tapped(network, params, inputs, taps, biased=True)
+        >>> {path: a.shape for path, a in layer_inputs.items()}
+        {'Dense_0/kernel': (200, 4), 'Dense_1/kernel': (200, 8)}
     """
     kernels = networks.by_path(networks.kernels(params))
     require = checks.require_biases if biased else checks.require_any_kernel
@@ -137,12 +145,10 @@ def _layer_equation(equation, operands: list, found: list, layers: _Layers) -> t
     path = next(origin.path for origin in found if origin)
     if name in _CASTS or (name in _BROADCASTS and kinds == ["bias"]):
         return _evaluate(equation, operands), found
-    if name == "dot_general" and kinds == [None, "kernel"]:
-        (product,) = _evaluate(equation, operands)
-        _record(equation, operands[0], path, layers)
-        if path in layers.taps:
-            product = product + layers.taps[path].astype(product.dtype)
-        return [product], [_Origin("product", path)]
+    if name == "transpose" and kinds != ["bias"] and equation.params["permutation"] == (1, 0):
+        return _evaluate(equation, operands), [found[0]._replace(transposed=not found[0].transposed)]
+    if name == "dot_general" and sorted(map(str, kinds)) == ["None", "kernel"]:
+        return _product(equation, operands, found, layers)
     if "kernel" in kinds:
         path = found[kinds.index("kernel")].path
         raise ValueError(
@@ -150,24 +156,38 @@ def _layer_equation(equation, operands: list, found: list, layers: _Layers) -> t
             + _BY_DEFINITION
         )
     is_layer = name in ("add", "add_any") and sorted(map(str, kinds)) == ["bias", "product"]
-    if is_layer and found[0].path == found[1].path:
+    if is_layer and found[0].path == found[1].path and not any(origin.transposed for origin in found):
         layers.added.append(path)
     else:
         layers.used_otherwise.extend(origin.path for origin in found if origin)
     return _evaluate(equation, operands), [None] * len(equation.outvars)
 
 
-def _record(equation, layer_inputs: Array, path: str, layers: _Layers) -> None:
-    """Notes what a kernel is multiplied with, or refuses a product that is no dense layer's."""
+def _product(equation, operands: list, found: list, layers: _Layers) -> tuple[list, list]:
+    """Evaluates a kernel's product, with its tap, and notes what the kernel is multiplied with.
+
+    Samples may lie along either axis, the kernel on either side: ``jax.vmap`` of ``kernel.T @ x`` has it on the left.
+    """
+    side = 0 if found[0] else 1
+    _, path, transposed = found[side]
     if path in layers.inputs:
         raise ValueError(f"kernel '{path}' is used twice in one pass; {_BY_DEFINITION}")
-    one_product = equation.params["dimension_numbers"] == (((1,), (0,)), ((), ()))
+    layer_inputs = operands[1 - side]
+    contracted, batched = equation.params["dimension_numbers"]
+    one_product = contracted[side] == (int(transposed),) and batched == ((), ())
+    if layer_inputs.ndim == 2 and contracted[1 - side] == (0,):
+        layer_inputs = layer_inputs.T
     if layer_inputs.ndim != 2 or layer_inputs.shape[0] != layers.samples or not one_product:
         raise ValueError(
             f"kernel '{path}' multiplies an array of shape {layer_inputs.shape}, where a dense layer takes "
-            f"(samples, in) with {layers.samples} samples here; {_BY_DEFINITION}"
+            f"(samples, in) @ kernel with {layers.samples} samples here; {_BY_DEFINITION}"
         )
     layers.inputs[path] = layer_inputs
+    (product,) = _evaluate(equation, operands)
+    if path in layers.taps:
+        tap = layers.taps[path].astype(product.dtype)
+        product = product + (tap.T if side == 0 else tap)
+    return [product], [_Origin("product", path, transposed=side == 0)]
 
 
 def _evaluate(equation, operands: list) -> list:
@@ -182,12 +202,26 @@ def _evaluate(equation, operands: list) -> list:
 
 
 def tap_dtype(kernel: Array | np.ndarray) -> jnp.dtype:
-    """What a kernel's taps and moments are held in: at least float32, whatever the layer computes in."""
+    """What a kernel's taps and moments are held in: at least float32, whatever the layer computes in.
+
+    Example:
+        >>> capture.tap_dtype(jnp.ones((4, 8), jnp.bfloat16))
+        dtype('float32')
+    """
     return jnp.promote_types(kernel.dtype, jnp.float32)
 
 
 def zero_taps(params: Params, samples: int) -> dict[str, Float[Array, "samples out"]]:
-    """Zero taps for every dense layer: the place to differentiate at."""
+    """Zero taps for every dense layer: the place to differentiate at.
+
+    Args:
+        params: with the kernels.
+        samples: how many rows the taps have.
+
+    Example:
+        >>> {path: tap.shape for path, tap in capture.zero_taps(params, samples=200).items()}
+        {'Dense_0/kernel': (200, 8), 'Dense_1/kernel': (200, 2)}
+    """
     return {
         path: jnp.zeros((samples, kernel.shape[-1]), tap_dtype(kernel))
         for path, kernel in networks.by_path(networks.kernels(params)).items()

@@ -33,7 +33,13 @@ def _all_finite_on_device(array: Array) -> Array:
 
 
 def require_inputs(inputs: Inputs) -> None:
-    """Raises a ValueError unless ``inputs`` is an array with samples in it, all of them finite."""
+    """Raises a ValueError unless ``inputs`` is an array with samples in it, all of them finite.
+
+    Example:
+        >>> checks.require_inputs(jnp.ones((0, 4)))
+        Traceback (most recent call last):
+        ValueError: inputs of shape (0, 4) hold no samples; at least one is needed
+    """
     if getattr(inputs, "ndim", 0) < 1:
         raise ValueError(f"inputs must be one array of shape (samples, features), got {_describe(inputs)}")
     if inputs.shape[0] == 0:
@@ -43,13 +49,25 @@ def require_inputs(inputs: Inputs) -> None:
 
 
 def require_targets(inputs: Inputs, targets: Array | np.ndarray) -> None:
-    """Raises a ValueError unless there is one target for each sample of the inputs."""
+    """Raises a ValueError unless there is one target for each sample of the inputs.
+
+    Example:
+        >>> checks.require_targets(inputs, labels[:10])
+        Traceback (most recent call last):
+        ValueError: targets of shape (10,) do not match the 200 samples of the inputs
+    """
     if getattr(targets, "shape", ())[:1] != inputs.shape[:1]:
         raise ValueError(f"targets {_describe(targets)} do not match the {inputs.shape[0]} samples of the inputs")
 
 
 def require_sparsity(sparsity: Sparsity) -> None:
-    """Raises a ValueError unless the sparsity is a number in [0, 1]."""
+    """Raises a ValueError unless the sparsity is a number in [0, 1].
+
+    Example:
+        >>> checks.require_sparsity(75)
+        Traceback (most recent call last):
+        ValueError: sparsity is 75; it must be in [0, 1], the fraction of weights to remove
+    """
     if np.ndim(sparsity) != 0:
         raise ValueError(f"sparsity must be one number in [0, 1], got an array of shape {np.shape(sparsity)}")
     if _is_known_false((sparsity >= 0) & (sparsity <= 1)):  # NaN fails too
@@ -57,14 +75,26 @@ def require_sparsity(sparsity: Sparsity) -> None:
 
 
 def require_any_kernel(params: Params) -> None:
-    """Raises a ValueError unless some leaf of the params is named ``kernel``."""
+    """Raises a ValueError unless some leaf of the params is named ``kernel``.
+
+    Example:
+        >>> checks.require_any_kernel({"scale": jnp.ones(4)})
+        Traceback (most recent call last):
+        ValueError: the network has no dense layer: no leaf of its params is named 'kernel', they hold scale
+    """
     if not networks.by_path(networks.kernels(params)):
         names = ", ".join(sorted(networks.by_path(params))) or "nothing"
         raise ValueError(f"the network has no dense layer: no leaf of its params is named 'kernel', they hold {names}")
 
 
 def require_biases(params: Params) -> None:
-    """Raises a ValueError without kernels, or that names the first one without a sibling bias of shape ``(out,)``."""
+    """Raises a ValueError without kernels, or that names the first one without a sibling bias of shape ``(out,)``.
+
+    Example:
+        >>> checks.require_biases({"kernel": jnp.ones((4, 8))})
+        Traceback (most recent call last):
+        ValueError: kernel 'kernel' needs a sibling bias of shape (8,) to compensate with, but 'bias' is missing; ...
+    """
     require_any_kernel(params)
     leaves = networks.by_path(params)
     for path, kernel in networks.by_path(networks.kernels(params)).items():
@@ -79,14 +109,31 @@ def require_biases(params: Params) -> None:
 
 
 def require_outputs(shape: PyTree[jax.ShapeDtypeStruct], samples: int) -> None:
-    """Raises a ValueError unless a network's outputs are one array of shape ``(samples, outputs)``."""
+    """Raises a ValueError unless a network's outputs are one array of shape ``(samples, outputs)``.
+
+    Example:
+        >>> checks.require_outputs(jax.eval_shape(lambda: jnp.ones(200)), 200)
+        Traceback (most recent call last):
+        ValueError: the network must return one array of shape (samples, outputs), here (200, K): (200,)
+    """
     if getattr(shape, "ndim", None) != 2 or shape.shape[0] != samples:
         given = jax.tree.map(lambda leaf: leaf.shape, shape)
         raise ValueError(f"the network must return one array of shape (samples, outputs), here ({samples}, K): {given}")
 
 
 def require_kernels(params: Params, given: Kernels, name: str) -> None:
-    """Raises a ValueError unless ``given`` (masks, importances, shifts) has one leaf for each kernel, of its shape."""
+    """Raises a ValueError unless ``given`` has one leaf for each kernel, of its shape.
+
+    Args:
+        params: with the kernels.
+        given: masks, importances or shifts.
+        name: what the message calls them.
+
+    Example:
+        >>> checks.require_kernels(params, {}, "masks")
+        Traceback (most recent call last):
+        ValueError: masks do not fit the params at 'Dense_0/kernel': missing given, (4, 8) in the params
+    """
     require_any_kernel(params)
     expected = {path: kernel.shape for path, kernel in networks.by_path(networks.kernels(params)).items()}
     found = {path: getattr(leaf, "shape", ()) for path, leaf in networks.by_path(given).items()}
@@ -99,7 +146,13 @@ def require_kernels(params: Params, given: Kernels, name: str) -> None:
 
 
 def require_masks(params: Params, masks: Kernels) -> None:
-    """Raises a ValueError unless the masks are boolean and shaped like the kernels of ``params``."""
+    """Raises a ValueError unless the masks are boolean and shaped like the kernels of ``params``.
+
+    Example:
+        >>> checks.require_masks({"kernel": jnp.ones((4, 8))}, {"kernel": jnp.ones((4, 8))})
+        Traceback (most recent call last):
+        ValueError: mask 'kernel' is float32; masks are boolean, True where the weight stays
+    """
     require_kernels(params, masks, "masks")
     for path, mask in networks.by_path(masks).items():
         if mask.dtype != bool:
@@ -107,14 +160,26 @@ def require_masks(params: Params, masks: Kernels) -> None:
 
 
 def require_no_nan(tree: Kernels, name: str) -> None:
-    """Raises a ValueError if a leaf holds NaN."""
+    """Raises a ValueError if a leaf holds NaN.
+
+    Example:
+        >>> checks.require_no_nan({"kernel": jnp.array([[jnp.nan]])}, "importances")
+        Traceback (most recent call last):
+        ValueError: importances 'kernel' hold NaN; they can't be ranked
+    """
     for path, leaf in networks.by_path(tree).items():
         if _is_known_false(~jnp.isnan(leaf).any()):
             raise ValueError(f"{name} '{path}' hold NaN; they can't be ranked")
 
 
 def require_labels(labels: Array | np.ndarray, outputs: tuple[int, ...]) -> None:
-    """Raises a ValueError unless there is one class, a whole number, for each row of outputs of that shape."""
+    """Raises a ValueError unless there is one class, a whole number, for each row of outputs of that shape.
+
+    Example:
+        >>> checks.require_labels(labels + 5, (200, 2))
+        Traceback (most recent call last):
+        ValueError: labels must be in [0, 2), got some outside
+    """
     samples, classes = outputs
     if np.shape(labels) != (samples,) or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"labels must be {samples} whole numbers, got {labels.dtype} {_describe(labels)}")
@@ -123,13 +188,25 @@ def require_labels(labels: Array | np.ndarray, outputs: tuple[int, ...]) -> None
 
 
 def require_above_zero(value: float | int | Array, name: str) -> None:
-    """Raises a ValueError unless ``value`` is above 0."""
+    """Raises a ValueError unless ``value`` is above 0.
+
+    Example:
+        >>> checks.require_above_zero(0, "damping")
+        Traceback (most recent call last):
+        ValueError: damping is 0; it must be above 0
+    """
     if _is_known_false(value > 0):
         raise ValueError(f"{name} is {value}; it must be above 0")
 
 
 def require_positive(value: int, name: str) -> None:
-    """Raises a ValueError unless ``value`` is a whole number of at least 1."""
+    """Raises a ValueError unless ``value`` is a whole number of at least 1.
+
+    Example:
+        >>> checks.require_positive(0, "stages")
+        Traceback (most recent call last):
+        ValueError: stages is 0; it must be a whole number of at least 1
+    """
     if int(value) != value or value < 1:
         raise ValueError(f"{name} is {value}; it must be a whole number of at least 1")
 

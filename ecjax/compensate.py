@@ -32,7 +32,9 @@ def joint_biases(
     """Moves all biases together towards the targets; no weight moves.
 
     Each iteration solves ``(JᵀMJ + λ) δ = Jᵀr`` over the biases next to a kernel and goes along δ as far as the
-    objective falls (``gauss_newton``), so the mean objective over the inputs never rises.
+    objective falls (``gauss_newton``), so the mean objective over the inputs never rises. Source: this
+    library's own; the steps are Levenberg's and Marquardt's, with the products of Martens, "Deep learning via
+    Hessian-free optimization" (2010).
 
     Args:
         network: pure function ``(params, inputs) -> outputs`` of shape (samples, K), differentiable forwards and
@@ -55,6 +57,12 @@ def joint_biases(
 
     Raises:
         ValueError: bad inputs, targets that do not fit the outputs, an unknown metric, a kernel without a sibling bias.
+
+    Example:
+        >>> repaired = compensate.joint_biases(network, pruned.params, inputs, labels, metric="fisher")
+        >>> before, after = (loss(network(p, inputs), labels).mean() for p in (pruned.params, repaired))
+        >>> bool(after < before), bool((repaired["Dense_0"]["kernel"] == pruned.params["Dense_0"]["kernel"]).all())
+        (True, True)
     """
     options = {"metric": metric, "temperature": temperature, "iterations": iterations}
     sizes = {"products": products, "batch_size": batch_size, "curvature_samples": curvature_samples}
@@ -80,7 +88,7 @@ def survivors(
     """Moves every surviving parameter towards the targets; removed weights are exactly zero, before and after.
 
     Any masks will do, wherever they come from. The steps are those of ``joint_biases``, over all weights that the masks
-    keep and all parameters that are no kernels.
+    keep and all parameters that are no kernels. Source: this library's own.
 
     Args:
         network: pure function ``(params, inputs) -> outputs`` of shape (samples, K), differentiable forwards and
@@ -102,6 +110,12 @@ def survivors(
 
     Raises:
         ValueError: as ``joint_biases``; masks shaped unlike the params.
+
+    Example:
+        >>> dense = network(params, inputs)
+        >>> repaired = compensate.survivors(network, pruned.params, pruned.masks, inputs, dense, metric="fisher")
+        >>> bool(((repaired["Dense_0"]["kernel"] != 0) == pruned.masks["Dense_0"]["kernel"]).all())
+        True
     """
     free = every_survivor(params, masks)
     leaves = networks.by_path(params)
@@ -113,7 +127,18 @@ def survivors(
 
 
 def every_bias(params: Params) -> Free:
-    """What ``joint_biases`` may move: the bias next to each kernel."""
+    """What ``joint_biases`` may move: the bias next to each kernel.
+
+    Returns:
+        By its path, True for every entry of every such bias.
+
+    Raises:
+        ValueError: a kernel without a sibling bias, by name.
+
+    Example:
+        >>> {path: leaf.shape for path, leaf in compensate.every_bias(params).items()}
+        {'Dense_0/bias': (8,), 'Dense_1/bias': (2,)}
+    """
     checks.require_biases(params)
     leaves = networks.by_path(params)
     paths = map(networks.bias_path, networks.by_path(networks.kernels(params)))
@@ -121,7 +146,25 @@ def every_bias(params: Params) -> Free:
 
 
 def every_survivor(params: Params, masks: Kernels) -> Free:
-    """What ``survivors`` may move: the weights that the masks keep, and every parameter that is no kernel."""
+    """What ``survivors`` may move: the weights that the masks keep, and every parameter that is no kernel.
+
+    Args:
+        params: with the kernels.
+        masks: Kernels of booleans, True where the weight stays.
+
+    Returns:
+        By its path, for every leaf of floating-point numbers, which entries may move.
+
+    Raises:
+        ValueError: masks that are not boolean, or shaped unlike the params.
+
+    Example:
+        >>> free = compensate.every_survivor(params, pruned.masks)
+        >>> {path: int(leaf.sum()) for path, leaf in free.items() if path.endswith("bias")}
+        {'Dense_0/bias': 8, 'Dense_1/bias': 2}
+        >>> int(sum(leaf.sum() for leaf in free.values()))  # the 24 weights that stay, and 10 biases
+        34
+    """
     checks.require_masks(params, masks)
     kept = networks.by_path(masks)
     leaves = {path: leaf for path, leaf in networks.by_path(params).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
@@ -135,6 +178,8 @@ def mixture(
 ) -> Float[Array, "samples outputs"]:
     """Targets between a dense classifier's outputs and labels, as logits: ``log((1 − share) softmax(y) + share e)``.
 
+    Source: Hinton, Vinyals, Dean, arXiv:1503.02531, which weighs the losses of both: the same up to a constant.
+
     Args:
         outputs: the dense network's logits y.
         labels: the classes; e is the unit vector of each.
@@ -142,6 +187,11 @@ def mixture(
 
     Raises:
         ValueError: a share outside [0, 1], labels that are not classes of the outputs.
+
+    Example:
+        >>> targets = compensate.mixture(jnp.zeros((1, 2)), jnp.array([1]), share=0.5)
+        >>> jax.nn.softmax(targets).round(2).tolist()
+        [[0.25, 0.75]]
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share is {share}; it must be in [0, 1], how much the labels count against the outputs")
@@ -177,6 +227,17 @@ def repair(
         products: products with the curvature in a step.
         batch_size: samples at a time.
         curvature_samples: how many samples the curvature is of.
+
+    Raises:
+        ValueError: bad inputs, targets that do not fit the outputs, an unknown metric, a temperature, damping or size
+            that is not above 0.
+
+    Example:
+        >>> start = gauss_newton.start(pruned.params, damping=0.01)
+        >>> free = compensate.every_bias(params)
+        >>> state = compensate.repair(network, start, free, inputs, labels, metric="fisher")
+        >>> int(state.steps)
+        5
     """
     checks.require_inputs(inputs)
     checks.require_targets(inputs, targets)

@@ -15,7 +15,8 @@ from jaxtyping import PyTree, Shaped
 from ecjax import networks
 from ecjax.networks import Params
 
-DATA, MODEL = "data", "model"
+DATA = "data"
+MODEL = "model"
 
 
 def mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -27,6 +28,10 @@ def mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
 
     Raises:
         ValueError: a number that does not divide the number of devices.
+
+    Example:
+        >>> devices.mesh(devices=jax.devices()[:1]).shape["data"]
+        1
     """
     count = jax.device_count() if devices is None else len(devices)
     if model < 1 or count % model:
@@ -44,6 +49,11 @@ def shard_samples(array: Shaped[Array | np.ndarray, "samples ..."], mesh: Mesh) 
 
     Raises:
         ValueError: samples that can't be shared out equally.
+
+    Example:
+        >>> mesh = devices.mesh(devices=jax.devices()[:1])
+        >>> devices.shard_samples(inputs, mesh).sharding.spec[0]
+        'data'
     """
     parts = mesh.shape[DATA] // jax.process_count()
     if array.shape[0] % parts:
@@ -66,6 +76,11 @@ def shard_params(params: Params, mesh: Mesh) -> Params:
     Args:
         params: the same on every process.
         mesh: of ``mesh``.
+
+    Example:
+        >>> mesh = devices.mesh(devices=jax.devices()[:1])
+        >>> devices.shard_params(params, mesh)["Dense_0"]["kernel"].sharding.spec[1]
+        'model'
     """
     kernels = networks.by_path(networks.kernels(params))
     of_layers = {*kernels, *map(networks.bias_path, kernels)}
@@ -83,6 +98,10 @@ def automatic(arrays: PyTree) -> PyTree:
 
     A mesh of ``jax.make_mesh`` has explicit axes unless told otherwise: every product over samples that are spread over
     one would have to name where its result goes, in a user's network too.
+
+    Example:
+        >>> devices.automatic(inputs) is inputs
+        True
     """
 
     def of_leaf(leaf):

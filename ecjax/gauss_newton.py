@@ -46,6 +46,11 @@ class State(NamedTuple):
         damping: λ, as a multiple of the mean diagonal of JᵀMJ; adapted after every step.
         objective: the mean objective of all samples at these params; infinite before the first step.
         steps: how many were tried.
+
+    Example:
+        >>> state = gauss_newton.start(pruned.params, damping=0.01)
+        >>> float(state.objective), int(state.steps)
+        (inf, 0)
     """
 
     params: Params
@@ -65,6 +70,11 @@ class Problem(NamedTuple):
         products: products with the curvature in a step, one for each iteration of conjugate gradients.
         batch_size: samples at a time.
         curvature_samples: how many samples the curvature is of.
+
+    Example:
+        >>> sizes = {"products": 15, "batch_size": 1024, "curvature_samples": 2500}
+        >>> gauss_newton.Problem(network, "euclidean", temperature=1.0, blocks=1, **sizes).metric
+        'euclidean'
     """
 
     network: Network
@@ -77,7 +87,16 @@ class Problem(NamedTuple):
 
 
 def start(params: Params, damping: float | Float[Array, ""]) -> State:
-    """The state before the first step."""
+    """The state before the first step.
+
+    Args:
+        params: to move from.
+        damping: λ to begin with, as a multiple of the mean diagonal of JᵀMJ.
+
+    Example:
+        >>> int(gauss_newton.start(params, damping=0.01).steps)
+        0
+    """
     dtype = jnp.zeros(()).dtype
     return State(params, jnp.asarray(damping, dtype), jnp.asarray(jnp.inf, dtype), jnp.int32(0))
 
@@ -85,7 +104,19 @@ def start(params: Params, damping: float | Float[Array, ""]) -> State:
 def objective(
     problem: Problem, outputs: Float[Array, "samples outputs"], targets: Float[Array, "samples outputs"]
 ) -> Float[Array, " samples"]:
-    """``½ Σ_k (y_k − t_k)²``, or ``KL(softmax(t / T) || softmax(y / T))``, of each sample."""
+    """``½ Σ_k (y_k − t_k)²``, or ``KL(softmax(t / T) || softmax(y / T))``, of each sample.
+
+    Args:
+        problem: its metric and temperature count.
+        outputs: y.
+        targets: t.
+
+    Example:
+        >>> sizes = {"products": 15, "batch_size": 1024, "curvature_samples": 2500}
+        >>> problem = gauss_newton.Problem(network, "euclidean", temperature=1.0, blocks=1, **sizes)
+        >>> gauss_newton.objective(problem, jnp.array([[1.0, 2.0]]), jnp.zeros((1, 2))).tolist()
+        [2.5]
+    """
     outputs = outputs.astype(targets.dtype)
     if problem.metric == "euclidean":
         return jnp.sum((outputs - targets) ** 2, -1) / 2
@@ -99,7 +130,7 @@ def objective(
 def take_steps(
     problem: Problem, state: State, free: Free, inputs: Inputs, targets: Float[Array, "samples outputs"], steps: int
 ) -> State:
-    """Takes several steps.
+    """Takes several damped steps, each a solution of ``(JᵀMJ + λ) δ = Jᵀr`` along which the objective falls.
 
     Args:
         problem: what is minimised; compiled once for each.
@@ -108,6 +139,14 @@ def take_steps(
         inputs: samples along the first axis.
         targets: one row for each sample; of the metric "fisher" the logits of the expected distribution.
         steps: how many.
+
+    Example:
+        >>> sizes = {"products": 15, "batch_size": 1024, "curvature_samples": 2500}
+        >>> problem = gauss_newton.Problem(network, "fisher", temperature=1.0, blocks=1, **sizes)
+        >>> start, free = gauss_newton.start(pruned.params, 0.01), compensate.every_bias(params)
+        >>> state = gauss_newton.take_steps(problem, start, free, inputs, network(params, inputs), steps=5)
+        >>> int(state.steps), bool(state.objective < 0.1)
+        (5, True)
     """
 
     def one_step(state, _):

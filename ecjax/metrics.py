@@ -19,7 +19,13 @@ METRICS = ("euclidean", "fisher")
 
 
 def require(metric: str) -> None:
-    """Raises a ValueError unless ``metric`` names an output metric."""
+    """Raises a ValueError unless ``metric`` names an output metric.
+
+    Example:
+        >>> metrics.require("manhattan")
+        Traceback (most recent call last):
+        ValueError: metric is 'manhattan'; it must be one of 'euclidean', 'fisher'
+    """
     if metric not in METRICS:
         raise ValueError(f"metric is {metric!r}; it must be one of {', '.join(map(repr, METRICS))}")
 
@@ -29,11 +35,17 @@ def transposed_factor(
 ) -> Callable[[Float[Array, "samples outputs"]], Float[Array, "samples outputs"]]:
     """The linear map ``c -> Rᵀ c`` of each sample: the rows of the metric's factor R, combined with coefficients c.
 
-    A unit vector c picks one row; random signs c make a Hutchinson probe, as ``E[Rᵀc cᵀR] = M``.
+    A unit vector c picks one row; random signs c make a probe, as ``E[Rᵀc cᵀR] = M``
+    (Hutchinson, Communications in Statistics 18, 1989).
 
     Args:
         metric: "euclidean" or "fisher".
         outputs: where the metric is taken; logits for "fisher".
+
+    Example:
+        >>> rows = metrics.transposed_factor("fisher", jnp.zeros((2, 2)))(jnp.eye(2))  # each of one sample
+        >>> (rows.T @ rows).round(6).tolist()  # diag(p) − ppᵀ
+        [[0.25, -0.25], [-0.25, 0.25]]
     """
     if metric == "euclidean":
         return lambda coefficients: coefficients
@@ -55,6 +67,10 @@ def matrix(
     Args:
         metric: "euclidean" or "fisher".
         outputs: where the metric is taken; logits for "fisher".
+
+    Example:
+        >>> metrics.matrix("fisher", jnp.zeros((1, 2)))(jnp.array([[1.0, -1.0]])).tolist()
+        [[0.5, -0.5]]
     """
     if metric == "euclidean":
         return lambda change: change
@@ -76,6 +92,11 @@ def squared_norm(
         metric: "euclidean" or "fisher".
         outputs: where the metric is taken; logits for "fisher".
         change: δ, the change in the outputs.
+
+    Example:
+        >>> logits, change = jnp.zeros((1, 2)), jnp.array([[1.0, -1.0]])
+        >>> [metrics.squared_norm(metric, logits, change).tolist() for metric in metrics.METRICS]
+        [[2.0], [1.0]]
     """
     if metric == "euclidean":
         return jnp.sum(change**2, -1)

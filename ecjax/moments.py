@@ -37,6 +37,11 @@ class LayerMoments(NamedTuple):
         sensitivity: ``Σ_n S_ni``, summed over samples.
         mean: ``Σ_n S_ni a_nj / Σ_n S_ni``; 0 where the sensitivity is 0.
         scatter: ``Σ_n S_ni (a_nj − mean_ij)²``.
+
+    Example:
+        >>> layer = moments.of_inputs(network, params, inputs, metric="fisher").layers["Dense_0/kernel"]
+        >>> layer.sensitivity.shape, layer.mean.shape, layer.scatter.shape
+        ((8,), (4, 8), (4, 8))
     """
 
     sensitivity: Float[Array, " out"]
@@ -51,6 +56,12 @@ class InputMoments(NamedTuple):
         sensitivity: ``Σ_n T_nj``, summed over samples.
         mean: ``Σ_n T_nj a_nj / Σ_n T_nj``; 0 where the sensitivity is 0.
         scatter: ``Σ_n T_nj (a_nj − mean_j)²``.
+
+    Example:
+        >>> seen = moments.of_inputs(network, params, inputs, metric="fisher", of_weights=False)
+        >>> layer = seen.layers["Dense_1/kernel"]
+        >>> layer.sensitivity.shape, layer.mean.shape, layer.scatter.shape
+        ((8,), (8,), (8,))
     """
 
     sensitivity: Float[Array, " in"]
@@ -59,7 +70,13 @@ class InputMoments(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """The moments of every dense layer, by its kernel's path, and how many samples they are of."""
+    """The moments of every dense layer, by its kernel's path, and how many samples they are of.
+
+    Example:
+        >>> seen = moments.of_inputs(network, params, inputs, metric="fisher")
+        >>> float(seen.samples), sorted(seen.layers)
+        (200.0, ['Dense_0/kernel', 'Dense_1/kernel'])
+    """
 
     samples: Float[Array, ""]
     layers: dict[str, LayerMoments] | dict[str, InputMoments]
@@ -72,6 +89,11 @@ def start(params: Params, *, of_weights: bool = True) -> Moments:
         params: of the network; the moments lie on devices as the kernels do.
         of_weights: for each weight (``LayerMoments``), or for each input of a layer (``InputMoments``); the latter of
             an MLP, without the first layer, whose inputs are no neurons.
+
+    Example:
+        >>> nothing = moments.start(params)
+        >>> float(nothing.samples), nothing.layers["Dense_0/kernel"].mean.shape
+        (0.0, (4, 8))
     """
 
     def zeros(kernel):
@@ -99,6 +121,17 @@ def merge(first: Moments, second: Moments) -> Moments:
 
     With weights ``w`` and means ``m``: ``m = m₁ + (m₂ − m₁) w₂/w`` and the scatters add up with
     ``(m₂ − m₁)² w₁ w₂/w``. No difference of large numbers is taken.
+
+    Args:
+        first: moments of some samples.
+        second: moments of others, of the same network and metric.
+
+    Example:
+        >>> seen = moments.of_inputs(network, params, inputs, metric="fisher")
+        >>> twice = jax.jit(moments.merge)(seen, seen)
+        >>> once, both = seen.layers["Dense_0/kernel"], twice.layers["Dense_0/kernel"]
+        >>> float(twice.samples), bool(jnp.allclose(both.scatter, 2 * once.scatter))
+        (400.0, True)
     """
     layers = {path: _merge_layer(layer, second.layers[path]) for path, layer in first.layers.items()}
     return Moments(first.samples + second.samples, layers)
@@ -139,6 +172,12 @@ def of_batch(
         key: for the probes.
         biased: whether every kernel must have an adjacent bias.
         of_weights: for each weight, or for each input of a layer.
+
+    Example:
+        >>> options = {"metric": "fisher", "probes": None, "key": None, "biased": True}
+        >>> of_batch = jax.jit(lambda counted: moments.of_batch(network, params, inputs, counted, **options))
+        >>> float(of_batch(jnp.arange(200) < 150).samples)
+        150.0
     """
     outputs, backward, layer_inputs = jax.vjp(
         lambda taps: capture.tapped(network, params, inputs, taps, biased=biased),
@@ -250,6 +289,12 @@ def of_inputs(
     Raises:
         ValueError: no inputs, inputs that hold NaN or infinity, an unknown metric, probes without a key, or a network
             whose dense layers can't be found (see ``capture.tapped``).
+
+    Example:
+        >>> seen = moments.of_inputs(network, params, inputs, metric="fisher")
+        >>> importance = params["Dense_0"]["kernel"] ** 2 * seen.layers["Dense_0/kernel"].scatter / seen.samples
+        >>> bool(jnp.allclose(importance, scores.importance["Dense_0"]["kernel"]))
+        True
     """
     _require(inputs, metric, probes, key, batch_size)
     options = {"metric": metric, "probes": probes, "biased": biased, "batch_size": int(batch_size)}
@@ -287,6 +332,12 @@ def update(
 
     Raises:
         ValueError: as ``of_inputs``, or moments of a network with other layers.
+
+    Example:
+        >>> seen = moments.update(moments.start(params), network, params, inputs[:150])
+        >>> seen = moments.update(seen, network, params, inputs[150:])
+        >>> float(seen.samples)
+        200.0
     """
     _require(inputs, metric, probes, key, batch_size)
     require_layers(params, seen, of_weights=_of_weights(seen))
@@ -318,6 +369,12 @@ def of_batches(
 
     Raises:
         ValueError: as ``update``, or not a single batch.
+
+    Example:
+        >>> seen = moments.of_batches(network, params, np.split(inputs, 4), metric="fisher")
+        >>> streamed = score.elimination_compensation_from_moments(params, seen)
+        >>> bool(jnp.allclose(streamed.importance["Dense_0"]["kernel"], scores.importance["Dense_0"]["kernel"]))
+        True
     """
     seen = start(params, of_weights=of_weights)
     for batch in batches:
@@ -327,7 +384,16 @@ def of_batches(
 
 
 def require_layers(params: Params, seen: Moments, *, of_weights: bool) -> None:
-    """Raises a ValueError unless the moments are of these layers, for each weight or for each input."""
+    """Raises a ValueError unless the moments are of these layers, for each weight or for each input.
+
+    Args:
+        params: of the network.
+        seen: the moments.
+        of_weights: whether they must be of weights, or of layers' inputs.
+
+    Example:
+        >>> moments.require_layers(params, moments.start(params), of_weights=True)
+    """
     fields = LayerMoments._fields if of_weights else InputMoments._fields
     expected = jax.eval_shape(functools.partial(start, of_weights=of_weights), params).layers
     wanted, found = (
@@ -342,7 +408,14 @@ def require_layers(params: Params, seen: Moments, *, of_weights: bool) -> None:
 
 
 def require_samples(seen: Moments) -> None:
-    """Raises a ValueError if the moments are known to be of no samples."""
+    """Raises a ValueError if the moments are known to be of no samples.
+
+    Example:
+        >>> moments.require_samples(moments.start(params))
+        Traceback (most recent call last):
+            ...
+        ValueError: these moments are of no samples; update them with a batch of inputs first
+    """
     if not isinstance(seen.samples, jax.core.Tracer) and seen.samples == 0:
         raise ValueError("these moments are of no samples; update them with a batch of inputs first")
 

@@ -14,7 +14,12 @@ from ecjax.networks import Inputs, Kernels, Loss, Network, Params, Targets
 
 
 class State(NamedTuple):
-    """Where training stands: the params, the optimiser's state and the key the next epoch is shuffled with."""
+    """Where training stands: the params, the optimiser's state and the key the next epoch is shuffled with.
+
+    Example:
+        >>> train.State(params, optimizer.init(params), jax.random.key(0)).params is params
+        True
+    """
 
     params: Params
     optimizer: optax.OptState
@@ -22,7 +27,12 @@ class State(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """The trained params, and the mean training loss of each epoch."""
+    """The trained params, and the mean training loss of each epoch.
+
+    Example:
+        >>> trained.losses.shape, bool(trained.losses[-1] < trained.losses[0])
+        ((200,), True)
+    """
 
     params: Params
     losses: Float[Array, " epochs"]
@@ -36,6 +46,16 @@ def keep_pruned(masks: Kernels) -> optax.GradientTransformation:
 
     Args:
         masks: Kernels of booleans, True where the weight stays.
+
+    Raises:
+        ValueError: the transformation is asked for an update without the params.
+
+    Example:
+        >>> tuning = optax.chain(optax.sgd(0.1), train.keep_pruned(pruned.masks))
+        >>> updates, _ = tuning.update(params, tuning.init(pruned.params), pruned.params)  # any gradients
+        >>> tuned = optax.apply_updates(pruned.params, updates)
+        >>> bool(((tuned["Dense_0"]["kernel"] != 0) == pruned.masks["Dense_0"]["kernel"]).all())
+        True
     """
 
     def update(updates, state, params=None):
@@ -49,12 +69,28 @@ def keep_pruned(masks: Kernels) -> optax.GradientTransformation:
 
 
 def start(params: Params, optimizer: optax.GradientTransformation, key: PRNGKeyArray) -> State:
-    """The state before the first epoch."""
+    """The state before the first epoch.
+
+    Args:
+        params: where to start.
+        optimizer: any optax transformation; its own state starts from the params.
+        key: shuffles the samples.
+
+    Example:
+        >>> state = train.start(params, optimizer, jax.random.key(0))
+        >>> state.params is params
+        True
+    """
     return State(params, optimizer.init(params), key)
 
 
 def steps_per_epoch(samples: int, batch_size: int) -> int:
-    """How many batches one epoch takes: the last, incomplete one is left out, other samples each time."""
+    """How many batches one epoch takes: the last, incomplete one is left out, other samples each time.
+
+    Example:
+        >>> train.steps_per_epoch(samples=200, batch_size=64)
+        3
+    """
     return max(samples // batch_size, 1)
 
 
@@ -72,7 +108,13 @@ def epoch(
 ) -> tuple[State, Float[Array, ""]]:
     """One pass over the shuffled samples; returns the new state and the mean loss of the epoch.
 
-    The arguments are those of ``fit``, with the state in place of params and key.
+    The arguments are those of ``fit``, with the state in place of params and key. Nothing is checked here.
+
+    Example:
+        >>> state = train.start(params, optimizer, jax.random.key(0))
+        >>> state, mean_loss = train.epoch(network, state, inputs, labels, loss, optimizer=optimizer)
+        >>> mean_loss.shape
+        ()
     """
     samples = inputs.shape[0]
     size = min(batch_size, samples)
@@ -124,6 +166,11 @@ def fit(
 
     Raises:
         ValueError: bad inputs, not one target for each sample, epochs or batch size below 1, masks unlike the params.
+
+    Example:
+        >>> tuned = train.fit(network, pruned.params, inputs, labels, epochs=3, masks=pruned.masks, **fit).params
+        >>> bool(((tuned["Dense_0"]["kernel"] != 0) == pruned.masks["Dense_0"]["kernel"]).all())
+        True
     """
     checks.require_inputs(inputs)
     checks.require_targets(inputs, targets)

@@ -148,11 +148,11 @@ def reverse_mode_only() -> Example:
 
 
 def one_sample_at_a_time() -> Example:
-    """A network of one sample, vmapped over samples by the caller."""
+    """A network of one sample, vmapped over samples by the caller; one kernel on the right, one on the left."""
 
     def of_one_sample(params, x):
         hidden = jnp.sin(x @ params[0]["kernel"] + params[0]["bias"])
-        return jnp.tanh(hidden @ params[1]["kernel"] + params[1]["bias"])
+        return jnp.tanh(params[1]["kernel"].T @ hidden + params[1]["bias"])
 
     example = plain_jax()
     return example._replace(network=jax.vmap(of_one_sample, in_axes=(None, 0)), params=example.params[:2])
@@ -168,9 +168,8 @@ class NnxMLP(nnx.Module):
 
 
 def flax_nnx() -> Example:
-    graph, state = nnx.split(NnxMLP(nnx.Rngs(0)))
-    params = with_random_biases(nnx.to_pure_dict(state))
-    return Example(lambda params, x: nnx.merge(graph, params)(x), params, inputs())
+    network, params = networks.from_nnx(NnxMLP(nnx.Rngs(0)))
+    return Example(network, with_random_biases(params), inputs())
 
 
 def convolution() -> Example:

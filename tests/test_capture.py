@@ -144,11 +144,33 @@ def test_refuses_more_rows_than_samples():
     refused(network, params, "with 23 samples", examples.inputs(features=12).reshape(23, 4, 3))
 
 
-def test_refuses_a_kernel_that_is_not_the_right_factor():
-    def transposed(params, x):
-        return (params["kernel"].T @ x.T).T + params["bias"]
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda p, x: (p["kernel"].T @ x.T).T + p["bias"],
+        lambda p, x: (lax.dot_general(p["kernel"], x.T, (((0,), (0,)), ((), ())))).T + p["bias"],
+        lambda p, x: lax.dot_general(x.T, p["kernel"].T, (((0,), (1,)), ((), ()))) + p["bias"],
+        jax.vmap(lambda p, x: p["kernel"].T @ x + p["bias"], in_axes=(None, 0)),
+    ],
+    ids=["kernel.T @ x.T", "kernel on the left", "both transposed", "vmap of kernel.T @ x"],
+)
+def test_follows_a_transposed_kernel(network):
+    params, inputs = layer(), examples.inputs()
+    tap = examples.inputs(features=4, seed=1)
+    outputs, layer_inputs = tapped(examples.Example(network, params, inputs), {"kernel": tap})
+    np.testing.assert_allclose(outputs, inputs @ params["kernel"] + tap + params["bias"], rtol=1e-12, atol=1e-12)
+    np.testing.assert_array_equal(layer_inputs["kernel"], inputs)
 
-    refused(transposed, layer(), "'kernel' enters the operation 'transpose'")
+
+def test_refuses_products_that_only_look_like_a_layer():
+    square, few = layer(5), examples.inputs(samples=5)
+    along_outputs = lambda p, x: x @ p["kernel"].T + p["bias"]  # noqa: E731
+    refused(along_outputs, square, r"'kernel' multiplies .* takes \(samples, in\) @ kernel.*by_definition")
+    across_samples = lambda p, x: p["kernel"].T @ x.T + p["bias"]  # noqa: E731
+    refused(across_samples, square, "its bias 'bias' is not simply added", few)
+
+
+def test_refuses_a_kernel_that_is_changed_first():
     scaled = lambda params, x: x @ (params["kernel"] * 2) + params["bias"]  # noqa: E731
     refused(scaled, layer(), "'kernel' enters the operation 'mul'")
 

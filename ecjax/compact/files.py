@@ -25,6 +25,12 @@ class Saved(NamedTuple):
         params: nested dicts of NumPy arrays, which keep double precision whatever JAX is set to.
         activation: its name, as given to ``save``.
         widths: of the layers: ``networks.MLP(widths, activation)`` is the network.
+
+    Example:
+        >>> size = compact.save("pruned.safetensors", pruned.params, activation="relu")
+        >>> saved = compact.load("pruned.safetensors")
+        >>> saved.activation, saved.widths
+        ('relu', (8, 2))
     """
 
     params: Params
@@ -48,6 +54,11 @@ def save(path: str | os.PathLike, params: Params, activation: str) -> int:
     Raises:
         ValueError: params that are not nested dicts of an MLP.
         ModuleNotFoundError: safetensors is not installed.
+
+    Example:
+        >>> size = compact.save("pruned.safetensors", pruned.params, activation="relu")
+        >>> size == pathlib.Path("pruned.safetensors").stat().st_size
+        True
     """
     numpy_files = _safetensors()
     networks.layers(params)
@@ -73,6 +84,12 @@ def load(path: str | os.PathLike) -> Saved:
         ValueError: a damaged or foreign file, with what is wrong with it.
         FileNotFoundError: no such file.
         ModuleNotFoundError: safetensors is not installed.
+
+    Example:
+        >>> size = compact.save("pruned.safetensors", pruned.params, activation="relu")
+        >>> loaded = compact.load("pruned.safetensors").params["Dense_0"]["kernel"]
+        >>> bool((loaded == pruned.params["Dense_0"]["kernel"]).all())
+        True
     """
     _safetensors()
     import safetensors

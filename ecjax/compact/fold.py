@@ -37,6 +37,15 @@ def compact(params: Params, activation: Activation) -> Params:
 
     Raises:
         ValueError: params that are not an MLP's.
+
+    Example:
+        >>> halved = prune.neurons(params, score.neuron_norm(params), fraction=0.5).params
+        >>> small = compact.compact(halved, nn.relu)
+        >>> small["Dense_0"]["kernel"].shape, small["Dense_1"]["kernel"].shape
+        ((4, 4), (4, 2))
+        >>> smaller = networks.pure(networks.MLP(compact.widths(small)))
+        >>> bool(jnp.allclose(smaller(small, inputs), network(halved, inputs), atol=1e-5))
+        True
     """
     paths = networks.layers(params)
     leaves = networks.by_path(params)
@@ -80,19 +89,44 @@ def _fold(layer: _Layer, following: _Layer, activation: Activation) -> tuple[_La
 
 
 def widths(params: Params) -> tuple[int, ...]:
-    """The widths of an MLP's layers, as ``networks.MLP`` takes them."""
+    """The widths of an MLP's layers, as ``networks.MLP`` takes them.
+
+    Raises:
+        ValueError: params that are not an MLP's.
+
+    Example:
+        >>> compact.widths(params)
+        (8, 2)
+    """
     leaves = networks.by_path(params)
     return tuple(leaves[path].shape[1] for path in networks.layers(params))
 
 
 def inputs_read(params: Params) -> Bool[np.ndarray, " features"]:
-    """Which input features a surviving weight of the first layer reads."""
+    """Which input features a surviving weight of the first layer reads.
+
+    Raises:
+        ValueError: params that are not an MLP's.
+
+    Example:
+        >>> compact.inputs_read({"kernel": jnp.array([[0.0, 0.0], [1.0, 0.0]])}).tolist()
+        [False, True]
+    """
     first = networks.by_path(params)[networks.layers(params)[0]]
     return (np.asarray(first) != 0).any(1)
 
 
 def drop_inputs(params: Params) -> tuple[Params, Int[np.ndarray, " read"]]:
-    """The params without the weights of unread inputs, and what to give them: ``network(params, inputs[:, index])``."""
+    """The params without the weights of unread inputs, and what to give them: ``network(params, inputs[:, index])``.
+
+    Raises:
+        ValueError: params that are not an MLP's.
+
+    Example:
+        >>> smaller, index = compact.drop_inputs({"kernel": jnp.array([[0.0, 0.0], [1.0, 0.0]])})
+        >>> smaller["kernel"].tolist(), index.tolist()
+        ([[1.0, 0.0]], [1])
+    """
     path = networks.layers(params)[0]
     index = np.flatnonzero(inputs_read(params))
     return networks.replace(params, {path: networks.by_path(params)[path][index]}), index

@@ -26,6 +26,11 @@ def to_sparse(params: Params, kind: str = "bcsr") -> PyTree:
 
     Raises:
         ValueError: an unknown kind, or a kernel that is no matrix.
+
+    Example:
+        >>> kernel = compact.to_sparse(pruned.params, "csr")["Dense_0"]["kernel"]
+        >>> kernel.shape, kernel.nnz == int(pruned.masks["Dense_0"]["kernel"].sum())
+        ((8, 4), True)
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(map(repr, KINDS))}")
@@ -54,6 +59,12 @@ def forward(
         params: of ``to_sparse``.
         inputs: samples along the first axis; NumPy for "csr".
         activation: elementwise, after every layer but the last; a NumPy function for "csr".
+
+    Example:
+        >>> sparse = compact.to_sparse(pruned.params, "csr")
+        >>> outputs = compact.forward(sparse, np.asarray(inputs), lambda z: np.maximum(z, 0))  # needs no JAX
+        >>> np.allclose(outputs, network(pruned.params, inputs), atol=1e-5)
+        True
     """
     is_sparse = lambda leaf: isinstance(leaf, sparse.BCSR | scipy.sparse.csr_array)  # noqa: E731
     leaves = {

@@ -21,6 +21,11 @@ class Pruned(NamedTuple):
     Attributes:
         params: as given, with removed weights exactly 0 and biases shifted.
         masks: Kernels of booleans, True where the weight stays.
+
+    Example:
+        >>> pruned = prune.one_shot(params, scores, sparsity=0.5)
+        >>> bool(((pruned.params["Dense_0"]["kernel"] != 0) == pruned.masks["Dense_0"]["kernel"]).all())
+        True
     """
 
     params: Params
@@ -33,7 +38,8 @@ def one_shot(
     """Removes the weights of least importance, all at once, and shifts the biases next to them.
 
     Exactly ``round(sparsity * weights)`` go in each scope; among equals, the ones that come first do. The shifts of all
-    removed weights are added to their biases, independently of each other: ``b_i += Σ_j Δb*_ij``.
+    removed weights are added to their biases, independently of each other: ``b_i += Σ_j Δb*_ij``. Source: Ballini et
+    al., arXiv:2602.20467.
 
     Args:
         params: the dense network's.
@@ -44,6 +50,15 @@ def one_shot(
 
     Raises:
         ValueError: a sparsity outside [0, 1], an unknown scope, importances with NaN, scores shaped unlike the params.
+
+    Example:
+        >>> sum(int(mask.sum()) for mask in jax.tree.leaves(prune.one_shot(params, scores, sparsity=0.75).masks))
+        12
+        >>> [int(mask.sum()) for mask in jax.tree.leaves(prune.one_shot(params, scores, scope=(2, 4)).masks)]
+        [16, 8]
+        >>> prune.one_shot(params, scores, sparsity=75)
+        Traceback (most recent call last):
+        ValueError: sparsity is 75; it must be in [0, 1], the fraction of weights to remove
     """
     require_scope(scope)
     if isinstance(scope, tuple):
@@ -75,8 +90,17 @@ def require_scope(scope: str | tuple[int, int]) -> None:
 def apply_masks(params: Params, masks: Kernels) -> Params:
     """The same params with exact zeros where a mask is False; biases stay as they are.
 
+    Args:
+        params: of any network.
+        masks: Kernels of booleans, True where the weight stays.
+
     Raises:
         ValueError: masks that are not boolean, or shaped unlike the params.
+
+    Example:
+        >>> none_stay = jax.tree.map(jnp.zeros_like, pruned.masks)
+        >>> float(jnp.abs(prune.apply_masks(params, none_stay)["Dense_0"]["kernel"]).max())
+        0.0
     """
     checks.require_masks(params, masks)
     leaves, kept = networks.by_path(params), networks.by_path(masks)
@@ -84,7 +108,12 @@ def apply_masks(params: Params, masks: Kernels) -> Params:
 
 
 def sparsity(masks: Kernels) -> float:
-    """The fraction of weights removed, over all kernels; 0 if there are none."""
+    """The fraction of weights removed, over all kernels; 0 if there are none.
+
+    Example:
+        >>> prune.sparsity({"kernel": jnp.array([[True, False], [False, False]])})
+        0.75
+    """
     leaves = jax.tree.leaves(masks)
     total = sum(mask.size for mask in leaves)
     return sum(int(jnp.sum(~mask)) for mask in leaves) / max(total, 1)
@@ -129,7 +158,16 @@ def keep(importance: Float[Array, " weights"], sparsity: Sparsity) -> Bool[Array
 
 
 def smallest(values: Real[Array, " weights"], count: int | Array) -> Bool[Array, " weights"]:
-    """True for the ``count`` smallest values, the earlier ones first among equals; the count may be traced."""
+    """True for the ``count`` smallest values, the earlier ones first among equals.
+
+    Args:
+        values: any numbers, one for each weight.
+        count: how many; may be traced.
+
+    Example:
+        >>> prune.smallest(jnp.array([3.0, 1.0, 2.0, 1.0]), 2).tolist()
+        [False, True, False, True]
+    """
     chosen = jnp.arange(values.size) < count
     return jnp.zeros(values.size, bool).at[jnp.argsort(values, stable=True)].set(chosen)
 

@@ -32,6 +32,12 @@ def neurons(params: Params, scores: NeuronScores, fraction: Sparsity, *, scope: 
 
     Raises:
         ValueError: a fraction outside [0, 1], an unknown scope, scores unlike the params, params that are not an MLP's.
+
+    Example:
+        >>> scores = score.neuron_elimination_compensation(network, params, inputs, metric="fisher")
+        >>> pruned = prune.neurons(params, scores, fraction=0.5)
+        >>> compact.widths(compact.compact(pruned.params, nn.relu))
+        (4, 2)
     """
     checks.require_sparsity(fraction)
     if scope not in NEURON_SCOPES:

@@ -27,6 +27,12 @@ class Stage(NamedTuple):
         stages: how many there are.
         sparsity: reached so far.
         objective: what the repair has left of the mean distance to the targets; infinite without one.
+
+    Example:
+        >>> tell = lambda stage: print(f"{stage.number} of {stage.stages}: {stage.sparsity:.3f}")
+        >>> pruned = prune.staged(network, params, inputs, 0.8, stages=2, repair=None, metric="fisher", progress=tell)
+        1 of 2: 0.700
+        2 of 2: 0.800
     """
 
     number: int
@@ -80,6 +86,11 @@ def staged(
 
     Raises:
         ValueError: bad input, as ``one_shot``, the criterion and the repair say; an unknown repair.
+
+    Example:
+        >>> pruned = prune.staged(network, params, inputs, sparsity=0.75, stages=4, metric="fisher")
+        >>> prune.sparsity(pruned.masks)
+        0.75
     """
     require_scope(scope)
     if isinstance(scope, tuple):
@@ -133,6 +144,11 @@ def staged_neurons(
 
     Raises:
         ValueError: bad input, as ``neurons``, the criterion and the repair say.
+
+    Example:
+        >>> pruned = prune.staged_neurons(network, params, inputs, fraction=0.25, stages=2, metric="fisher")
+        >>> pruned.masks["Dense_0"]["kernel"].any(0).sum().item()
+        6
     """
     if criterion is None:
         criterion = functools.partial(score.neuron_elimination_compensation, metric=metric)

@@ -12,7 +12,20 @@ from ecjax.score.scores import Scores
 
 
 def magnitude(params: Params) -> Scores:
-    """``I = |W|``: small weights go first."""
+    """``I = |W|``: small weights go first.
+
+    Source: Han et al., "Learning both weights and connections for efficient neural networks", arXiv:1506.02626.
+
+    Args:
+        params: of any network with a ``kernel`` leaf.
+
+    Raises:
+        ValueError: params without kernels.
+
+    Example:
+        >>> score.magnitude({"kernel": jnp.array([[-2.0], [1.0]])}).importance["kernel"].tolist()
+        [[2.0], [1.0]]
+    """
     return Scores(jax.tree.map(jnp.abs, _kernels(params)))
 
 
@@ -36,6 +49,11 @@ def gradient_magnitude(
 
     Raises:
         ValueError: bad inputs, or not one target for each sample.
+
+    Example:
+        >>> scores = score.gradient_magnitude(network, params, inputs, labels, loss)
+        >>> scores.importance["Dense_0"]["kernel"].shape, scores.bias_shift
+        ((4, 8), None)
     """
     checks.require_inputs(inputs)
     checks.require_targets(inputs, targets)
@@ -52,7 +70,20 @@ def _loss_gradient(network, params, inputs, targets, *, loss):
 
 
 def random(params: Params, key: PRNGKeyArray) -> Scores:
-    """``I ~ U(0, 1)``, independent for every weight: what any criterion has to beat."""
+    """``I ~ U(0, 1)``, independent for every weight: what any criterion has to beat.
+
+    Args:
+        params: of any network with a ``kernel`` leaf.
+        key: what is drawn depends on it alone.
+
+    Raises:
+        ValueError: params without kernels.
+
+    Example:
+        >>> first, again = (score.random(params, jax.random.key(0)).importance["Dense_0"]["kernel"] for _ in range(2))
+        >>> bool((first == again).all())
+        True
+    """
     leaves, structure = jax.tree.flatten(_kernels(params))
     keys = jax.random.split(key, len(leaves))
     draws = [jax.random.uniform(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]

@@ -36,6 +36,11 @@ def elimination_compensation_by_definition(
 
     Raises:
         ValueError: bad inputs, an unknown metric, or a kernel without a sibling bias, by name.
+
+    Example:
+        >>> found = score.elimination_compensation_by_definition(network, params, inputs, metric="fisher").importance
+        >>> bool(jnp.allclose(found["Dense_0"]["kernel"], scores.importance["Dense_0"]["kernel"], rtol=1e-3, atol=1e-6))
+        True
     """
     checks.require_inputs(inputs)
     metrics.require(metric)

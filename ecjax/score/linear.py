@@ -32,7 +32,7 @@ def elimination_compensation(
 
     Args:
         network: pure function ``(params, inputs) -> outputs`` of shape (samples, K).
-        params: its parameters; every kernel is the right factor of one product and has a sibling bias.
+        params: its parameters; every kernel enters one product with the inputs and has a sibling bias.
         inputs: calibration inputs, samples along the first axis.
         metric: "euclidean" for ``Σ_k δy_k²`` on raw outputs, "fisher" for the softmax Fisher of logits.
         probes: None for the exact sensitivities, or how many random ±1 combinations of the K rows stand in for them.
@@ -44,6 +44,11 @@ def elimination_compensation(
 
     Raises:
         ValueError: bad inputs, an unknown metric, or a network without such layers, with the leaf by name.
+
+    Example:
+        >>> scores = score.elimination_compensation(network, params, inputs, metric="fisher")
+        >>> scores.importance["Dense_0"]["kernel"].shape, scores.bias_shift["Dense_0"]["kernel"].shape
+        ((4, 8), (4, 8))
     """
     options = {"metric": metric, "probes": probes, "key": key, "batch_size": batch_size}
     seen = moments.of_inputs(network, params, inputs, biased=True, **options)
@@ -61,6 +66,11 @@ def elimination_compensation_from_moments(params: Params, seen: Moments) -> Scor
 
     Raises:
         ValueError: moments of no samples, or of other layers.
+
+    Example:
+        >>> seen = moments.of_batches(network, params, (batch for batch in np.split(inputs, 5)))
+        >>> score.elimination_compensation_from_moments(params, seen).importance["Dense_1"]["kernel"].shape
+        (8, 2)
     """
     kernels = _kernels(params, seen)
     importance = {path: kernels[path] ** 2 * (layer.scatter / seen.samples) for path, layer in seen.layers.items()}
@@ -85,7 +95,7 @@ def optimal_brain_damage(
 
     Args:
         network: pure function ``(params, inputs) -> outputs`` of shape (samples, K).
-        params: its parameters; every kernel is the right factor of one product, biases are not needed.
+        params: its parameters; every kernel enters one product with the inputs, biases are not needed.
         inputs: calibration inputs, samples along the first axis.
         metric: "euclidean" or "fisher", as in ``elimination_compensation``.
         probes: None, or the number of random combinations of the K rows.
@@ -97,6 +107,12 @@ def optimal_brain_damage(
 
     Raises:
         ValueError: as ``elimination_compensation``.
+
+    Example:
+        >>> damage = score.optimal_brain_damage(network, params, inputs, metric="fisher").importance
+        >>> compensated = scores.importance["Dense_1"]["kernel"]  # of elimination_compensation
+        >>> bool((compensated <= 1.001 * damage["Dense_1"]["kernel"]).all())
+        True
     """
     options = {"metric": metric, "probes": probes, "key": key, "batch_size": batch_size}
     seen = moments.of_inputs(network, params, inputs, biased=False, **options)
@@ -114,6 +130,11 @@ def optimal_brain_damage_from_moments(params: Params, seen: Moments) -> Scores:
 
     Raises:
         ValueError: moments of no samples, or of other layers.
+
+    Example:
+        >>> seen = moments.of_batches(network, params, np.split(inputs, 5), biased=False)
+        >>> score.optimal_brain_damage_from_moments(params, seen).bias_shift is None
+        True
     """
     kernels = _kernels(params, seen)
 

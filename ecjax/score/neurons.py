@@ -22,6 +22,11 @@ class NeuronScores(NamedTuple):
         importance: by the path of its own kernel, one number for each neuron of a hidden layer; the smallest go first.
         constant: for each neuron, the constant that takes the place of its output: the biases of the next layer gain
             ``constant_j · W_j`` when it is removed. None for a criterion that compensates nothing.
+
+    Example:
+        >>> scores = score.NeuronScores({"Dense_0/kernel": jnp.arange(8.0)})  # a criterion of one's own
+        >>> prune.neurons(params, scores, fraction=0.25).masks["Dense_0"]["kernel"].any(0).tolist()
+        [False, False, True, True, True, True, True, True]
     """
 
     importance: dict[str, Float[Array, " neurons"]]
@@ -61,6 +66,11 @@ def neuron_elimination_compensation(
 
     Raises:
         ValueError: bad inputs, an unknown metric, or params that are not an MLP's.
+
+    Example:
+        >>> scores = score.neuron_elimination_compensation(network, params, inputs, metric="fisher")
+        >>> scores.importance["Dense_0/kernel"].shape, scores.constant["Dense_0/kernel"].shape
+        ((8,), (8,))
     """
     networks.layers(params)
     options = {"metric": metric, "probes": probes, "key": key, "batch_size": batch_size}
@@ -79,6 +89,11 @@ def neuron_elimination_compensation_from_moments(params: Params, seen: Moments) 
 
     Raises:
         ValueError: moments of no samples, of other layers or of weights, or params that are not an MLP's.
+
+    Example:
+        >>> seen = moments.of_batches(network, params, np.split(inputs, 5), of_weights=False)
+        >>> score.neuron_elimination_compensation_from_moments(params, seen).importance["Dense_0/kernel"].shape
+        (8,)
     """
     paths = networks.layers(params)
     moments.require_layers(params, seen, of_weights=False)
@@ -94,7 +109,8 @@ def neuron_elimination_compensation_by_definition(
     """The same from the discrepancy itself, one neuron at a time under ``vmap``: the reference.
 
     Removing the row ``W_j`` of the next kernel while its biases gain ``c · W_j`` changes the outputs by one
-    ``jax.jvp``; its mean square is a parabola in c, whose minimum is one Newton step with ``jax.grad`` away.
+    ``jax.jvp``; its mean square is a parabola in c, whose minimum is one Newton step with ``jax.grad`` away. Source:
+    Ballini et al., arXiv:2602.20467, one level up.
 
     Args:
         network: an MLP as a pure function ``(params, inputs) -> outputs``.
@@ -104,6 +120,13 @@ def neuron_elimination_compensation_by_definition(
 
     Raises:
         ValueError: as ``neuron_elimination_compensation``.
+
+    Example:
+        >>> found = score.neuron_elimination_compensation_by_definition(network, params, inputs, metric="fisher")
+        >>> expected = score.neuron_elimination_compensation(network, params, inputs, metric="fisher")
+        >>> close = lambda a, b: bool(jnp.allclose(a, b, rtol=1e-3, atol=1e-5))
+        >>> jax.tree.map(close, found.importance, expected.importance)
+        {'Dense_0/kernel': True}
     """
     checks.require_inputs(inputs)
     metrics.require(metric)
@@ -138,20 +161,39 @@ def _all_neurons(network, params, inputs, *, metric):
 
 
 def neuron_norm(params: Params) -> NeuronScores:
-    """The Euclidean norm of each hidden neuron's incoming weights, the structured form of magnitude.
+    """``I_j = ‖W_·j‖₂``, the Euclidean norm of each hidden neuron's incoming weights: magnitude for neurons.
+
+    Args:
+        params: an MLP's.
 
     Raises:
         ValueError: params that are not an MLP's.
+
+    Example:
+        >>> chain = {"first": {"kernel": jnp.array([[3.0], [4.0]])}, "second": {"kernel": jnp.ones((1, 2))}}
+        >>> score.neuron_norm(chain).importance["first/kernel"].tolist()
+        [5.0]
     """
     leaves, paths = networks.by_path(params), networks.layers(params)
     return NeuronScores({path: jnp.linalg.norm(leaves[path], axis=0) for path in paths[:-1]})
 
 
 def neuron_variance(network: Network, params: Params, inputs: Inputs) -> NeuronScores:
-    """The variance of each hidden neuron's output over the calibration inputs, with its mean as the constant.
+    """``I_j = var(a_j)``, the variance of each hidden neuron's output over the inputs, with its mean as the constant.
+
+    Args:
+        network: an MLP as a pure function ``(params, inputs) -> outputs``.
+        params: its parameters, each layer with a bias.
+        inputs: calibration inputs, samples along the first axis.
 
     Raises:
         ValueError: bad inputs, or params that are not an MLP's.
+
+    Example:
+        >>> scores = score.neuron_variance(network, params, inputs)
+        >>> read = capture.tapped(network, params, inputs, {}, biased=True)[1]["Dense_1/kernel"]
+        >>> bool(jnp.allclose(scores.importance["Dense_0/kernel"], read.var(0), rtol=1e-4))
+        True
     """
     checks.require_inputs(inputs)
     return NeuronScores(*_variances(network, params, devices.automatic(inputs)))

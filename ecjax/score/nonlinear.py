@@ -31,7 +31,7 @@ def nonlinear_elimination_compensation(
 
     Args:
         network: pure function ``(params, inputs) -> outputs`` of shape (samples, K).
-        params: its parameters; every kernel is the right factor of one product and has a sibling bias.
+        params: its parameters; every kernel enters one product with the inputs and has a sibling bias.
         inputs: calibration inputs, samples along the first axis, all held in memory at once.
         metric: "euclidean" or "fisher".
         steps: Newton steps for each weight.
@@ -42,6 +42,11 @@ def nonlinear_elimination_compensation(
 
     Raises:
         ValueError: as ``elimination_compensation``.
+
+    Example:
+        >>> exact = score.nonlinear_elimination_compensation(network, params, inputs, metric="fisher")
+        >>> exact.importance["Dense_0"]["kernel"].shape
+        (4, 8)
     """
     checks.require_positive(steps, "steps")
     checks.require_positive(weights_at_once, "weights_at_once")

@@ -19,6 +19,11 @@ class Scores(NamedTuple):
         importance: Kernels; at least 0, the smallest go first.
         bias_shift: Kernels; for each weight, what its neuron's bias gains when the weight is removed. None for a
             criterion that compensates nothing.
+
+    Example:
+        >>> squares = score.Scores(jax.tree.map(jnp.square, networks.kernels(params)))  # a criterion of one's own
+        >>> prune.sparsity(prune.one_shot(params, squares, sparsity=0.5).masks)
+        0.5
     """
 
     importance: Kernels

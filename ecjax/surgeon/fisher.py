@@ -46,6 +46,11 @@ def loss_gradients(
 
     Raises:
         ValueError: bad inputs, not one target for each sample, or params without kernels.
+
+    Example:
+        >>> gradients = surgeon.loss_gradients(network, params, inputs, labels, loss)
+        >>> gradients["Dense_0"]["kernel"].shape
+        (200, 4, 8)
     """
     checks.require_inputs(inputs)
     checks.require_targets(inputs, targets)
@@ -83,6 +88,11 @@ def brain_surgeon_saliency(params: Params, gradients: Kernels, *, damping: float
 
     Raises:
         ValueError: gradients shaped unlike the params, or damping not above 0.
+
+    Example:
+        >>> scores = surgeon.brain_surgeon_saliency(params, gradients, damping=0.01)
+        >>> scores.importance["Dense_0"]["kernel"].shape, scores.bias_shift
+        ((4, 8), None)
     """
     require_gradients(params, gradients, damping)
     with jax.enable_x64(True):
@@ -108,6 +118,11 @@ def combinatorial_update(params: Params, masks: Kernels, gradients: Kernels, *, 
 
     Raises:
         ValueError: masks or gradients shaped unlike the params, or damping not above 0.
+
+    Example:
+        >>> moved = surgeon.combinatorial_update(params, pruned.masks, gradients, damping=0.01)
+        >>> bool(((moved["Dense_0"]["kernel"] != 0) == pruned.masks["Dense_0"]["kernel"]).all())
+        True
     """
     return _moved(params, masks, gradients, damping, _update)
 
@@ -115,8 +130,22 @@ def combinatorial_update(params: Params, masks: Kernels, gradients: Kernels, *, 
 def brain_surgeon_update(params: Params, masks: Kernels, gradients: Kernels, *, damping: float | int = 1e-5) -> Params:
     """Adds up optimal brain surgeon's steps for each removed weight as if it were the only one (WoodFisher's update).
 
-    ``w − Σ_{q∈P} w_q F⁻¹e_q / [F⁻¹]_qq``, with the removed weights then set to exactly zero. Arguments and errors are
-    those of ``combinatorial_update``, which takes the removals together. Source: Singh, Alistarh, arXiv:2004.14340.
+    ``w − Σ_{q∈P} w_q F⁻¹e_q / [F⁻¹]_qq``, with the removed weights then set to exactly zero; ``combinatorial_update``
+    takes the removals together. Source: Singh, Alistarh, arXiv:2004.14340.
+
+    Args:
+        params: trained parameters, not yet pruned.
+        masks: Kernels of booleans, True where the weight stays.
+        gradients: of ``loss_gradients``.
+        damping: λ, above 0.
+
+    Raises:
+        ValueError: masks or gradients shaped unlike the params, or damping not above 0.
+
+    Example:
+        >>> moved = surgeon.brain_surgeon_update(params, pruned.masks, gradients, damping=0.01)
+        >>> bool(((moved["Dense_0"]["kernel"] != 0) == pruned.masks["Dense_0"]["kernel"]).all())
+        True
     """
     return _moved(params, masks, gradients, damping, _independent_updates)
 
@@ -141,6 +170,14 @@ def removal_cost(
         masks: Kernels of booleans, False on P.
         gradients: of ``loss_gradients``.
         damping: λ, above 0.
+
+    Raises:
+        ValueError: masks or gradients shaped unlike the params, or damping not above 0.
+
+    Example:
+        >>> all_stay = jax.tree.map(jnp.ones_like, pruned.masks)
+        >>> float(surgeon.removal_cost(params, all_stay, gradients))
+        0.0
     """
     checks.require_masks(params, masks)
     require_gradients(params, gradients, damping)

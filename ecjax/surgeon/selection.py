@@ -70,6 +70,11 @@ def combinatorial_selection(
     Raises:
         ValueError: a sparsity outside [0, 1], an unknown start, "rmp" without a key, masks of another sparsity, or
             gradients shaped unlike the params.
+
+    Example:
+        >>> masks = surgeon.combinatorial_selection(params, gradients, 0.5, start="magnitude", damping=0.01)
+        >>> prune.sparsity(masks)
+        0.5
     """
     checks.require_sparsity(sparsity)
     require_gradients(params, gradients, damping)

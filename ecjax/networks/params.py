@@ -1,4 +1,4 @@
-"""What a network is here: a pure function ``(params, inputs) -> outputs``, its kernels, and the MLP.
+"""What a network is here: a pure function ``(params, inputs) -> outputs``, and the kernels of its params.
 
 ``params`` is a pytree of nested dicts (plain or Flax's ``FrozenDict``), lists and tuples. A leaf named ``kernel`` is
 what gets pruned; its sibling leaf ``bias`` is what makes up for the loss. *Kernels* is a pytree shaped like ``params``
@@ -6,17 +6,14 @@ with the ``kernel`` leaves alone: importances, bias shifts and masks are Kernels
 """
 
 import itertools
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Num, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import Num, PyTree, Shaped
 
 Params = PyTree
 Kernels = PyTree
@@ -27,52 +24,13 @@ Targets = Shaped[Array | np.ndarray, "_samples *outputs"]
 Loss = Callable[[Array, Array], Array]
 
 
-class MLP(nn.Module):
-    """A multilayer perceptron: dense layers with an activation between them.
-
-    Attributes:
-        features: width of each layer; the last one is the number of outputs.
-        activation: elementwise function after every layer but the last.
-        dtype: what the layers compute in; None for the dtype of params and inputs.
-        use_bias: whether the layers have biases.
-    """
-
-    features: Sequence[int]
-    activation: Callable[[Array], Array] = nn.relu
-    dtype: Any = None
-    use_bias: bool = True
-
-    @nn.compact
-    def __call__(self, inputs: Inputs) -> Array:
-        """The outputs, of shape (samples, features[-1])."""
-        hidden = inputs
-        for width in self.features[:-1]:
-            hidden = self.activation(self._dense(width)(hidden))
-        return self._dense(self.features[-1])(hidden)
-
-    def _dense(self, width: int) -> nn.Dense:
-        return nn.Dense(width, self.use_bias, self.dtype, kernel_init=_initial_kernel)
-
-
-def _initial_kernel(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Array:
-    """Flax's own initialisation, which fails on layers without neurons: what ``compact`` leaves when all are pruned."""
-    return nn.initializers.lecun_normal()(key, shape, dtype) if math.prod(shape) else jnp.zeros(shape, dtype)
-
-
-def pure(module: nn.Module) -> Network:
-    """The pure function ``(params, inputs) -> outputs`` of a Flax Linen module.
-
-    Make it once and pass the same function everywhere: everything in ecjax is compiled once per network function.
-    """
-
-    def network(params: Params, inputs: Inputs) -> Array:
-        return module.apply({"params": params}, inputs)
-
-    return network
-
-
 def kernels(params: Params) -> Kernels:
-    """The ``kernel`` leaves of ``params``, in the same nesting; dicts without any are left out."""
+    """The ``kernel`` leaves of ``params``, in the same nesting; dicts without any are left out.
+
+    Example:
+        >>> networks.kernels({"Dense_0": {"kernel": 1, "bias": 2}, "LayerNorm_0": {"scale": 3}})
+        {'Dense_0': {'kernel': 1}}
+    """
     if isinstance(params, Mapping):
         inside = {name: _kernels_or_leaf(name, child) for name, child in params.items()}
         return type(params)({name: child for name, child in inside.items() if jax.tree.leaves(child)})
@@ -83,7 +41,7 @@ def kernels(params: Params) -> Kernels:
     return None
 
 
-def _kernels_or_leaf(name: str, child: PyTree) -> PyTree:
+def _kernels_or_leaf(name: str | int, child: PyTree) -> PyTree:
     is_kernel_leaf = name == "kernel" and jax.tree_util.all_leaves([child])
     return child if is_kernel_leaf else kernels(child)
 
@@ -93,6 +51,10 @@ def layers(params: Params) -> list[str]:
 
     Raises:
         ValueError: params that are no chain of layers: a kernel whose inputs are not the neurons of the one before.
+
+    Example:
+        >>> networks.layers(params)
+        ['Dense_0/kernel', 'Dense_1/kernel']
     """
     leaves = by_path(kernels(params))
     paths = sorted(leaves, key=by_number)
@@ -106,18 +68,37 @@ def layers(params: Params) -> list[str]:
 
 
 def by_number(path: str) -> list:
-    """Sorts Dense_10 after Dense_9."""
+    """A key to sort paths by that puts Dense_10 after Dense_9.
+
+    Example:
+        >>> sorted(["Dense_10", "Dense_9"], key=networks.by_number)
+        ['Dense_9', 'Dense_10']
+    """
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
 
 
 def by_path(tree: PyTree) -> dict[str, Any]:
-    """The leaves of a pytree under names like ``"Dense_0/kernel"``, in the order of the flattened tree."""
+    """The leaves of a pytree under names like ``"Dense_0/kernel"``, in the order of the flattened tree.
+
+    Example:
+        >>> networks.by_path({"Dense_0": {"kernel": 1, "bias": 2}})
+        {'Dense_0/bias': 2, 'Dense_0/kernel': 1}
+    """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
-    """A copy of ``tree`` with other leaves at the paths that ``leaves`` names (see ``by_path``)."""
+    """A copy of ``tree`` with other leaves at some paths.
+
+    Args:
+        tree: any pytree.
+        leaves: the new ones, by their paths (see ``by_path``).
+
+    Example:
+        >>> networks.replace({"Dense_0": {"bias": 2, "kernel": 1}}, {"Dense_0/bias": 5})
+        {'Dense_0': {'bias': 5, 'kernel': 1}}
+    """
 
     def choose(path, leaf):
         return leaves.get(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
@@ -126,5 +107,10 @@ def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
 
 
 def bias_path(kernel_path: str) -> str:
-    """Where the bias next to a kernel lives: ``"Dense_0/kernel"`` has ``"Dense_0/bias"``."""
+    """Where the bias next to a kernel lives: ``"Dense_0/kernel"`` has ``"Dense_0/bias"``.
+
+    Example:
+        >>> networks.bias_path("Dense_0/kernel")
+        'Dense_0/bias'
+    """
     return kernel_path.removesuffix("kernel") + "bias"
