@@ -27,8 +27,7 @@ cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 class Config:
     """Prune one modest network by magnitude, WoodFisher, the combinatorial brain surgeon and EC, and compare.
 
-    Writes results.csv, config.json, accuracy.png and loss.png, and prints the table with the time of each method. Rows
-    are written as they are finished: started again with the same flags, a run that was stopped goes on where it was.
+    Writes results.csv, config.json, accuracy.png and loss.png, and prints the table with the time of each method.
     """
 
     data: Literal["mnist", "digits"] = "mnist"

@@ -32,8 +32,7 @@ LOSS = report.Measure("mean squared error", ".1e", logarithmic=True)
 class Config:
     """Train surrogates of diffusion-sorption, prune them by several methods, fine-tune, and compare the test errors.
 
-    Writes results.csv, config.json, loss.png and snapshots.png, and prints the tables. Rows are written as they are
-    finished: started again with the same flags, a run that was stopped goes on where it was.
+    Writes results.csv, config.json, loss.png and snapshots.png, and prints the tables.
     """
 
     architectures: tuple[str, ...] = ("32-32-32", "64-64-64")
@@ -158,7 +157,7 @@ def _small_lines(layers: str, rows: list[sweep.Row], config: Config) -> list[dic
 
 
 def _epochs(count: Callable[..., int], config: Config) -> int:
-    """How many epochs it takes to so many rows. All seeds are trained at once, small networks of all noise levels too."""
+    """How many epochs it takes to so many rows: all seeds train at once, small networks at all noise levels too."""
     dense, small, tuned = count(method=sweep.DENSE), count(method=sweep.SMALL), count(phase=sweep.FINE_TUNED)
     full = dense // config.seeds + small // (config.seeds * len(config.noise))
     return full * config.epochs + tuned // config.seeds * config.fine_tuning_epochs

@@ -32,8 +32,7 @@ class Config:
     """Prune three networks to high sparsity without fine-tuning, by methods from magnitude to staged survivors.
 
     Writes results.csv, config.json and frontier.png, and prints a table for each network with the time of each method.
-    Rows are written as they are finished: started again with the same flags, a run that was stopped goes on where it
-    was.
+
     """
 
     networks: tuple[Literal["large", "modest", "surrogate"], ...] = ("large", "modest", "surrogate")
@@ -184,8 +183,8 @@ def main(config: Config) -> None:
     ]
     values = {column: float for problem in problems for column in (*problem.task.measures, "seconds")}
     facts = {"data": name, "data_sha256": runs.digest(data) if data else None, "output": folder}
+    kept = [_kept(problem, config, **facts) for problem in problems]
     with runs.opened(folder, config, plan, values, **facts) as rows, report.progress() as bar:
-        kept = [_kept(problem, config) for problem in problems]
         for problem, its_folder in zip(problems, kept, strict=True):
             here = {"total": rows.planned(layers=problem.name), "completed": rows.count(layers=problem.name)}
             step = bar.add_task(f"{problem.name}: training", **here)
@@ -211,10 +210,10 @@ def main(config: Config) -> None:
     console.print(f"results.csv, config.json and frontier.png are in {folder}/")
 
 
-def _kept(problem: Problem, config: Config) -> saved.Folder | None:
+def _kept(problem: Problem, config: Config, **facts) -> saved.Folder | None:
     if config.save is None:
         return None
-    return saved.Folder(config.save / problem.name, problem.activation, METHODS, problem.sparsities, config)
+    return saved.Folder(config.save / problem.name, problem.activation, METHODS, problem.sparsities, config, **facts)
 
 
 def _large(config: Config, data: Dataset) -> Problem:

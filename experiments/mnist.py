@@ -22,8 +22,7 @@ from experiments.methods import METHODS, MethodName
 class Config:
     """Train an MLP on handwritten digits, prune it by several methods, fine-tune, and compare the test losses.
 
-    Writes results.csv, config.json, loss.png and accuracy.png, and prints the table. Rows are written as they are
-    finished: started again with the same flags, a run that was stopped goes on where it was.
+    Writes results.csv, config.json, loss.png and accuracy.png, and prints the table.
     """
 
     data: Literal["mnist", "digits"] = "mnist"
@@ -85,10 +84,10 @@ def main(config: Config) -> None:
     ]
     values = dict.fromkeys(sweep.CLASSIFIER_MEASURES, float)
     facts = {"data": data.name, "data_sha256": runs.digest(data), "layers": layers, "output": folder}
+    kept = None
+    if config.save:
+        kept = saved.Folder(config.save, config.activation, config.methods, config.sparsities, config, **facts)
     with runs.opened(folder, config, plan, values, **facts) as rows, report.progress() as bar:
-        kept = None
-        if config.save:
-            kept = saved.Folder(config.save, config.activation, config.methods, config.sparsities, config)
         step = bar.add_task("training", total=_epochs(rows.planned, config), completed=_epochs(rows.count, config))
         params = runs.trained(
             folder,

@@ -34,8 +34,7 @@ NETWORKS = {"relu": (300, 100), "tanh": (128, 64)}
 class Config:
     """Remove whole hidden neurons from two MLPs by four methods, and compare what is left, without fine-tuning.
 
-    Writes results.csv, config.json and accuracy.png, and prints a table for each network. Rows are written as they are
-    finished: started again with the same flags, a run that was stopped goes on where it was.
+    Writes results.csv, config.json and accuracy.png, and prints a table for each network.
     """
 
     data: Literal["mnist", "digits"] = "mnist"

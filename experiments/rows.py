@@ -76,7 +76,8 @@ class Rows:
         if keys not in self.plan[self._finished : self._finished + 1]:
             raise ValueError(f"these are not the rows that the plan has next: {keys}")
         rows = [
-            keys | {name: self._value(name, row.get(name)) for name in self.values} for keys, row in zip(keys, unit)
+            its_keys | {name: self._value(name, row.get(name)) for name in self.values}
+            for its_keys, row in zip(keys, unit, strict=True)
         ]
         header = "" if self._bytes else _encoded(self.columns)
         self._append(header + "".join(_encoded(row.values()) for row in rows))

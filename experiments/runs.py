@@ -33,6 +33,7 @@ _OURS = ("results.csv", "report.csv", "trained")
 # More than a run of default size writes without --save.
 _ROOM = 2**24
 _ELSEWHERE = "another folder, or delete this one to start afresh"
+_HELP = "Finished rows are written at once: started again with the same flags, a run that was stopped goes on."
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
@@ -46,7 +47,7 @@ def command(config: type, main: Callable[[Any], None], description: str) -> None
     """
     prog = f"python -m {sys.modules['__main__'].__spec__.name}"
     try:
-        main(tyro.cli(config, prog=prog, description=description))
+        main(tyro.cli(config, prog=prog, description=f"{description}\n{_HELP}"))
     except (KeyboardInterrupt, OSError) as stop:
         interrupted = isinstance(stop, KeyboardInterrupt)
         if not interrupted and stop.errno not in _DISK:
@@ -82,7 +83,8 @@ def opened(
     try:
         yield rows
     except (KeyboardInterrupt, OSError) as stop:
-        stop.add_note(f"{rows.count()} of {rows.planned()} rows are saved in {rows.path}")
+        saved = Rows(rows.path, plan, values)  # read again: it may have stopped just after rows were written
+        stop.add_note(f"{saved.count()} of {saved.planned()} rows are saved in {saved.path}")
         raise
 
 
@@ -129,13 +131,15 @@ def _require_fresh(folder: Path) -> None:
 def _require_same(path: Path, earlier: bytes, now: dict[str, Any], flags: set[str]) -> None:
     try:
         before = _flat(json.loads(earlier))
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise SystemExit(f"{path} is damaged: {error}. Choose {_ELSEWHERE}") from error
+    except (ValueError, AttributeError, TypeError, LookupError, RecursionError) as error:
+        raise SystemExit(f"{path} is damaged: {error!r}. Choose {_ELSEWHERE}") from error
     now = _flat(now)
     differing = [name for name in now | before if name not in _FREE and before.get(name) != now.get(name)]
     if differing:
         shown = {name: "--" + name.replace("_", "-") if name in flags else name for name in differing}
-        words = [f"{shown[name]} was {before.get(name)} there, is {now.get(name)}" for name in differing]
+        words = [
+            f"{shown[name]} was {before.get(name, 'absent')} there, is {now.get(name, 'absent')}" for name in differing
+        ]
         raise SystemExit(f"{path.parent} holds another run: {'; '.join(words)}. Choose {_ELSEWHERE}")
 
 

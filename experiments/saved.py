@@ -31,7 +31,7 @@ ACTIVATIONS = {
 }
 
 
-_FORMS = ("dense", "compacted", "sparse")
+FORMS = ("dense", "compacted", "sparse")
 _FACTS = {"parameters": int, "nonzeros": int, "bytes": int, "multiply_adds": int}
 _TIMES = {f"microseconds_batch_{batch}": float for batch in BATCHES}
 
@@ -39,11 +39,19 @@ _TIMES = {f"microseconds_batch_{batch}": float for batch in BATCHES}
 class Folder:
     """Collects pruned networks in a folder; each and its rows of the report are written at once."""
 
-    def __init__(self, path: Path, activation: str, methods: Iterable[str], sparsities: Iterable[float], config: Any):
+    def __init__(
+        self,
+        path: Path,
+        activation: str,
+        methods: Iterable[str],
+        sparsities: Iterable[float],
+        config: Any,
+        **facts: Any,
+    ):
         """Goes on where an earlier start with the same configuration was (see ``runs.claim``)."""
-        runs.claim(path, config)
+        runs.claim(path, config, **facts)
         self.path, self.activation = path, activation
-        forms = [{"name": name, "runtime": runtime} for runtime in ("JAX", "NumPy") for name in _FORMS]
+        forms = [{"name": name, "runtime": runtime} for runtime in ("JAX", "NumPy") for name in FORMS]
         plan = [
             [{"method": method, "sparsity": float(sparsity), "seed": 0} | form for form in forms]
             for method, sparsity in itertools.product(methods, sparsities)
