@@ -5,7 +5,6 @@ trained by plain SGD to 94 %, is pruned without any training after. Methods that
 """
 
 import functools
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,10 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 
 from ecjax import networks, prune, score, surgeon, train
 from ecjax.networks import Kernels, Params
-from experiments import report, sweep
+from experiments import report, runs, sweep
 from experiments.datasets import Dataset, choose
 
 MEASURES = report.CLASSIFIER_MEASURES | {"seconds": report.Measure("seconds", ".2f")}
@@ -141,35 +139,25 @@ def main(config: Config) -> None:
     report.require_flags(config, fractions=("sparsities",), counts=counts)
     data = choose.load_or_exit(config.data, config.data_dir)
     folder = config.output or Path("results") / f"brain-surgeon-{data.name.lower()}"
-    folder.mkdir(parents=True, exist_ok=True)
     widths = (*config.widths, int(data.train_targets.max()) + 1)
-    _, network, biased = _networks(widths)
-
-    with report.progress() as bar:
-        steps = len(METHODS) * (1 + config.seeds * len(config.sparsities))
-        step = bar.add_task("training", total=steps)
-        params = train_to(config.target_accuracy, widths, data, config)
-        rows = [_measured(network, params, data, sweep.DENSE, 0.0, sweep.TRAINED, 0, None)]
-        for seed in range(config.seeds):
-            given = _given(network, params, data, seed, config)
-            if seed == 0:
-                for method in METHODS.values():  # compiled once, outside the times
-                    jax.block_until_ready(method(given, config.sparsities[0]))
-                    bar.advance(step)
-            for name, method in METHODS.items():
-                for sparsity in config.sparsities:
-                    bar.update(step, description=f"{name}, {sparsity:g}")
-                    start = time.perf_counter()
-                    pruned = jax.block_until_ready(method(given, sparsity))
-                    seconds = time.perf_counter() - start
-                    judged = biased if method is elimination_compensation else network
-                    rows.append(_measured(judged, pruned, data, name, sparsity, sweep.PRUNED, seed, seconds))
-                    bar.advance(step)
-
-    frame = report.to_frame(rows, data.name)
-    frame.to_csv(folder / "results.csv", index=False)
     layers = "-".join(map(str, (data.train_inputs.shape[1], *widths)))
-    report.save_config(folder, config, data=data.name, layers=layers, output=folder)
+    _, network, biased = _networks(widths)
+    task = sweep.Task(network, data, cross_entropy, sweep.CLASSIFIER_MEASURES, config.batch_size)
+    units = sweep.plan_timed(config.seeds, METHODS, config.sparsities, networks=1)
+    plan = [sweep.lines(unit, data=data.name) for unit in units]
+    values = dict.fromkeys((*sweep.CLASSIFIER_MEASURES, "seconds"), float)
+    facts = {"data": data.name, "data_sha256": runs.digest(data), "layers": layers, "output": folder}
+    with runs.opened(folder, config, plan, values, **facts) as rows, report.progress() as bar:
+        step = bar.add_task("training", total=rows.planned(), completed=rows.count())
+        dense = runs.trained(folder, layers, "relu", 1, lambda: _trained(widths, data, config))
+        rows.add(sweep.lines(sweep.measure(task, dense, sweep.DENSE, 0.0, sweep.TRAINED), data=data.name))
+        give = functools.partial(_given, network, jax.tree.map(lambda leaf: leaf[0], dense), data, config)
+        for timed in sweep.time_methods(METHODS, give, config.sparsities, seeds=config.seeds, done=rows.has):
+            judged = biased if METHODS[timed.method] is elimination_compensation else network
+            row = sweep.measure_timed(task._replace(network=judged), timed.result, timed)
+            rows.add(sweep.lines([row], data=data.name))
+            bar.update(step, description=f"{timed.method}, {timed.sparsity:g}", completed=rows.count())
+    frame = rows.frame()
     title = f"{data.name}, MLP {layers} without biases, {config.seeds} samples of gradients"
     for column, measure in report.CLASSIFIER_MEASURES.items():
         path = folder / f"{column.removeprefix('test_')}.png"
@@ -177,6 +165,11 @@ def main(config: Config) -> None:
     console = report.console()
     console.print(report.table(frame, MEASURES, title))
     console.print(f"results.csv, config.json, accuracy.png and loss.png are in {folder}/")
+
+
+def _trained(widths: tuple[int, ...], data: Dataset, config: Config) -> Params:
+    """The one network, as if it were the first of several."""
+    return jax.tree.map(lambda leaf: leaf[None], train_to(config.target_accuracy, widths, data, config))
 
 
 def train_to(accuracy: float, widths: tuple[int, ...], data: Dataset, config: Config) -> Params:
@@ -195,7 +188,7 @@ def train_to(accuracy: float, widths: tuple[int, ...], data: Dataset, config: Co
     raise SystemExit(f"200 epochs of SGD reached {reached:.2%}; lower --target-accuracy or raise --learning-rate")
 
 
-def _given(network, params: Params, data: Dataset, seed: int, config: Config) -> Given:
+def _given(network, params: Params, data: Dataset, config: Config, seed: int) -> Given:
     key = jax.random.key(seed)
     samples = min(config.gradients, len(data.train_inputs) // 2)  # of few samples, half: or all seeds were the same
     chosen = jax.random.choice(key, len(data.train_inputs), (samples,), replace=False)
@@ -204,10 +197,5 @@ def _given(network, params: Params, data: Dataset, seed: int, config: Config) ->
     return Given(params, jax.block_until_ready(gradients), inputs, key, config)
 
 
-def _measured(network, params, data: Dataset, method, sparsity, phase, seed, seconds) -> sweep.Row:
-    task = sweep.Task(network, data, cross_entropy, sweep.CLASSIFIER_MEASURES, 1)
-    return sweep.measure_one(task, params, method, sparsity, phase, seed=seed, seconds=seconds)
-
-
 if __name__ == "__main__":
-    main(tyro.cli(Config, prog="python -m experiments.brain_surgeon", description=__doc__))
+    runs.command(Config, main, __doc__)

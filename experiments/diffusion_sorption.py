@@ -16,13 +16,12 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import tyro
 from jax import Array
 from rich.table import Table
 
 from ecjax import networks, prune, score
 from ecjax.networks import Params
-from experiments import report, sweep
+from experiments import report, runs, sweep
 from experiments.datasets import Dataset, diffusion_sorption
 from experiments.methods import METHODS, MethodName
 
@@ -84,32 +83,37 @@ def main(config: Config) -> None:
         config,
         fractions=("sparsities", "small_network_sparsities"),
         counts=("seeds", "epochs", "batch_size", "calibration", "nonlinear_calibration"),
+        distinct=("architectures", "noise", "methods"),
     )
-    config.output.mkdir(parents=True, exist_ok=True)
     grid = {"cells": config.cells, "times": config.times, "initial_concentration": config.initial_concentration}
     data = {noise: diffusion_sorption.load(noise=noise, **grid) for noise in config.noise}
 
-    rows, snapshots = [], None
-    with report.progress() as bar:
-        step = bar.add_task("training", total=_total_epochs(config))
+    values, facts = {"test_loss": float}, {"data": "diffusion-sorption"}
+    with (
+        runs.opened(config.output, config, _plan(hidden, config), values, **facts) as rows,
+        report.progress() as bar,
+    ):
+        total, before = _epochs(rows.planned, config), _epochs(rows.count, config)
+        step = bar.add_task("training", total=total + config.fine_tuning_epochs, completed=before)
         advance = functools.partial(bar.advance, step)
         for widths in hidden:
-            layers = "-".join(map(str, (2, *widths, 1)))
+            layers = _layers(widths)
             for noise in config.noise:
                 bar.update(step, description=f"{layers}, a = {noise:g}")
                 task, initial = _task(widths, data[noise], config)
-                params = _train(task, initial, config, advance)
-                rows += [(layers, noise, row) for row in _sweep(task, params, config, advance)]
-                snapshots = task, params, layers, noise
+                train = functools.partial(_train, task, initial, config, advance)
+                params = runs.trained(config.output, f"{layers}-{noise:g}", "tanh", config.seeds, train)
+                where = {**facts, "layers": layers, "noise": noise}
+                done = functools.partial(rows.has, layers=layers, noise=noise)
+                for unit in _sweep(task, params, config, advance, done):
+                    rows.add(sweep.lines(unit, **where))
             bar.update(step, description=f"{layers}, small dense")
-            rows += [(layers, noise, row) for noise, row in _small_networks(widths, data, config, advance)]
-        _draw_snapshots(*snapshots, config=config, advance=advance)
+            done = functools.partial(rows.has, layers=layers, method=sweep.SMALL)
+            for unit in _small_networks(widths, data, config, advance, done):
+                rows.add(_small_lines(layers, unit, config))
+        _draw_snapshots(task, params, layers, noise, config=config, advance=advance)
 
-    frame = report.to_frame([row for _, _, row in rows], "diffusion-sorption")
-    frame.insert(1, "layers", [layers for layers, _, _ in rows])
-    frame.insert(2, "noise", [noise for _, noise, _ in rows])
-    frame.to_csv(config.output / "results.csv", index=False)
-    report.save_config(config.output, config, data="diffusion-sorption")
+    frame = rows.frame()
     _draw_losses(frame, config)
     console = report.console()
     for layers, chosen in frame.groupby("layers", sort=False):
@@ -127,10 +131,36 @@ def _widths(architecture: str) -> tuple[int, ...]:
     return widths
 
 
-def _total_epochs(config: Config) -> int:
-    pruned = len(config.methods) * len(config.sparsities) * config.fine_tuning_epochs
-    of_a_network = len(config.noise) * (config.epochs + pruned) + len(config.small_network_sparsities) * config.epochs
-    return len(config.architectures) * of_a_network + config.fine_tuning_epochs
+def _layers(hidden: tuple[int, ...]) -> str:
+    return "-".join(map(str, (2, *hidden, 1)))
+
+
+def _plan(hidden: list[tuple[int, ...]], config: Config) -> list[list[dict]]:
+    """The keys of all rows, in the order in which they are computed."""
+    phases = [sweep.PRUNED, sweep.FINE_TUNED] if config.fine_tuning_epochs else [sweep.PRUNED]
+    pruned = sweep.plan(config.seeds, config.methods, config.sparsities, phases)
+    plan = []
+    for layers in map(_layers, hidden):
+        where = {"data": "diffusion-sorption", "layers": layers}
+        plan += [sweep.lines(unit, **where, noise=noise) for noise in config.noise for unit in pruned]
+        for sparsity in config.small_network_sparsities:
+            rows = [sweep.Row(sweep.SMALL, sparsity, seed, sweep.TRAINED, {}) for seed in range(config.seeds)]
+            plan.append(_small_lines(layers, rows * len(config.noise), config))
+    return plan
+
+
+def _small_lines(layers: str, rows: list[sweep.Row], config: Config) -> list[dict]:
+    """Rows of the seeds at the first noise level, then at the next."""
+    where = {"data": "diffusion-sorption", "layers": layers}
+    levels = [noise for noise in config.noise for _ in range(config.seeds)]
+    return [line for noise, row in zip(levels, rows, strict=True) for line in sweep.lines([row], **where, noise=noise)]
+
+
+def _epochs(count: Callable[..., int], config: Config) -> int:
+    """How many epochs it takes to so many rows: all seeds train at once, small networks at all noise levels too."""
+    dense, small, tuned = count(method=sweep.DENSE), count(method=sweep.SMALL), count(phase=sweep.FINE_TUNED)
+    full = dense // config.seeds + small // (config.seeds * len(config.noise))
+    return full * config.epochs + tuned // config.seeds * config.fine_tuning_epochs
 
 
 def _task(widths: tuple[int, ...], data: Dataset, config: Config) -> tuple[sweep.Task, Callable[[Array], Params]]:
@@ -158,7 +188,7 @@ def _fine_tuning(task, config: Config, advance) -> dict:
     return {"optimizer": optimizer, "epochs": config.fine_tuning_epochs, "advance": advance}
 
 
-def _sweep(task, params: Params, config: Config, advance) -> Iterator[sweep.Row]:
+def _sweep(task, params: Params, config: Config, advance, done) -> Iterator[list[sweep.Row]]:
     return sweep.run(
         task,
         params,
@@ -167,19 +197,22 @@ def _sweep(task, params: Params, config: Config, advance) -> Iterator[sweep.Row]
         metric="euclidean",
         calibration=config.calibration,
         nonlinear_calibration=config.nonlinear_calibration,
+        done=done,
         **_fine_tuning(task, config, advance),
     )
 
 
-def _small_networks(widths, data: dict[float, Dataset], config: Config, advance) -> Iterator[tuple[float, sweep.Row]]:
+def _small_networks(widths, data: dict[float, Dataset], config: Config, advance, done) -> Iterator[list[sweep.Row]]:
     """Dense networks of as many parameters as the pruned ones keep, trained from scratch, all noise levels at once."""
     targets = jnp.stack([jnp.asarray(level.train_targets) for level in data.values()])
     for sparsity in config.small_network_sparsities:
+        if done(sparsity=sparsity):
+            continue
         task, initial = _task(small_widths(widths, sparsity), next(iter(data.values())), config)
         params = _train(task, initial, config, advance, targets)
         measured = sweep.measure(task, params, sweep.SMALL, sparsity, sweep.TRAINED)
-        for (noise, seed), row in zip(itertools.product(data, range(config.seeds)), measured, strict=True):
-            yield noise, row._replace(seed=seed)
+        seeds = [seed for _ in data for seed in range(config.seeds)]
+        yield [row._replace(seed=seed) for seed, row in zip(seeds, measured, strict=True)]
 
 
 def parameters(widths: tuple[int, ...]) -> tuple[int, int]:
@@ -269,4 +302,4 @@ def _draw_snapshots(task, params: Params, layers: str, noise: float, *, config: 
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, prog="python -m experiments.diffusion_sorption", description=__doc__))
+    runs.command(Config, main, __doc__)

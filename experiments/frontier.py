@@ -15,12 +15,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-import pandas as pd
-import tyro
 
 from ecjax import networks, prune, score, surgeon
 from ecjax.networks import Params
-from experiments import report, saved, sweep
+from experiments import report, runs, saved, sweep
 from experiments.datasets import Dataset, choose, diffusion_sorption
 
 SECONDS = report.Measure("seconds", ".1f")
@@ -34,6 +32,7 @@ class Config:
     """Prune three networks to high sparsity without fine-tuning, by methods from magnitude to staged survivors.
 
     Writes results.csv, config.json and frontier.png, and prints a table for each network with the time of each method.
+
     """
 
     networks: tuple[Literal["large", "modest", "surrogate"], ...] = ("large", "modest", "surrogate")
@@ -63,12 +62,12 @@ class Config:
 
 
 class Problem(NamedTuple):
-    """A trained network to prune, and how.
+    """A network to train and prune, and how.
 
     Attributes:
         name: of the network in tables.
         task: its data, and how it is judged.
-        params: of every seed, stacked.
+        train: gives the trained params of every seed, stacked.
         metric: output metric of the criteria.
         sparsities: to prune it to.
         calibration: how many training samples the methods see.
@@ -80,7 +79,7 @@ class Problem(NamedTuple):
 
     name: str
     task: sweep.Task
-    params: Params
+    train: Callable[[], Params]
     metric: str
     sparsities: tuple[float, ...]
     calibration: int
@@ -167,6 +166,7 @@ def main(config: Config) -> None:
         config,
         fractions=("sparsities", "surrogate_sparsities"),
         counts=("seeds", "calibration", "stages", "surrogate_epochs"),
+        distinct=("networks",),
     )
     if config.quick:
         small = {"sparsities": (0.8, 0.95, 0.98), "surrogate_sparsities": (0.5, 0.8, 0.95)}
@@ -175,36 +175,34 @@ def main(config: Config) -> None:
     data = choose.load_or_exit(config.data, config.data_dir) if classifiers else None
     name = data.name if data else "diffusion-sorption"
     folder = config.output or Path("results") / f"frontier-{name.lower()}"
-    folder.mkdir(parents=True, exist_ok=True)
+    problems = [PROBLEMS[chosen](config, data) for chosen in config.networks]
+    plan = [
+        sweep.lines(unit, data=problem.task.data.name, layers=problem.name)
+        for problem in problems
+        for unit in sweep.plan_timed(config.seeds, METHODS, problem.sparsities)
+    ]
+    values = {column: float for problem in problems for column in (*problem.task.measures, "seconds")}
+    facts = {"data": name, "data_sha256": runs.digest(data) if data else None, "output": folder}
+    kept = [_kept(problem, config, **facts) for problem in problems]
+    with runs.opened(folder, config, plan, values, **facts) as rows, report.progress() as bar:
+        for problem, its_folder in zip(problems, kept, strict=True):
+            here = {"total": rows.planned(layers=problem.name), "completed": rows.count(layers=problem.name)}
+            step = bar.add_task(f"{problem.name}: training", **here)
+            params = runs.trained(folder, problem.name, problem.activation, config.seeds, problem.train)
+            for unit in _measured(problem, params, its_folder, functools.partial(rows.has, layers=problem.name)):
+                rows.add(sweep.lines(unit, data=problem.task.data.name, layers=problem.name))
+                description = f"{problem.name}: {unit[0].method}, {unit[0].sparsity:g}"
+                bar.update(step, description=description, completed=rows.count(layers=problem.name))
 
-    rows, tables, panels = [], [], []
-    with report.progress() as bar:
-        for chosen in dict.fromkeys(config.networks):
-            step = bar.add_task(f"{chosen}: training", total=None)
-            problem = PROBLEMS[chosen](config, data)
-            bar.update(step, total=config.seeds * len(METHODS) * len(problem.sparsities))
-            found = []
-            kept = saved.Folder(config.save / problem.name, problem.activation) if config.save else None
-            for row in _measured(problem, kept):
-                found.append(row)
-                written = [*rows, _frame(found, problem)]
-                pd.concat(written).to_csv(folder / "results.csv", index=False)  # at once: long runs may be cut off
-                bar.update(step, description=f"{problem.name}: {row.method}, {row.sparsity:g}")
-                if row.method != sweep.DENSE:
-                    bar.advance(step)
-            frame = _frame(found, problem)
-            rows.append(frame)
-            shown = _measures(problem)
-            title = f"{problem.task.data.name}, MLP {problem.name}, {config.seeds} seeds, no fine-tuning"
-            tables.append(report.table(frame, shown | {"seconds": SECONDS}, title))
-            if kept:
-                tables.append(kept.finish())
-            column = next(iter(shown))
-            panels.append(
-                report.Panel(f"{problem.task.data.name}, {problem.name}", frame, sweep.PRUNED, column, shown[column])
-            )
-
-    report.save_config(folder, config, data=name, output=folder)
+    tables, panels = [], []
+    for problem, its_folder in zip(problems, kept, strict=True):
+        frame = rows.frame().query("layers == @problem.name")
+        shown, where = _measures(problem), problem.task.data.name
+        title = f"{where}, MLP {problem.name}, {config.seeds} seeds, no fine-tuning"
+        tables.append(report.table(frame, shown | {"seconds": SECONDS}, title))
+        tables += [its_folder.finish()] if its_folder else []
+        column = next(iter(shown))
+        panels.append(report.Panel(f"{where}, {problem.name}", frame, sweep.PRUNED, column, shown[column]))
     report.figure([panels], "", ACCURACY, f"pruned without fine-tuning, {config.seeds} seeds", folder / "frontier.png")
     console = report.console()
     for table in tables:
@@ -212,10 +210,10 @@ def main(config: Config) -> None:
     console.print(f"results.csv, config.json and frontier.png are in {folder}/")
 
 
-def _frame(rows: list[sweep.Row], problem: Problem) -> pd.DataFrame:
-    frame = report.to_frame(rows, problem.task.data.name)
-    frame.insert(1, "layers", problem.name)
-    return frame
+def _kept(problem: Problem, config: Config, **facts) -> saved.Folder | None:
+    if config.save is None:
+        return None
+    return saved.Folder(config.save / problem.name, problem.activation, METHODS, problem.sparsities, config, **facts)
 
 
 def _large(config: Config, data: Dataset) -> Problem:
@@ -237,9 +235,9 @@ def _classifier(widths: tuple[int, ...], optimizer, epochs: int, config: Config,
     classes = int(data.train_targets.max()) + 1
     mlp = networks.MLP((*widths, classes), nn.relu)
     task = sweep.Task(networks.pure(mlp), data, cross_entropy, sweep.CLASSIFIER_MEASURES, 128)
-    params = _train(task, mlp, optimizer, epochs, config)
+    train = functools.partial(_train, task, mlp, optimizer, epochs, config)
     name = "-".join(map(str, (data.train_inputs.shape[1], *widths, classes)))
-    return Problem(name, task, params, "fisher", config.sparsities, config.calibration, 2000, {})
+    return Problem(name, task, train, "fisher", config.sparsities, config.calibration, 2000, {})
 
 
 def _surrogate(config: Config, _data: Dataset | None) -> Problem:
@@ -249,10 +247,10 @@ def _surrogate(config: Config, _data: Dataset | None) -> Problem:
     measures = {"test_error": _relative_error, "test_loss": lambda outputs, targets: ((outputs - targets) ** 2).mean()}
     task = sweep.Task(networks.pure(mlp), solution, optax.squared_error, measures, 256)
     optimizer = sweep.decaying_adam(task, 5e-3, config.surrogate_epochs)
-    params = _train(task, mlp, optimizer, config.surrogate_epochs, config)
+    train = functools.partial(_train, task, mlp, optimizer, config.surrogate_epochs, config)
     options = {"stages": 2 * config.stages, "products": 30}
     sizes = config.surrogate_sparsities, config.calibration, 2000
-    return Problem("2-64-64-64-1", task, params, "euclidean", *sizes, options, "tanh")
+    return Problem("2-64-64-64-1", task, train, "euclidean", *sizes, options, "tanh")
 
 
 def _relative_error(outputs, targets):
@@ -281,17 +279,27 @@ def _measures(problem: Problem) -> dict[str, report.Measure]:
     return {"test_error": ERROR, "test_loss": ERROR._replace(words="mean squared error")}
 
 
-def _measured(problem: Problem, kept: saved.Folder | None) -> Iterator[sweep.Row]:
-    """A row for the dense networks, then for each seed, method and sparsity, with the seconds it took."""
-    yield from sweep.measure(problem.task, problem.params, sweep.DENSE, 0.0, sweep.TRAINED)
+def _measured(
+    problem: Problem, params: Params, kept: saved.Folder | None, done: Callable[..., bool]
+) -> Iterator[list[sweep.Row]]:
+    """The rows of the dense networks, then one for each seed, method and sparsity, with the seconds it took."""
+    yield sweep.measure(problem.task, params, sweep.DENSE, 0.0, sweep.TRAINED)
     inputs = jnp.asarray(problem.task.data.train_inputs[: problem.calibration])
     targets = jnp.asarray(problem.task.data.train_targets[: problem.calibration])
-    for seed in range(len(jax.tree.leaves(problem.params)[0])):
-        params = jax.tree.map(lambda leaf, seed=seed: leaf[seed], problem.params)
-        given = Given(problem, params, inputs, targets)
-        keep = functools.partial(kept.add, first_seed=seed) if kept else None
-        yield from sweep.time_methods(problem.task, METHODS, given, problem.sparsities, seed=seed, keep=keep)
+    seeds = len(jax.tree.leaves(params)[0])
+
+    def give(seed: int) -> Given:
+        return Given(problem, jax.tree.map(lambda leaf: leaf[seed], params), inputs, targets)
+
+    def both(**keys) -> bool:
+        return done(**keys) and (kept is None or kept.has(**keys))
+
+    for timed in sweep.time_methods(METHODS, give, problem.sparsities, seeds=seeds, done=both):
+        if kept is not None:
+            stacked = jax.tree.map(lambda leaf: leaf[None], timed.result.params)
+            kept.add(timed.method, timed.sparsity, stacked, first_seed=timed.seed)
+        yield [sweep.measure_timed(problem.task, timed.result.params, timed)]
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, prog="python -m experiments.frontier", description=__doc__))
+    runs.command(Config, main, __doc__)

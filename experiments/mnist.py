@@ -4,16 +4,16 @@ As in Figure 1 of the elimination-compensation paper (arXiv:2602.20467): train a
 remove the least important ones, fine-tune what is left, and show the test loss before and after against the sparsity.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import jax.numpy as jnp
 import optax
-import tyro
 
 from ecjax import networks
-from experiments import report, saved, sweep
+from experiments import report, runs, saved, sweep
 from experiments.datasets import choose
 from experiments.methods import METHODS, MethodName
 
@@ -62,13 +62,12 @@ class Config:
 def main(config: Config) -> None:
     """Runs the experiment from data to figures."""
     counts = ("seeds", "epochs", "batch_size", "calibration", "nonlinear_calibration")
-    report.require_flags(config, fractions=("sparsities",), counts=counts)
+    report.require_flags(config, fractions=("sparsities",), counts=counts, distinct=("methods",))
     data = choose.load_or_exit(config.data, config.data_dir)
     config = _with_epochs(config, data.name)
     folder = config.output or Path("results") / data.name.lower()
-    folder.mkdir(parents=True, exist_ok=True)
-
     classes = int(data.train_targets.max()) + 1
+    layers = "-".join(str(width) for width in (data.train_inputs.shape[1], *config.widths, classes))
     mlp = networks.MLP(features=(*config.widths, classes), activation=saved.ACTIVATIONS[config.activation][0])
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels
     task = sweep.Task(
@@ -78,21 +77,33 @@ def main(config: Config) -> None:
         measures=sweep.CLASSIFIER_MEASURES,
         batch_size=config.batch_size,
     )
-
-    kept = saved.Folder(config.save, config.activation) if config.save else None
-    tuned = len(config.methods) * len(config.sparsities) * config.fine_tuning_epochs
-    with report.progress() as bar:
-        step = bar.add_task("training", total=config.epochs + tuned)
-        params = sweep.train_seeds(
-            task,
-            lambda key: mlp.init(key, jnp.asarray(data.train_inputs[:1]))["params"],
+    phases = [sweep.PRUNED, sweep.FINE_TUNED] if config.fine_tuning_epochs else [sweep.PRUNED]
+    plan = [
+        sweep.lines(unit, data=data.name)
+        for unit in sweep.plan(config.seeds, config.methods, config.sparsities, phases)
+    ]
+    values = dict.fromkeys(sweep.CLASSIFIER_MEASURES, float)
+    facts = {"data": data.name, "data_sha256": runs.digest(data), "layers": layers, "output": folder}
+    kept = None
+    if config.save:
+        kept = saved.Folder(config.save, config.activation, config.methods, config.sparsities, config, **facts)
+    with runs.opened(folder, config, plan, values, **facts) as rows, report.progress() as bar:
+        step = bar.add_task("training", total=_epochs(rows.planned, config), completed=_epochs(rows.count, config))
+        params = runs.trained(
+            folder,
+            layers,
+            config.activation,
             config.seeds,
-            optimizer=sweep.decaying_adam(task, config.learning_rate, config.epochs),
-            epochs=config.epochs,
-            advance=lambda epochs: bar.advance(step, epochs),
+            lambda: sweep.train_seeds(
+                task,
+                lambda key: mlp.init(key, jnp.asarray(data.train_inputs[:1]))["params"],
+                config.seeds,
+                optimizer=sweep.decaying_adam(task, config.learning_rate, config.epochs),
+                epochs=config.epochs,
+                advance=lambda epochs: bar.advance(step, epochs),
+            ),
         )
-        rows = []
-        for row in sweep.run(
+        for unit in sweep.run(
             task,
             params,
             methods=config.methods,
@@ -103,16 +114,12 @@ def main(config: Config) -> None:
             optimizer=sweep.decaying_adam(task, config.learning_rate, config.fine_tuning_epochs),
             epochs=config.fine_tuning_epochs,
             advance=lambda epochs: bar.advance(step, epochs),
+            done=lambda **keys: rows.has(**keys) and (kept is None or kept.has(**keys)),
             keep=kept.add if kept else None,
         ):
-            rows.append(row)
-            bar.update(step, description=f"{report.label(row.method)}, {row.sparsity:g}")
-
-    frame = report.to_frame(rows, data.name)
-    frame.to_csv(folder / "results.csv", index=False)
-    layers = "-".join(str(width) for width in (data.train_inputs.shape[1], *config.widths, classes))
-    facts = {"data": data.name, "layers": layers, "output": folder}
-    report.save_config(folder, config, **facts)
+            rows.add(sweep.lines(unit, data=data.name))
+            bar.update(step, description=f"{report.label(unit[0].method)}, {unit[0].sparsity:g}")
+    frame = rows.frame()
     title = f"{data.name}, MLP {layers}, {config.activation}, {config.seeds} seeds"
     grid = [report.panels(frame)]
     for column, measure in report.CLASSIFIER_MEASURES.items():
@@ -122,6 +129,12 @@ def main(config: Config) -> None:
     console.print(f"results.csv, config.json, loss.png and accuracy.png are in {folder}/")
     if kept:
         console.print(kept.finish())
+
+
+def _epochs(count: Callable[..., int], config: Config) -> int:
+    """How many epochs it takes to so many rows, which are those of all seeds."""
+    tuned = count(phase=sweep.FINE_TUNED) // config.seeds
+    return (count(method=sweep.DENSE) // config.seeds) * config.epochs + tuned * config.fine_tuning_epochs
 
 
 def _with_epochs(config: Config, data: str) -> Config:
@@ -135,4 +148,4 @@ def _with_epochs(config: Config, data: str) -> Config:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, prog="python -m experiments.mnist", description=__doc__))
+    runs.command(Config, main, __doc__)

@@ -13,14 +13,12 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-import pandas as pd
-import tyro
 from jax import Array
 
 from ecjax import networks, prune, score
 from ecjax.networks import Network, Params
-from experiments import report, sweep
-from experiments.datasets import Dataset, choose
+from experiments import report, runs, sweep
+from experiments.datasets import choose
 from experiments.saved import ACTIVATIONS
 
 MEASURES = {
@@ -28,6 +26,7 @@ MEASURES = {
     for name, measure in report.CLASSIFIER_MEASURES.items()
 }
 SECONDS = report.Measure("seconds", ".1f")
+cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 NETWORKS = {"relu": (300, 100), "tanh": (128, 64)}
 
 
@@ -94,25 +93,31 @@ def main(config: Config) -> None:
     report.require_flags(config, fractions=("fractions",), counts=("seeds", "epochs", "calibration", "stages"))
     data = choose.load_or_exit(config.data, config.data_dir)
     folder = config.output or Path("results") / f"neurons-{data.name.lower()}"
-    folder.mkdir(parents=True, exist_ok=True)
-    frames, panels, tables = [], [], []
-    with report.progress() as bar:
-        step = bar.add_task("training", total=len(NETWORKS) * config.seeds * len(METHODS) * len(config.fractions))
-        for activation, widths in NETWORKS.items():
-            rows = []
-            for row in _measured(widths, activation, data, config):
-                rows.append(row)
-                bar.update(step, description=f"{activation}: {row.method}, {row.sparsity:g}")
-                bar.advance(step, 0 if row.method == sweep.DENSE else 1)
-            layers = "-".join(map(str, (data.train_inputs.shape[1], *widths, int(data.train_targets.max()) + 1)))
-            frame = report.to_frame(rows, data.name)
-            frame.insert(1, "layers", layers)
-            frames.append(frame)
-            title = f"{data.name}, MLP {layers}, {activation}, {config.seeds} seeds, sparsity of neurons"
-            tables.append(report.table(frame, MEASURES | {"seconds": SECONDS}, title))
-            panels += [panel._replace(title=f"{layers}, {activation}") for panel in report.panels(frame)]
-    pd.concat(frames).to_csv(folder / "results.csv", index=False)
-    report.save_config(folder, config, data=data.name, output=folder)
+    classes = int(data.train_targets.max()) + 1
+    layers = {name: "-".join(map(str, (data.train_inputs.shape[1], *NETWORKS[name], classes))) for name in NETWORKS}
+    units = sweep.plan_timed(config.seeds, METHODS, config.fractions)
+    plan = [sweep.lines(unit, data=data.name, layers=name) for name in layers.values() for unit in units]
+    values = dict.fromkeys((*sweep.CLASSIFIER_MEASURES, "seconds"), float)
+    facts = {"data": data.name, "data_sha256": runs.digest(data), "output": folder}
+    with runs.opened(folder, config, plan, values, **facts) as rows, report.progress() as bar:
+        step = bar.add_task("", total=rows.planned(), completed=rows.count())
+        for activation, name in layers.items():
+            bar.update(step, description=f"{activation}: training")
+            mlp = networks.MLP((*NETWORKS[activation], classes), ACTIVATIONS[activation][0])
+            task = sweep.Task(networks.pure(mlp), data, cross_entropy, sweep.CLASSIFIER_MEASURES, 128)
+            train = functools.partial(_train, task, mlp, config)
+            params = runs.trained(folder, name, activation, config.seeds, train)
+            for unit in _measured(task, params, config, functools.partial(rows.has, layers=name)):
+                rows.add(sweep.lines(unit, data=data.name, layers=name))
+                description = f"{activation}: {unit[0].method}, {unit[0].sparsity:g}"
+                bar.update(step, description=description, completed=rows.count())
+    frame = rows.frame()
+    panels, tables = [], []
+    for activation, name in layers.items():
+        found = frame[frame["layers"] == name]
+        title = f"{data.name}, MLP {name}, {activation}, {config.seeds} seeds, sparsity of neurons"
+        tables.append(report.table(found, MEASURES | {"seconds": SECONDS}, title))
+        panels += [panel._replace(title=f"{name}, {activation}") for panel in report.panels(found)]
     title = f"{data.name}, hidden neurons removed without fine-tuning, {config.seeds} seeds"
     report.figure([panels], "test_accuracy", MEASURES["test_accuracy"], title, folder / "accuracy.png")
     console = report.console()
@@ -121,25 +126,27 @@ def main(config: Config) -> None:
     console.print(f"results.csv, config.json and accuracy.png are in {folder}/")
 
 
-def _measured(widths: tuple[int, ...], activation: str, data: Dataset, config: Config) -> Iterator[sweep.Row]:
-    """A row for the dense networks, then for each seed, method and fraction, with the seconds it took."""
-    mlp = networks.MLP((*widths, int(data.train_targets.max()) + 1), ACTIVATIONS[activation][0])
-    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-    task = sweep.Task(networks.pure(mlp), data, cross_entropy, sweep.CLASSIFIER_MEASURES, 128)
-    params = sweep.train_seeds(
+def _train(task: sweep.Task, mlp: networks.MLP, config: Config) -> Params:
+    return sweep.train_seeds(
         task,
-        functools.partial(_initial, mlp, jnp.asarray(data.train_inputs[:1])),
+        functools.partial(_initial, mlp, jnp.asarray(task.data.train_inputs[:1])),
         config.seeds,
         optimizer=optax.adam(1e-3),
-        epochs=config.epochs or (10 if data.name == "MNIST" else 60),
+        epochs=config.epochs or (10 if task.data.name == "MNIST" else 60),
         advance=lambda _: None,
     )
-    yield from sweep.measure(task, params, sweep.DENSE, 0.0, sweep.TRAINED)
-    inputs = jnp.asarray(data.train_inputs[: config.calibration])
-    for seed in range(config.seeds):
-        one = jax.tree.map(lambda leaf, seed=seed: leaf[seed], params)
-        given = Given(task.network, one, inputs, config.stages)
-        yield from sweep.time_methods(task, METHODS, given, config.fractions, seed=seed)
+
+
+def _measured(task: sweep.Task, params: Params, config: Config, done: Callable[..., bool]) -> Iterator[list[sweep.Row]]:
+    """The rows of the dense networks, then one for each seed, method and fraction, with the seconds it took."""
+    yield sweep.measure(task, params, sweep.DENSE, 0.0, sweep.TRAINED)
+    inputs = jnp.asarray(task.data.train_inputs[: config.calibration])
+
+    def give(seed: int) -> Given:
+        return Given(task.network, jax.tree.map(lambda leaf: leaf[seed], params), inputs, config.stages)
+
+    for timed in sweep.time_methods(METHODS, give, config.fractions, seeds=config.seeds, done=done):
+        yield [sweep.measure_timed(task, timed.result.params, timed)]
 
 
 def _initial(mlp: networks.MLP, inputs: Array, key: Array) -> Params:
@@ -147,4 +154,4 @@ def _initial(mlp: networks.MLP, inputs: Array, key: Array) -> Params:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, prog="python -m experiments.neurons", description=__doc__))
+    runs.command(Config, main, __doc__)

@@ -1,16 +1,11 @@
-"""What a sweep leaves behind: a table, ``results.csv``, ``config.json`` and figures."""
+"""What a sweep ends in: tables and figures; and what experiments share at the command line."""
 
-import dataclasses
-import importlib.metadata
 import itertools
-import json
-import platform
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -20,9 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from experiments.methods import METHODS
-from experiments.sweep import DENSE, FINE_TUNED, PRUNED, SMALL, TRAINED, Row
+from experiments.sweep import DENSE, FINE_TUNED, PRUNED, SMALL, TRAINED
 
-_PACKAGES = ("ecjax", "jax", "jaxlib", "flax", "optax", "numpy", "tensorflow-datasets", "scikit-learn")
 # Okabe and Ito's palette, told apart by the colour-blind; the markers say the same again. Each method keeps its own.
 _PALETTE = (
     ("#999999", "x"),
@@ -61,14 +55,21 @@ def progress() -> Progress:
     return Progress(*columns, *times, console=Console(stderr=True))
 
 
-def require_flags(config: Any, *, fractions: Sequence[str], counts: Sequence[str]) -> None:
+def require_flags(
+    config: Any, *, fractions: Sequence[str], counts: Sequence[str], distinct: Sequence[str] = ()
+) -> None:
     """Refuses flags that would fail only after minutes of training.
 
     Args:
         config: the flags.
-        fractions: flags whose values must lie in [0, 1].
+        fractions: flags whose values must lie in [0, 1], none of them twice.
         counts: flags that must be at least 1, or None.
+        distinct: other flags that must not name anything twice.
     """
+    for name in (*fractions, *distinct):
+        values = getattr(config, name)
+        if len(set(values)) < len(values):
+            raise SystemExit(f"--{name.replace('_', '-')} must not repeat anything, got {list(values)}")
     for name in fractions:
         outside = [fraction for fraction in getattr(config, name) if not 0 <= fraction <= 1]
         if outside:
@@ -82,20 +83,6 @@ def require_flags(config: Any, *, fractions: Sequence[str], counts: Sequence[str
 def console() -> Console:
     """Where tables go: stdout, wide enough for them when it is a file or a pipe."""
     return Console(width=None if sys.stdout.isatty() else 150)
-
-
-def to_frame(rows: Iterable[Row], data: str) -> pd.DataFrame:
-    """One line a method, sparsity, seed and phase, with a column for each measure."""
-    lines = [{"data": data, **row._asdict(), **row.measures} for row in rows]
-    return pd.DataFrame(lines).drop(columns="measures")
-
-
-def save_config(folder: Path, config: Any, **facts: Any) -> None:
-    """Writes ``config.json``: the flags of a run, what it ran on, and the versions of the packages."""
-    versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
-    machine = {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
-    content = dataclasses.asdict(config) | facts | machine | {"versions": versions}
-    (folder / "config.json").write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
 def label(method: str) -> str:

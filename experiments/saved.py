@@ -1,16 +1,21 @@
 """Pruned networks on disk: each as one safetensors file, and what it saves as ``report.csv``."""
 
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pandas as pd
 from rich.table import Table
 
 from ecjax import compact
+from ecjax.compact.measure import BATCHES
 from ecjax.networks import Params
+from experiments import runs
+from experiments.rows import Rows
 
 
 def _numpy_gelu(z: np.ndarray) -> np.ndarray:
@@ -26,12 +31,36 @@ ACTIVATIONS = {
 }
 
 
-class Folder:
-    """Collects pruned networks in a folder; the report is written after each, so nothing is lost."""
+FORMS = ("dense", "compacted", "sparse")
+_FACTS = {"parameters": int, "nonzeros": int, "bytes": int, "multiply_adds": int}
+_TIMES = {f"microseconds_batch_{batch}": float for batch in BATCHES}
 
-    def __init__(self, path: Path, activation: str):
-        path.mkdir(parents=True, exist_ok=True)
-        self.path, self.activation, self.rows = path, activation, []
+
+class Folder:
+    """Collects pruned networks in a folder; each and its rows of the report are written at once."""
+
+    def __init__(
+        self,
+        path: Path,
+        activation: str,
+        methods: Iterable[str],
+        sparsities: Iterable[float],
+        config: Any,
+        **facts: Any,
+    ):
+        """Goes on where an earlier start with the same configuration was (see ``runs.claim``)."""
+        runs.claim(path, config, **facts)
+        self.path, self.activation = path, activation
+        forms = [{"name": name, "runtime": runtime} for runtime in ("JAX", "NumPy") for name in FORMS]
+        plan = [
+            [{"method": method, "sparsity": float(sparsity), "seed": 0} | form for form in forms]
+            for method, sparsity in itertools.product(methods, sparsities)
+        ]
+        self.rows = Rows(path / "report.csv", plan, _FACTS | _TIMES)
+
+    def has(self, method: str, sparsity: float, seed: int = 0) -> bool:
+        """Whether a network is saved, and reported if it is the first."""
+        return self._place(method, sparsity, seed).exists() and self.rows.has(method=method, sparsity=sparsity)
 
     def add(self, method: str, sparsity: float, params: Params, first_seed: int = 0) -> None:
         """Saves the networks stacked along the leading axis of ``params``, and measures the first of them."""
@@ -39,19 +68,21 @@ class Folder:
         for offset in range(len(jax.tree.leaves(params)[0])):
             one = jax.tree.map(lambda leaf, offset=offset: np.asarray(leaf[offset]), params)
             seed = first_seed + offset
-            name = f"{method.replace(' ', '-').replace(',', '')}-{sparsity:g}-{seed}.safetensors"
-            compact.save(self.path / name, compact.compact(one, jax_form), self.activation)
-            if seed:
+            compact.save(self._place(method, sparsity, seed), compact.compact(one, jax_form), self.activation)
+            if seed or self.rows.has(method=method, sparsity=sparsity):
                 continue
+            unit = []
             for form in compact.report(one, jax_form, numpy_activation=numpy_form):
                 times = {f"microseconds_batch_{batch}": 1e6 * seconds for batch, seconds in form.seconds.items()}
-                facts = {name: value for name, value in form._asdict().items() if name != "seconds"}
-                self.rows.append({"method": method, "sparsity": sparsity, "seed": seed, **facts, **times})
-        pd.DataFrame(self.rows).to_csv(self.path / "report.csv", index=False)
+                unit.append({"method": method, "sparsity": sparsity, "seed": seed} | form._asdict() | times)
+            self.rows.add(unit)
+
+    def _place(self, method: str, sparsity: float, seed: int) -> Path:
+        return self.path / f"{method.replace(' ', '-').replace(',', '')}-{sparsity:g}-{seed}.safetensors"
 
     def finish(self) -> Table:
         """The report of the highest sparsity as a table."""
-        frame = pd.DataFrame(self.rows)
+        frame = self.rows.frame()
         highest = frame[frame["sparsity"] == frame["sparsity"].max()]
         table = Table(title=f"sparsity {frame['sparsity'].max():g}; every network and report.csv are in {self.path}/")
         for column in ("method", "form", "parameters", "non-zeros", "bytes", "multiply-adds", "µs, batch 1", "µs, 256"):

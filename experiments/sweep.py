@@ -1,8 +1,9 @@
 """Training, pruning, training: methods × sparsities × seeds, all seeds at once under ``vmap``."""
 
 import functools
+import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -52,6 +53,43 @@ class Row(NamedTuple):
     seed: int
     phase: str
     measures: dict[str, float]
+
+
+class Timed(NamedTuple):
+    """What a method made of one network, and the seconds it took."""
+
+    method: str
+    sparsity: float
+    seed: int
+    result: Any
+    seconds: float
+
+
+def lines(rows: Iterable[Row], **where: Any) -> list[dict[str, Any]]:
+    """Rows by column: first ``where``, then the keys, then the measures."""
+    return [where | {name: row[i] for i, name in enumerate(Row._fields[:-1])} | row.measures for row in rows]
+
+
+def plan(seeds: int, methods: Sequence[str], sparsities: Sequence[float], phases: Sequence[str]) -> list[list[Row]]:
+    """The rows of ``run``, still without measures, unit by unit."""
+    return [_plan_dense(seeds)] + [
+        [Row(method, float(sparsity), seed, phase, {}) for phase in phases for seed in range(seeds)]
+        for method in methods
+        for sparsity in sparsities
+    ]
+
+
+def plan_timed(
+    seeds: int, methods: Iterable[str], sparsities: Sequence[float], *, networks: int | None = None
+) -> list[list[Row]]:
+    """The rows of ``time_methods`` after those of the dense networks (one a seed, or so many): a unit each."""
+    every = itertools.product(range(seeds), methods, sparsities)
+    timed = [[Row(method, float(sparsity), seed, PRUNED, {})] for seed, method, sparsity in every]
+    return [_plan_dense(seeds if networks is None else networks), *timed]
+
+
+def _plan_dense(networks: int) -> list[Row]:
+    return [Row(DENSE, 0.0, seed, TRAINED, {}) for seed in range(networks)]
 
 
 def decaying_adam(task: Task, learning_rate: float, epochs: int) -> optax.GradientTransformation:
@@ -106,8 +144,9 @@ def run(
     optimizer: optax.GradientTransformation,
     epochs: int,
     advance: Callable[[int], None],
+    done: Callable[..., bool],
     keep: Callable[[str, float, Params], None] | None = None,
-) -> Iterator[Row]:
+) -> Iterator[list[Row]]:
     """Prunes trained networks by each method to each sparsity, and fine-tunes them.
 
     Args:
@@ -121,10 +160,11 @@ def run(
         optimizer: for fine-tuning.
         epochs: of fine-tuning; 0 leaves that phase out.
         advance: called with the number of epochs done since the last call.
+        done: ``(method=, sparsity=)``, whether an earlier start has finished these rows, which are left out.
         keep: called with each method, sparsity and the params in the end, of every seed, stacked.
 
     Yields:
-        A row for the dense network of each seed, then for each method, sparsity, phase and seed.
+        What is finished together: the rows of the dense networks, then those of each method and sparsity.
     """
     seeds = len(jax.tree.leaves(params)[0])
     keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
@@ -133,18 +173,22 @@ def run(
     few_inputs = inputs[:nonlinear_calibration]
     seen = Calibration(task.network, inputs, targets, few_inputs, task.loss, metric)
     prune_seeds = jax.jit(jax.vmap(prune.one_shot, in_axes=(0, 0, None)))
-    yield from measure(task, params, DENSE, 0.0, TRAINED)
+    yield measure(task, params, DENSE, 0.0, TRAINED)
     for method in methods:
+        left = [sparsity for sparsity in sparsities if not done(method=method, sparsity=sparsity)]
+        if not left:
+            continue
         scores = jax.jit(jax.vmap(functools.partial(METHODS[method].scores, seen)))(params, keys)
-        for sparsity in sparsities:
+        for sparsity in left:
             pruned = prune_seeds(params, scores, jnp.float32(sparsity))
-            yield from measure(task, pruned.params, method, sparsity, PRUNED)
+            rows = measure(task, pruned.params, method, sparsity, PRUNED)
             final = pruned.params
             if epochs:
                 final = fine_tune(task, pruned, optimizer=optimizer, epochs=epochs, advance=advance)
-                yield from measure(task, final, method, sparsity, FINE_TUNED)
+                rows += measure(task, final, method, sparsity, FINE_TUNED)
             if keep is not None:
                 keep(method, sparsity, final)
+            yield rows
 
 
 def fine_tune(
@@ -182,7 +226,7 @@ def _epoch(network, state, masks, inputs, targets, loss, optimizer, batch_size, 
     return jax.vmap(one_seed, in_axes=(0, 0, None if shared else 0))(state, masks, targets)
 
 
-def measure(task: Task, params: Params, method: str, sparsity: float, phase: str) -> Iterator[Row]:
+def measure(task: Task, params: Params, method: str, sparsity: float, phase: str) -> list[Row]:
     """A row for each of the networks stacked along the leading axis of ``params``."""
     measured = _measure(
         task.network,
@@ -191,48 +235,48 @@ def measure(task: Task, params: Params, method: str, sparsity: float, phase: str
         task.data.test_targets,
         tuple(task.measures.values()),
     )
-    for seed, values in enumerate(zip(*measured, strict=True)):
-        measures = dict(zip(task.measures, map(float, values), strict=True))
-        yield Row(method, sparsity, seed, phase, measures)
+    return [
+        Row(method, sparsity, seed, phase, dict(zip(task.measures, map(float, values), strict=True)))
+        for seed, values in enumerate(zip(*measured, strict=True))
+    ]
 
 
 def time_methods(
-    task: Task,
-    methods: Mapping[str, Callable[[Any, float], prune.Pruned]],
-    given: Any,
+    methods: Mapping[str, Callable[[Any, float], Any]],
+    give: Callable[[int], Any],
     sparsities: Sequence[float],
     *,
-    seed: int,
-    keep: Callable[[str, float, Params], None] | None = None,
-) -> Iterator[Row]:
-    """Prunes one network by each method to each sparsity: a row for each, with the seconds it took.
+    seeds: int,
+    done: Callable[..., bool],
+) -> Iterator[Timed]:
+    """Prunes one network at a time by each method to each sparsity, and takes the time.
 
     Args:
-        task: what was learnt.
-        methods: by name, ``(given, sparsity) -> Pruned``.
-        given: what the methods see.
+        methods: by name, functions of what they are given and a sparsity; each is called once more before it is timed,
+            so that compilation does not count.
+        give: what the methods see, by seed.
         sparsities: fractions to remove.
-        seed: of the network; the first one compiles each method once, outside the times.
-        keep: called with each method, sparsity and the pruned params, stacked as if of several seeds.
+        seeds: how many networks.
+        done: ``(method=, sparsity=, seed=)``, whether an earlier start has finished this row, which is left out.
     """
-    for name, method in methods.items():
-        if seed == 0:
-            jax.block_until_ready(method(given, sparsities[0]))
-        for sparsity in sparsities:
+    compiled = set()
+    for seed in range(seeds):
+        every = itertools.product(methods, sparsities)
+        left = [(name, sparsity) for name, sparsity in every if not done(method=name, sparsity=sparsity, seed=seed)]
+        given = give(seed) if left else None
+        for name, sparsity in left:
+            if name not in compiled:
+                jax.block_until_ready(methods[name](given, sparsity))
+                compiled.add(name)
             start = time.perf_counter()
-            pruned = jax.block_until_ready(method(given, sparsity))
-            seconds = time.perf_counter() - start
-            if keep is not None:
-                keep(name, sparsity, jax.tree.map(lambda leaf: leaf[None], pruned.params))
-            yield measure_one(task, pruned.params, name, sparsity, PRUNED, seed=seed, seconds=seconds)
+            result = jax.block_until_ready(methods[name](given, sparsity))
+            yield Timed(name, sparsity, seed, result, time.perf_counter() - start)
 
 
-def measure_one(
-    task: Task, params: Params, method: str, sparsity: float, phase: str, *, seed: int, seconds: float | None
-) -> Row:
-    """The row of one network, with the seconds its pruning took."""
-    (row,) = measure(task, jax.tree.map(lambda leaf: leaf[None], params), method, sparsity, phase)
-    return row._replace(seed=seed, measures=row.measures | {"seconds": seconds})
+def measure_timed(task: Task, params: Params, timed: Timed) -> Row:
+    """The row of one pruned network."""
+    (row,) = measure(task, jax.tree.map(lambda leaf: leaf[None], params), timed.method, timed.sparsity, PRUNED)
+    return row._replace(seed=timed.seed, measures=row.measures | {"seconds": timed.seconds})
 
 
 @functools.partial(jax.jit, static_argnames=("network", "measures"))

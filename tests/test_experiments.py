@@ -101,6 +101,7 @@ def test_help_explains_every_flag():
     flags = ["data", "data-dir", "widths", "activation", "seeds", "epochs", "methods", "sparsities", "metric"]
     for flag in [*flags, "calibration", "output"]:
         assert f"--{flag}" in printed
+    assert "started again with the same flags, a run that was stopped goes on" in " ".join(printed.split())
 
 
 @pytest.mark.parametrize(
