@@ -1,3 +1,16 @@
+import atexit
+import os
+import shutil
+import tempfile
+
+# Most of the time goes into compiling: what one process of a run has compiled, the others read. Set before JAX is
+# imported, and inherited by workers, subprocesses and notebooks.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ecjax-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # workers share a GPU, if there is one
+
 import hypothesis
 import jax
 import pytest
