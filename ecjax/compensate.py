@@ -54,7 +54,8 @@ def joint_biases(
         The params with other biases.
 
     Raises:
-        ValueError: bad inputs, targets that do not fit the outputs, an unknown metric, a kernel without a sibling bias.
+        ValueError: bad inputs, targets that do not fit the outputs, an unknown metric, a kernel without a sibling bias,
+            or an objective that overflows.
     """
     options = {"metric": metric, "temperature": temperature, "iterations": iterations}
     sizes = {"products": products, "batch_size": batch_size, "curvature_samples": curvature_samples}
@@ -189,7 +190,9 @@ def repair(
     inputs = jnp.asarray(inputs)
     expected = _as_outputs(targets, _outputs_shape(network, state.params, inputs), metric)
     problem = Problem(network, metric, float(temperature), batches.blocks(inputs), **sizes)
-    return gauss_newton.take_steps(problem, state, free, inputs, expected, steps=int(iterations))
+    repaired = gauss_newton.take_steps(problem, state, free, inputs, expected, steps=int(iterations))
+    checks.require_finite(repaired.objective, "the objective of the repair")
+    return repaired
 
 
 def _outputs_shape(network: Network, params: Params, inputs: Array) -> tuple[int, ...]:

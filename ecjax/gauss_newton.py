@@ -142,7 +142,8 @@ def _step(problem: Problem, state: State, free: Free, inputs, targets) -> State:
     length, after = _backtrack(lambda length: value(jax.tree.map(lambda d: length * d, direction)), before)
     gained = _ratio(after - before, predicted)
     return State(
-        params=moved(jax.tree.map(lambda d: length * d, direction)),
+        # A step that is not taken may hold NaN.
+        params=moved(jax.tree.map(lambda d: jnp.where(length > 0, length * d, 0), direction)),
         damping=_adapted(state.damping, length, gained),
         objective=after.astype(state.objective.dtype),
         steps=state.steps + 1,

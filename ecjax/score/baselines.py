@@ -8,12 +8,16 @@ from jaxtyping import PRNGKeyArray
 
 from ecjax import checks, networks
 from ecjax.networks import Inputs, Loss, Network, Params, Targets
-from ecjax.score.scores import Scores
+from ecjax.score.scores import Scores, checked
 
 
 def magnitude(params: Params) -> Scores:
-    """``I = |W|``: small weights go first."""
-    return Scores(jax.tree.map(jnp.abs, _kernels(params)))
+    """``I = |W|``: small weights go first.
+
+    Raises:
+        ValueError: no kernels, or kernels that hold NaN or infinity.
+    """
+    return checked(Scores(jax.tree.map(jnp.abs, _kernels(params))))
 
 
 def gradient_magnitude(
@@ -35,13 +39,13 @@ def gradient_magnitude(
         loss: ``(outputs, targets) -> losses``, as optax's; its mean is differentiated.
 
     Raises:
-        ValueError: bad inputs, or not one target for each sample.
+        ValueError: bad inputs, not one target for each sample, or importances that overflow.
     """
     checks.require_inputs(inputs)
     checks.require_targets(inputs, targets)
     kernels = _kernels(params)
     gradient = networks.kernels(_loss_gradient(network, params, inputs, targets, loss=loss))
-    return Scores(jax.tree.map(lambda kernel, slope: jnp.abs(kernel * slope), kernels, gradient))
+    return checked(Scores(jax.tree.map(lambda kernel, slope: jnp.abs(kernel * slope), kernels, gradient)))
 
 
 @functools.partial(jax.jit, static_argnames=("network", "loss"))

@@ -6,7 +6,7 @@ from jaxtyping import PRNGKeyArray
 
 from ecjax import capture, moments, networks
 from ecjax.networks import Inputs, Network, Params
-from ecjax.score.scores import Scores, as_kernels
+from ecjax.score.scores import Scores, as_kernels, checked, times_square
 
 
 def elimination_compensation(
@@ -27,7 +27,8 @@ def elimination_compensation(
 
     with the mean and the variance of the layer's inputs weighted by the sensitivity ``S_i = Σ_k (∂y_k/∂z_i)²``. Source:
     Ballini et al., arXiv:2602.20467; equal to ``elimination_compensation_by_definition`` at the price of about two
-    gradient passes over the same samples. A neuron that is dead on every sample has importance and shift 0.
+    gradient passes over the same samples. A neuron that is dead on every sample has importance and shift 0, and so has
+    one whose squared sensitivities are below the smallest number of the dtype.
 
     Args:
         network: pure function ``(params, inputs) -> outputs`` of shape (samples, K).
@@ -42,14 +43,17 @@ def elimination_compensation(
         Scores: importance in squared units of the outputs, bias shifts in units of the pre-activations.
 
     Raises:
-        ValueError: bad inputs, an unknown metric, or a network without such layers, with the leaf by name.
+        ValueError: bad inputs, an unknown metric, a network without such layers, or importances that overflow, with
+            the leaf by name.
     """
     options = {"metric": metric, "probes": probes, "key": key, "batch_size": batch_size}
     seen = moments.of_inputs(network, params, inputs, biased=True, **options)
     kernels = _kernels(params)
-    importance = {path: kernels[path] ** 2 * (layer.scatter / seen.samples) for path, layer in seen.layers.items()}
+    importance = {
+        path: times_square(layer.scatter / seen.samples, kernels[path]) for path, layer in seen.layers.items()
+    }
     shift = {path: kernels[path] * layer.mean for path, layer in seen.layers.items()}
-    return Scores(as_kernels(params, importance), as_kernels(params, shift))
+    return checked(Scores(as_kernels(params, importance), as_kernels(params, shift)))
 
 
 def optimal_brain_damage(
@@ -87,10 +91,11 @@ def optimal_brain_damage(
     kernels = _kernels(params)
 
     def importance(path, layer):
-        second_moment = layer.scatter + layer.sensitivity * layer.mean**2
-        return kernels[path] ** 2 * (second_moment / seen.samples)
+        second_moment = layer.scatter + times_square(layer.sensitivity, layer.mean)
+        return times_square(second_moment / seen.samples, kernels[path])
 
-    return Scores(as_kernels(params, {path: importance(path, layer) for path, layer in seen.layers.items()}))
+    found = {path: importance(path, layer) for path, layer in seen.layers.items()}
+    return checked(Scores(as_kernels(params, found)))
 
 
 def _kernels(params: Params) -> dict[str, Array]:

@@ -11,7 +11,7 @@ from jaxtyping import Float, PRNGKeyArray
 
 from ecjax import capture, checks, metrics, moments, networks
 from ecjax.networks import Inputs, Network, Params
-from ecjax.score.scores import least
+from ecjax.score.scores import checked, least, of_each
 
 
 class NeuronScores(NamedTuple):
@@ -59,14 +59,14 @@ def neuron_elimination_compensation(
         NeuronScores: importance in squared units of the outputs, constants in units of the neurons' outputs.
 
     Raises:
-        ValueError: bad inputs, an unknown metric, or params that are not an MLP's.
+        ValueError: bad inputs, an unknown metric, params that are not an MLP's, or importances that overflow.
     """
     paths = networks.layers(params)
     options = {"metric": metric, "probes": probes, "key": key, "batch_size": batch_size}
     seen = moments.of_inputs(network, params, inputs, of_weights=False, **options)
     read_by = {own: seen.layers[following] for own, following in itertools.pairwise(paths)}
     importance = {path: layer.scatter / seen.samples for path, layer in read_by.items()}
-    return NeuronScores(importance, {path: layer.mean for path, layer in read_by.items()})
+    return checked(NeuronScores(importance, {path: layer.mean for path, layer in read_by.items()}))
 
 
 def neuron_elimination_compensation_by_definition(
@@ -90,7 +90,7 @@ def neuron_elimination_compensation_by_definition(
     metrics.require(metric)
     checks.require_biases(params)
     networks.layers(params)
-    return NeuronScores(*_all_neurons(network, params, inputs, metric=metric))
+    return checked(NeuronScores(*_all_neurons(network, params, inputs, metric=metric)))
 
 
 @functools.partial(jax.jit, static_argnames=("network", "metric"))
@@ -108,12 +108,14 @@ def _all_neurons(network, params, inputs, *, metric):
             removed = jnp.zeros_like(kernel).at[neuron].set(-kernel[neuron])
 
             def remainder(constant):
-                _, discrepancy = jax.jvp(layer, (kernel, bias), (removed, constant * kernel[neuron]))
+                _, discrepancy = jax.jvp(
+                    layer, (kernel, bias), (removed, (constant * kernel[neuron]).astype(bias.dtype))
+                )
                 return metrics.squared_norm(metric, outputs, discrepancy).mean()
 
             return least(remainder, jnp.zeros((), capture.tap_dtype(kernel)))
 
-        importance[own], constant[own] = jax.lax.map(of_neuron, jnp.arange(kernel.shape[0]), batch_size=64)
+        importance[own], constant[own] = of_each(of_neuron, kernel, kernel.shape[0], at_once=64)
     return importance, constant
 
 
@@ -121,20 +123,26 @@ def neuron_norm(params: Params) -> NeuronScores:
     """The Euclidean norm of each hidden neuron's incoming weights, the structured form of magnitude.
 
     Raises:
-        ValueError: params that are not an MLP's.
+        ValueError: params that are not an MLP's, or that hold NaN or infinity.
     """
     leaves, paths = networks.by_path(params), networks.layers(params)
-    return NeuronScores({path: jnp.linalg.norm(leaves[path], axis=0) for path in paths[:-1]})
+    return checked(NeuronScores({path: _column_norms(leaves[path]) for path in paths[:-1]}))
+
+
+def _column_norms(kernel: Float[Array, "in out"]) -> Float[Array, " out"]:
+    """The norm of each column, scaled by a power of two for the time of squaring: nothing over- or underflows."""
+    _, exponent = jnp.frexp(jnp.abs(kernel).max(0, initial=0))
+    return jnp.ldexp(jnp.linalg.norm(jnp.ldexp(kernel, -exponent), axis=0), exponent)
 
 
 def neuron_variance(network: Network, params: Params, inputs: Inputs) -> NeuronScores:
     """The variance of each hidden neuron's output over the calibration inputs, with its mean as the constant.
 
     Raises:
-        ValueError: bad inputs, or params that are not an MLP's.
+        ValueError: bad inputs, params that are not an MLP's, or variances that overflow.
     """
     checks.require_inputs(inputs)
-    return NeuronScores(*_variances(network, params, inputs))
+    return checked(NeuronScores(*_variances(network, params, inputs)))
 
 
 @functools.partial(jax.jit, static_argnames="network")
