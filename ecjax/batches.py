@@ -71,7 +71,7 @@ def take(
 
     def of_array(array):
         blocked = array.reshape(blocks, of_block, *array.shape[1:])
-        return lax.dynamic_slice_in_dim(blocked, start, share, 1).reshape(-1, *array.shape[1:])
+        return lax.dynamic_slice_in_dim(blocked, start, share, 1).reshape(blocks * share, *array.shape[1:])
 
     return jax.tree.map(of_array, arrays), jnp.tile(counted, blocks)
 
@@ -96,7 +96,8 @@ def every(
     spacing = of_block // share
     spaced = array.reshape(blocks, of_block, *array.shape[1:])[:, : share * spacing]
     spaced = spaced.reshape(blocks, share, spacing, *array.shape[1:])
-    return lax.dynamic_index_in_dim(spaced, offset % spacing, 2, keepdims=False).reshape(-1, *array.shape[1:])
+    of_batch = lax.dynamic_index_in_dim(spaced, offset % spacing, 2, keepdims=False)
+    return of_batch.reshape(blocks * share, *array.shape[1:])
 
 
 def filled_up(inputs: Shaped[Array | np.ndarray, "samples ..."], size: int) -> Shaped[Array | np.ndarray, "more ..."]:

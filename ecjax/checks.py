@@ -172,6 +172,25 @@ def require_no_nan(tree: Kernels, name: str) -> None:
             raise ValueError(f"{name} '{path}' hold NaN; they can't be ranked")
 
 
+def require_finite(tree: PyTree, name: str) -> None:
+    """Raises a ValueError if a leaf holds NaN or infinity: a result that its dtype is too small for.
+
+    Args:
+        tree: a pytree of results.
+        name: of these, in the plural.
+
+    Example:
+        >>> checks.require_finite(scores.importance, "importances")
+    """
+    for path, leaf in networks.by_path(tree).items():
+        if _is_known_false(_all_finite(leaf)):
+            where = f"{name} {path!r}" if path else name
+            raise ValueError(
+                f"{where}: NaN or infinity, from the params or because numbers on the way leave the range of "
+                f"{leaf.dtype}; scale the inputs or the params, or use float64"
+            )
+
+
 def require_labels(labels: Array | np.ndarray, outputs: tuple[int, ...]) -> None:
     """Raises a ValueError unless there is one class, a whole number, for each row of outputs of that shape.
 

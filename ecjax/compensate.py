@@ -56,7 +56,8 @@ def joint_biases(
         The params with other biases.
 
     Raises:
-        ValueError: bad inputs, targets that do not fit the outputs, an unknown metric, a kernel without a sibling bias.
+        ValueError: bad inputs, targets that do not fit the outputs, an unknown metric, a kernel without a sibling bias,
+            or an objective that overflows.
 
     Example:
         >>> repaired = compensate.joint_biases(network, pruned.params, inputs, labels, metric="fisher")
@@ -250,7 +251,9 @@ def repair(
     inputs, targets = devices.automatic((jnp.asarray(inputs), targets))
     expected = _as_outputs(targets, _outputs_shape(network, state.params, inputs), metric)
     problem = Problem(network, metric, float(temperature), batches.blocks(inputs), **sizes)
-    return gauss_newton.take_steps(problem, state, free, inputs, expected, steps=int(iterations))
+    repaired = gauss_newton.take_steps(problem, state, free, inputs, expected, steps=int(iterations))
+    checks.require_finite(repaired.objective, "the objective of the repair")
+    return repaired
 
 
 def _outputs_shape(network: Network, params: Params, inputs: Array) -> tuple[int, ...]:

@@ -182,7 +182,8 @@ def _step(problem: Problem, state: State, free: Free, inputs, targets) -> State:
     length, after = _backtrack(lambda length: value(jax.tree.map(lambda d: length * d, direction)), before)
     gained = _ratio(after - before, predicted)
     return State(
-        params=moved(jax.tree.map(lambda d: length * d, direction)),
+        # A step that is not taken may hold NaN.
+        params=moved(jax.tree.map(lambda d: jnp.where(length > 0, length * d, 0), direction)),
         damping=_adapted(state.damping, length, gained),
         objective=after.astype(state.objective.dtype),
         steps=state.steps + 1,
@@ -277,8 +278,8 @@ def _backtrack(value: Callable[[Array], Array], before: Array) -> tuple[Array, A
         length, _, halvings = carry
         return length / 2, value(length / 2), halvings + 1
 
-    whole = jnp.ones((), before.dtype)
-    length, after, _ = lax.while_loop(higher, halve, (whole, value(whole), 0))
+    start = jnp.asarray(2, before.dtype), jnp.full_like(before, jnp.inf), -1
+    length, after, _ = lax.while_loop(higher, halve, start)
     return jnp.where(after < before, length, 0), jnp.where(after < before, after, before)
 
 

@@ -17,15 +17,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import pandas as pd
-import tyro
 from jax import Array, lax
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from ecjax import networks, prune, score, surgeon, train
 from ecjax.networks import Network, Params
-from experiments import cost, report
+from experiments import cost, report, runs
 from experiments.cost import Candidate, Cost
 from experiments.datasets import diffusion_sorption
+from experiments.rows import Rows
 
 GRADIENT, EC = "gradient pass", "EC"
 JACOBIANS, DEFINITION = "per-sample Jacobians", "EC by definition"
@@ -64,7 +65,7 @@ class Config:
     seconds: float = 5.0
     """A candidate that has run for so long in all is not run again."""
     quick: bool = False
-    """Four sizes, few samples, two stages: under a minute."""
+    """Three networks, few samples, two stages: under a minute."""
     output: Path = Path("results/benchmark")
     """Folder for the results."""
 
@@ -83,20 +84,19 @@ def main(config: Config) -> None:
     counts = ("base_samples", "stages", "gradients", "rounds")
     report.require_flags(config, fractions=(), counts=counts)
     if config.quick:
-        small = {"widths": (100,), "depths": (), "samples": (1000, 4000), "outputs": (100,), "probes": (1, 16)}
+        small = {"widths": (100,), "depths": (), "samples": (5000,), "outputs": (), "probes": (1,)}
         config = replace(config, base_samples=2000, stages=2, gradients=50, rounds=5, seconds=0.3, **small)
-    config.output.mkdir(parents=True, exist_ok=True)
-    report.save_config(config.output, config)
-    rows = []
-    with report.progress() as bar:
-        step = bar.add_task("", total=len(cases(config)) + 2)
-        for found in _measured(config, lambda words: bar.update(step, description=words)):
-            bar.advance(step)
-            rows += found
-            frame = pd.DataFrame(rows)
-            frame.to_csv(config.output / "results.csv", index=False)  # at once: long runs may be cut off
-        ranking = pd.DataFrame(_agreement(config, lambda words: bar.update(step, description=words)), columns=RANKING)
-        ranking.to_csv(config.output / "probes.csv", index=False)
+    plan = [[_keys(case, name) for name in _methods(case, config)] for case in cases(config)]
+    with runs.opened(config.output, config, plan, dict.fromkeys(Cost._fields, float)) as rows, report.progress() as bar:
+        step = bar.add_task("", total=rows.planned() + len(config.probes) * 2, completed=rows.count())
+        describe = functools.partial(_describe, bar, step)
+        for case in cases(config):
+            if not rows.has(axis=case.axis, value=case.value):
+                rows.add(_measured(case, config, describe))
+            bar.update(step, completed=rows.count())
+        frame, ranking = rows.frame(), pd.DataFrame(columns=RANKING)
+        if config.probes:
+            ranking = _ranking(config, describe)
     _figure(frame, ranking, config.output / "benchmark.png")
     console = report.console()
     for table in (*_tables(frame), _ranking_table(ranking)):
@@ -104,42 +104,44 @@ def main(config: Config) -> None:
     console.print(f"results.csv, probes.csv, config.json and benchmark.png are in {config.output}/")
 
 
+def _describe(bar: Progress, step: TaskID, words: str) -> None:
+    bar.update(step, description=words)
+
+
 def cases(config: Config) -> list[Case]:
-    """Every network and number of samples to be scored, each once."""
+    """Every network and number of samples to be scored, each once, and the one that is pruned."""
     hidden, samples = config.base[:-1], config.base_samples
     return [
         *(Case("samples", count, config.base, count) for count in config.samples),
         *(Case("outputs", outputs, (*hidden, outputs), samples) for outputs in config.outputs),
         *(Case("width", width, (width,) * 4 + (10,), samples) for width in config.widths),
         *(Case("depth", depth, (512,) * depth + (10,), samples) for depth in config.depths),
+        Case("pruning", 0, config.base, samples),
     ]
 
 
-def _measured(config: Config, describe: Callable[[str], None]) -> Iterator[list[dict]]:
-    """The rows of every case, then those of pruning."""
+def _methods(case: Case, config: Config) -> list[str]:
+    """The names of what is measured in a case."""
+    if case.axis == "pruning":
+        return [GRADIENT, *_pruning_methods(config)]
+    slow = {JACOBIANS: _has_jacobians(case), DEFINITION: _has_definition(case)}
+    fast = ["forward pass", GRADIENT, "optimal brain damage", EC, "EC (Fisher)", *_probed(case, config)]
+    return fast + [name for name, bearable in slow.items() if bearable]
+
+
+def _measured(case: Case, config: Config, describe: Callable[[str], None]) -> list[dict]:
+    """The rows of one case."""
+    candidates = (pruning if case.axis == "pruning" else scoring)(case, config)
+    keys = {name: _keys(case, name) for name in candidates}
+    of = f"{case.axis} {case.value:,}" if case.value else case.axis
     options = {"rounds": config.rounds, "seconds": config.seconds}
-    for case in cases(config):
-        layers = "-".join(map(str, case.widths))
-        advance = functools.partial(_describe, describe, f"{layers}, {case.samples:,} samples")
-        yield [
-            _row(case, name, found)
-            for name, found in cost.measure(scoring(case, config), advance=advance, **options).items()
-        ]
-    case = Case("pruning", 0, config.base, config.base_samples)
-    advance = functools.partial(_describe, describe, "pruning")
-    found = cost.measure(pruning(case, config), advance=advance, **options | {"rounds": min(config.rounds, 3)})
-    yield [_row(case, name, costs) for name, costs in found.items()]
+    found = cost.measure(candidates, advance=lambda name: describe(f"{of}: {name}"), **options)
+    return [keys[name] | costs._asdict() for name, costs in found.items()]
 
 
-def _describe(describe: Callable[[str], None], of: str, name: str) -> None:
-    describe(f"{of}: {name}")
-
-
-def _row(case: Case, name: str, found: Cost) -> dict:
+def _keys(case: Case, method: str) -> dict:
     layers = "-".join(map(str, case.widths))
-    return {"axis": case.axis, "value": case.value, "layers": layers, "samples": case.samples, "method": name} | (
-        found._asdict()
-    )
+    return {"axis": case.axis, "value": case.value, "layers": layers, "samples": case.samples, "method": method}
 
 
 class Problem(NamedTuple):
@@ -189,29 +191,45 @@ def scoring(case: Case, config: Config) -> dict[str, Candidate]:
         EC: Candidate(criterion, given, exact),
         "EC (Fisher)": Candidate(functools.partial(criterion, metric="fisher"), given, exact),
     }
-    for probes in config.probes if outputs >= 1000 else (1,):
+    for name, probes in _probed(case, config).items():
         call = functools.partial(criterion, probes=probes, key=jax.random.key(3))
-        name = "EC, 1 probe" if probes == 1 else f"EC, {probes} probes"
         found[name] = Candidate(call, given, cost.moments(case.widths, case.samples, probes))
-    return found | _the_slow_ways(case, network, params, inputs)
-
-
-def _the_slow_ways(case: Case, network: Network, params: Params, inputs: Array) -> dict[str, Candidate]:
-    """EC as it is usually written, on as few samples as bearable, where one sample is bearable at all."""
-    found, weights = {}, cost.weights(case.widths)
-    numbers = case.widths[-1] * weights  # in the Jacobian of one sample
-    if numbers < 3e8:
-        few = min(case.samples, max(int(2e8 // numbers), 2))
-        at_once = max(int(3e7 // numbers), 1)
-        call = jax.jit(functools.partial(jacobian_scores, network, at_once=at_once))
-        scale = case.samples / few
-        found[JACOBIANS] = Candidate(call, (params, inputs[:few]), cost.jacobians(case.widths, few), scale)
-    if weights < 4e4:
-        few = min(case.samples, max(int(1e10 // weights**2), 1))
-        call = functools.partial(score.elimination_compensation_by_definition, network)
-        scale = case.samples / few
-        found[DEFINITION] = Candidate(call, (params, inputs[:few]), cost.definition(case.widths, few), scale)
+    if _has_jacobians(case):
+        found[JACOBIANS] = _jacobians(case, network, params, inputs)
+    if _has_definition(case):
+        found[DEFINITION] = _definition(case, network, params, inputs)
     return found
+
+
+def _probed(case: Case, config: Config) -> dict[str, int]:
+    """How many probes are timed, by name: one, and where K is large all numbers."""
+    numbers = config.probes if case.widths[-1] >= 1000 else (1,)
+    return {f"EC, {probes} probe{'s' * (probes > 1)}": probes for probes in numbers}
+
+
+def _has_jacobians(case: Case) -> bool:
+    """Whether the Jacobian of one sample, outputs × weights, is bearable: a gigabyte."""
+    return case.widths[-1] * cost.weights(case.widths) < 3e8
+
+
+def _jacobians(case: Case, network: Network, params: Params, inputs: Array) -> Candidate:
+    """EC as it is usually written, on as few samples as bearable."""
+    numbers = case.widths[-1] * cost.weights(case.widths)
+    few = min(case.samples, max(int(2e8 // numbers), 2))
+    call = jax.jit(functools.partial(jacobian_scores, network, at_once=max(int(3e7 // numbers), 1)))
+    return Candidate(call, (params, inputs[:few]), cost.jacobians(case.widths, few), case.samples / few)
+
+
+def _has_definition(case: Case) -> bool:
+    """Whether a forward pass for every weight is bearable."""
+    return cost.weights(case.widths) < 4e4
+
+
+def _definition(case: Case, network: Network, params: Params, inputs: Array) -> Candidate:
+    """EC by its definition, on as few samples as bearable."""
+    few = min(case.samples, max(int(1e10 // cost.weights(case.widths) ** 2), 1))
+    call = functools.partial(score.elimination_compensation_by_definition, network)
+    return Candidate(call, (params, inputs[:few]), cost.definition(case.widths, few), case.samples / few)
 
 
 def jacobian_scores(network: Network, params: Params, inputs: Array, *, at_once: int) -> score.Scores:
@@ -272,39 +290,48 @@ def pruning(case: Case, config: Config) -> dict[str, Candidate]:
         masks = surgeon.combinatorial_selection(params, rows, 0.9, start="magnitude", key=jax.random.key(0))
         return surgeon.combinatorial_update(params, masks, rows)
 
+    without_labels = [one_shot, *(functools.partial(staged, repair=repair) for repair in prune.REPAIRS)]
+    given = [(call, (params, inputs)) for call in without_labels]
+    given += [(call, (params, inputs, labels)) for call in (woodfisher, combinatorial)]
     unknown = float("nan")  # they stop when they are done
-    calls = {
-        "EC, one shot": one_shot,
-        f"EC, {config.stages} stages": functools.partial(staged, repair=None),
-        f"EC, {config.stages} stages, biases": functools.partial(staged, repair="biases"),
-        f"EC, {config.stages} stages, survivors": functools.partial(staged, repair="survivors"),
+    found = {
+        name: Candidate(call, arguments, unknown, traceable=False)
+        for name, (call, arguments) in zip(_pruning_methods(config), given, strict=True)
     }
-    surgeons = {
-        f"WoodFisher, {config.gradients} gradients": woodfisher,
-        f"CBS-S + CBS-U, {config.gradients} gradients": combinatorial,
-    }
-    return (
-        {GRADIENT: gradient_pass(case.widths, case.samples)}
-        | {name: Candidate(call, (params, inputs), unknown, traceable=False) for name, call in calls.items()}
-        | {name: Candidate(call, (params, inputs, labels), unknown, traceable=False) for name, call in surgeons.items()}
-    )
+    return {GRADIENT: gradient_pass(case.widths, case.samples)} | found
 
 
-def _agreement(config: Config, describe: Callable[[str], None]) -> Iterator[dict]:
+def _pruning_methods(config: Config) -> list[str]:
+    staged = [f"EC, {config.stages} stages{f', {repair}' if repair else ''}" for repair in prune.REPAIRS]
+    surgeons = [f"{name}, {config.gradients} gradients" for name in ("WoodFisher", "CBS-S + CBS-U")]
+    return ["EC, one shot", *staged, *surgeons]
+
+
+def _ranking(config: Config, describe: Callable[[str], None]) -> pd.DataFrame:
     """How well probes rank the weights of networks of 1,000 outputs: mean of three keys."""
-    if not config.probes:
-        return
-    for name, (network, params, inputs) in _of_many_outputs(config, describe).items():
-        describe(f"probes: {name}, exact")
-        exact = score.elimination_compensation(network, params, inputs)
-        for probes in config.probes:
-            describe(f"probes: {name}, {probes}")
-            drawn = [
-                score.elimination_compensation(network, params, inputs, probes=probes, key=jax.random.key(seed))
-                for seed in range(3)
-            ]
-            ranks, kept = zip(*(agreement(params, exact, found) for found in drawn), strict=True)
-            yield {"network": name, "probes": probes, "spearman": np.mean(ranks), "overlap": np.mean(kept)}
+    names = "fresh, random inputs", "surrogate, trained"
+    plan = [[{"network": name, "probes": probes} for probes in config.probes] for name in names]
+    rows = Rows(config.output / "probes.csv", plan, {"spearman": float, "overlap": float})
+    for name, make in zip(names, (_fresh, _surrogate), strict=True):
+        if not rows.has(network=name):
+            describe(f"probes: {name}")
+            rows.add([keys | found for keys, found in zip(*_compared(name, *make(config), config), strict=True)])
+    return rows.frame()
+
+
+def _compared(name: str, network: Network, params: Params, inputs: Array, config: Config) -> tuple[list, list]:
+    """For each number of probes its key, and how its ranking agrees with the exact one."""
+    exact = score.elimination_compensation(network, params, inputs)
+    keys, found = [], []
+    for probes in config.probes:
+        drawn = [
+            score.elimination_compensation(network, params, inputs, probes=probes, key=jax.random.key(seed))
+            for seed in range(3)
+        ]
+        ranks, kept = zip(*(agreement(params, exact, scores) for scores in drawn), strict=True)
+        keys.append({"network": name, "probes": probes})
+        found.append({"spearman": float(np.mean(ranks)), "overlap": float(np.mean(kept))})
+    return keys, found
 
 
 def agreement(params: Params, exact: score.Scores, found: score.Scores) -> tuple[float, float]:
@@ -320,18 +347,20 @@ def agreement(params: Params, exact: score.Scores, found: score.Scores) -> tuple
     return float(ranks), float((kept[0] & kept[1]).sum() / kept[0].sum())
 
 
-def _of_many_outputs(config: Config, describe: Callable[[str], None]) -> dict[str, tuple[Network, Params, Array]]:
-    """Two networks of 1,000 outputs: a fresh one, whose outputs have nothing in common, and a surrogate."""
-    samples = min(config.base_samples, 2048)
-    fresh = problem((*config.base[:-1], 1000), samples)
-    describe("probes: training a surrogate of 1,000 outputs")
-    inputs, histories = _histories(places=64, concentrations=16, times=1000)
+def _fresh(config: Config) -> tuple[Network, Params, Array]:
+    """An untrained network of 1,000 outputs, which have little in common."""
+    return problem((*config.base[:-1], 1000), min(config.base_samples, 2048))[:3]
+
+
+def _surrogate(config: Config) -> tuple[Network, Params, Array]:
+    """A network that has learnt the concentration at 1,000 times."""
+    inputs, histories = _histories(places=64, concentrations=4 if config.quick else 16, times=1000)
     mlp = networks.MLP((64, 64, 1000), jnp.tanh)
     network = networks.pure(mlp)
     params = mlp.init(jax.random.key(0), inputs[:1])["params"]
     fit = {"loss": optax.squared_error, "optimizer": optax.adam(1e-3), "key": jax.random.key(1), "batch_size": 64}
     trained = train.fit(network, params, inputs, histories, epochs=20 if config.quick else 200, **fit).params
-    return {"fresh, random inputs": fresh[:3], "surrogate, trained": (network, trained, jnp.asarray(inputs))}
+    return network, trained, jnp.asarray(inputs)
 
 
 def _histories(*, places: int, concentrations: int, times: int) -> tuple[np.ndarray, np.ndarray]:
@@ -437,4 +466,4 @@ def _draw(panel, frame: pd.DataFrame, column: str, colours: dict) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, prog="python -m experiments.benchmark", description=__doc__))
+    runs.command(Config, main, __doc__)

@@ -45,7 +45,8 @@ def command(config: type, main: Callable[[Any], None], description: str) -> None
         main: the experiment.
         description: for ``--help``.
     """
-    prog = f"python -m {sys.modules['__main__'].__spec__.name}"
+    spec = sys.modules["__main__"].__spec__
+    prog = f"python -m {spec.name if spec else main.__module__}"
     try:
         main(tyro.cli(config, prog=prog, description=f"{description}\n{_HELP}"))
     except (KeyboardInterrupt, OSError) as stop:

@@ -54,17 +54,17 @@ def test_each_axis_has_its_cases():
         ("width", 8, (8, 8, 8, 8, 10), 9),
         ("depth", 2, (512, 512, 10), 9),
         ("depth", 3, (512, 512, 512, 10), 9),
+        ("pruning", 0, WIDTHS, 9),
     ]
 
 
 def test_every_case_is_in_the_results(tmp_path, capsys):
-    sizes = {"base": WIDTHS, "base_samples": 64, "widths": (8,), "depths": (), "samples": (32,), "outputs": ()}
+    sizes = {"base": WIDTHS, "base_samples": 64, "widths": (), "depths": (), "samples": (32,), "outputs": ()}
     few = {"probes": (), "stages": 1, "gradients": 10, "rounds": 1}
     benchmark.main(benchmark.Config(**sizes, **few, output=tmp_path))
     frame = pd.read_csv(tmp_path / "results.csv")
     assert set(zip(frame["axis"], frame["value"], strict=True)) == {
         ("samples", 32),
-        ("width", 8),
         ("pruning", 0),
     }
     assert (frame["seconds"] > 0).all()

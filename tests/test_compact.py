@@ -161,36 +161,12 @@ def test_sparse_layers_make_small_files(tmp_path):
     assert compact.save(tmp_path / "sparse", example.params, "relu") < 0.08 * dense
 
 
-@given(position=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
-def test_any_flipped_bit_is_noticed(tmp_path_factory, position, bit):
-    path = tmp_path_factory.mktemp("files") / "net"
-    compact.save(path, pruned_mlp().params, "relu")
-    content = bytearray(path.read_bytes())
-    content[min(int(position * len(content)), len(content) - 1)] ^= 1 << bit
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{path}"):
-        compact.load(path)
-
-
-@given(kept=st.floats(0, 1, exclude_max=True))
-def test_a_truncated_file_is_refused(tmp_path_factory, kept):
-    path = tmp_path_factory.mktemp("files") / "net"
-    compact.save(path, pruned_mlp().params, "relu")
-    content = path.read_bytes()
-    path.write_bytes(content[: min(int(kept * len(content)), len(content) - 1)])
-    with pytest.raises(ValueError, match=r"is damaged, or no safetensors file"):
-        compact.load(path)
-
-
 def test_foreign_files_and_missing_ones(tmp_path):
     from safetensors.numpy import save_file
 
     save_file({"weight": np.zeros(3)}, tmp_path / "foreign")
     with pytest.raises(ValueError, match=r"was not written by ecjax.compact.save: its format is None"):
         compact.load(tmp_path / "foreign")
-    (tmp_path / "huge").write_bytes((2**60).to_bytes(8, "little") + b"{}")
-    with pytest.raises(ValueError, match="is damaged, or no safetensors file"):
-        compact.load(tmp_path / "huge")
     with pytest.raises(FileNotFoundError):
         compact.load(tmp_path / "missing")
 

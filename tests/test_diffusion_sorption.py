@@ -118,7 +118,7 @@ def test_small_networks_have_as_many_parameters_as_are_left():
 def run(tmp_path_factory):
     """A small run of everything: two networks, two noise levels, two seeds."""
     folder = tmp_path_factory.mktemp("results") / "nested"
-    size = "--architectures 12-12 8-8-8 --noise 0 0.05 --seeds 2 --epochs 40 --fine-tuning-epochs 3"
+    size = "--architectures 12-12 8-8 --noise 0 0.05 --seeds 2 --epochs 40 --fine-tuning-epochs 3"
     sparsities = "--sparsities 0.2 0.6 --small-network-sparsities 0.2 0.6"
     data = "--cells 32 --times 20 --nonlinear-calibration 100 --batch-size 64"
     command = [
@@ -137,7 +137,7 @@ def run(tmp_path_factory):
 def test_results_have_every_network(run):
     frame = pd.read_csv(run[0] / "results.csv")
     assert list(frame) == ["data", "layers", "noise", "method", "sparsity", "seed", "phase", "test_loss"]
-    assert set(frame["layers"]) == {"2-12-12-1", "2-8-8-8-1"}
+    assert set(frame["layers"]) == {"2-12-12-1", "2-8-8-1"}
     assert set(frame["noise"]) == {0, 0.05}
     each = frame.groupby(["layers", "noise"])
     methods = len(METHODS) - 1  # all but the Fisher metric, which is for classifiers

@@ -186,13 +186,14 @@ def test_the_frontier_saves_what_it_prunes(tmp_path, monkeypatch):
     assert sizes["compacted", "JAX"] < 0.4 * sizes["dense", "JAX"]
 
 
-def test_neurons_of_two_networks(tmp_path, capsys):
-    size = {"seeds": 1, "epochs": 15, "fractions": (0.6,), "stages": 4}
+def test_neurons_of_two_networks(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(neurons, "NETWORKS", {"relu": (60, 30), "tanh": (50, 30)})
+    size = {"seeds": 1, "epochs": 30, "fractions": (0.5,), "stages": 3}
     neurons.main(neurons.Config(data="digits", output=tmp_path, **size))
     frame = pd.read_csv(tmp_path / "results.csv")
     accuracy = frame.groupby(["layers", "method"])["test_accuracy"].mean()
-    for layers in ("64-300-100-10", "64-128-64-10"):
+    for layers in ("64-60-30-10", "64-50-30-10"):
         assert accuracy[layers, "structured EC, staged"] > accuracy[layers, DENSE] - 0.05
         assert accuracy[layers, "weight norm"] < accuracy[layers, DENSE] - 0.05
-    assert "digits, MLP 64-128-64-10, tanh, 1 seeds" in capsys.readouterr().out
+    assert "digits, MLP 64-50-30-10, tanh, 1 seeds" in capsys.readouterr().out
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -77,11 +78,15 @@ def save(path: str | os.PathLike, params: Params, activation: str) -> int:
     return _write_whole(Path(path), numpy_files.save(tensors, metadata))
 
 
-def load(path: str | os.PathLike) -> Saved:
+def load(path: str | os.PathLike, *, most_bytes: int = 2**32) -> Saved:
     """Reads what ``save`` wrote, bit for bit.
 
+    Args:
+        path: of the file.
+        most_bytes: what the params may take in memory; a small file of sparse kernels can ask for any amount.
+
     Raises:
-        ValueError: a damaged or foreign file, with what is wrong with it.
+        ValueError: a damaged or foreign file, or one that asks for too much memory, with what is wrong with it.
         FileNotFoundError: no such file.
         ModuleNotFoundError: safetensors is not installed.
 
@@ -109,13 +114,30 @@ def load(path: str | os.PathLike) -> Saved:
     if metadata.get("sha256") != _digest(content, tensors):
         raise ValueError(f"{path} is damaged: its sha256 does not match its content")
     try:
-        described = json.loads(content)
-        leaves = {name: _unpacked(name, facts, tensors) for name, facts in described["leaves"].items()}
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+        return _assembled(json.loads(content), tensors, most_bytes)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: its parts do not fit together ({error!r})") from error
-    params = _nested(leaves)
-    kernels = networks.by_path(params)
-    return Saved(params, described["activation"], tuple(kernels[p].shape[1] for p in networks.layers(params)))
+
+
+def _assembled(described: dict, tensors: dict[str, np.ndarray], most_bytes: int) -> Saved:
+    """The network from its parts, which may be anything: what is allocated is checked before."""
+    declared = {name: (_dtype(facts["dtype"]), tuple(facts["shape"])) for name, facts in described["leaves"].items()}
+    size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in declared.values())
+    if not 0 <= size <= most_bytes:
+        raise ValueError(f"its params take {size:,} bytes, more than most_bytes={most_bytes:,}")
+    if not isinstance(described["activation"], str):
+        raise ValueError(f"its activation is {described['activation']!r}, no name")
+    params = _nested({name: _unpacked(name, *facts, tensors) for name, facts in declared.items()})
+    leaves = networks.by_path(params)
+    return Saved(params, described["activation"], tuple(leaves[path].shape[1] for path in networks.layers(params)))
+
+
+def _dtype(name: str) -> np.dtype:
+    """A dtype of numbers by its name; NumPy alone knows no bfloat16."""
+    dtype = jnp.dtype(name)
+    if not (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)):
+        raise ValueError(f"{name!r} is no dtype of numbers")
+    return dtype
 
 
 def _safetensors():
@@ -137,20 +159,33 @@ def _packed(kernel: np.ndarray) -> dict[str, np.ndarray]:
     return sparse if sum(part.nbytes for part in sparse.values()) < bits.nbytes else {"": bits}
 
 
-def _unpacked(name: str, facts: dict, tensors: dict[str, np.ndarray]) -> np.ndarray:
-    dtype, shape = jnp.dtype(facts["dtype"]), tuple(facts["shape"])
-    if name in tensors:
-        bits = tensors[name]
-    else:
-        values, source, starts = (tensors[name + suffix] for suffix in (".values", ".inputs", ".starts"))
-        bits = np.zeros(shape, values.dtype)
-        bits[source, np.repeat(np.arange(shape[1]), np.diff(starts))] = values
+def _unpacked(name: str, dtype: np.dtype, shape: tuple[int, ...], tensors: dict[str, np.ndarray]) -> np.ndarray:
+    bits = tensors[name] if name in tensors else _dense_bits(name, dtype, shape, tensors)
+    if bits.size != math.prod(shape) or bits.dtype != _bits_dtype(dtype):
+        raise ValueError(f"'{name}' is {bits.dtype} of shape {bits.shape}, described as {dtype} of shape {shape}")
     return bits.view(dtype).reshape(shape)
+
+
+def _dense_bits(name: str, dtype: np.dtype, shape: tuple[int, ...], tensors: dict[str, np.ndarray]) -> np.ndarray:
+    values, source, starts = (tensors[name + suffix] for suffix in (".values", ".inputs", ".starts"))
+    inputs, neurons = shape
+    counts = np.diff(starts.astype(np.int64))
+    rows_fit = starts.shape == (neurons + 1,) and starts[0] == 0 and (counts >= 0).all()
+    types_fit = values.dtype == _bits_dtype(dtype) and source.dtype.kind == "u"
+    if not (rows_fit and types_fit and values.shape == source.shape == (starts[-1],)):
+        raise ValueError(f"'{name}' is no sparse kernel of shape {shape}")
+    bits = np.zeros((inputs, neurons), values.dtype)
+    bits[source, np.repeat(np.arange(neurons), counts)] = values
+    return bits
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
     """An array's bits as whole numbers: every dtype alike, and minus zero is not a zero."""
-    return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}").reshape(array.shape)
+    return np.ascontiguousarray(array).view(_bits_dtype(array.dtype)).reshape(array.shape)
+
+
+def _bits_dtype(dtype: np.dtype) -> np.dtype:
+    return np.dtype(f"u{dtype.itemsize}")
 
 
 def _digest(content: str, tensors: dict[str, np.ndarray]) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Int, Num
 
-from ecjax import networks
+from ecjax import checks, networks
 from ecjax.networks import Params
 
 Activation = Callable[[Array], Array]
@@ -36,7 +36,7 @@ def compact(params: Params, activation: Activation) -> Params:
         Params for ``networks.MLP(widths(params))``, in the dtypes given. The function is the same up to rounding.
 
     Raises:
-        ValueError: params that are not an MLP's.
+        ValueError: params that are not an MLP's, or constants that overflow.
 
     Example:
         >>> halved = prune.neurons(params, score.neuron_norm(params), fraction=0.5).params
@@ -63,6 +63,7 @@ def compact(params: Params, activation: Activation) -> Params:
         if layer.bias is not None:
             bias = networks.bias_path(path)
             changed[bias] = jnp.asarray(layer.bias, leaves[bias].dtype)
+            checks.require_finite({bias: changed[bias]}, "folded biases")
     return networks.replace(params, changed)
 
 
@@ -82,7 +83,8 @@ def _fold(layer: _Layer, following: _Layer, activation: Activation) -> tuple[_La
     shifted = following.bias
     if shifted is not None:
         wide = np.result_type(following.kernel.dtype, np.float32)
-        folded = np.where(~reached & read, constants, 0).astype(wide) @ following.kernel.astype(wide)
+        with np.errstate(over="ignore", invalid="ignore"):  # refused in the end, by name
+            folded = np.where(~reached & read, constants, 0).astype(wide) @ following.kernel.astype(wide)
         shifted = (shifted.astype(wide) + folded).astype(shifted.dtype)
     kept_bias = None if layer.bias is None else layer.bias[keep]
     return _Layer(layer.kernel[:, keep], kept_bias), _Layer(following.kernel[keep], shifted)

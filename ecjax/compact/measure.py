@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 from ecjax import checks, networks
 from ecjax.compact.files import save
 from ecjax.compact.fold import Activation, compact, widths
-from ecjax.compact.sparse import forward, to_sparse
+from ecjax.compact.sparse import as_numpy, forward, to_sparse
 from ecjax.networks import Params
 
 BATCHES = (1, 256)
@@ -80,7 +80,7 @@ def report(
     if numpy_activation is not None:
         call = functools.partial(_numpy_forward, activation=numpy_activation)
         for name, given in (("dense", params), ("compacted", smaller)):
-            arrays = jax.tree.map(np.asarray, given)
+            arrays = jax.tree.map(as_numpy, given)
             forms.append(_form(name, "NumPy", given, functools.partial(call, arrays), repeats))
         sparse_call = functools.partial(forward, to_sparse(smaller, "csr"), activation=numpy_activation)
         forms.append(_form("sparse", "NumPy", smaller, sparse_call, repeats))
@@ -112,6 +112,8 @@ def _form(name: str, runtime: str, params: Params, call: Callable, repeats: int)
     is_sparse = name == "sparse"
     nonzeros = sum(int(jnp.count_nonzero(leaf)) for leaf in leaves.values())
     products = [leaves[path] for path in paths]
+    features = products[0].shape[0]
+    dtype = products[0].dtype if runtime == "JAX" else as_numpy(products[0]).dtype
     return Form(
         name=name,
         runtime=runtime,
@@ -119,7 +121,7 @@ def _form(name: str, runtime: str, params: Params, call: Callable, repeats: int)
         nonzeros=nonzeros,
         bytes=sum(leaf.nbytes for leaf in leaves.values()) if name == "dense" else _saved_bytes(params),
         multiply_adds=sum(int(jnp.count_nonzero(p)) if is_sparse else p.size for p in products),
-        seconds={batch: _median_seconds(call, products[0], batch, repeats) for batch in BATCHES},
+        seconds={batch: _median_seconds(call, (batch, features), dtype, repeats) for batch in BATCHES},
     )
 
 
@@ -128,8 +130,7 @@ def _saved_bytes(params: Params) -> int:
         return save(Path(folder) / "params.safetensors", params, "")
 
 
-def _median_seconds(call: Callable, first_kernel, batch: int, repeats: int) -> float:
-    shape, dtype = (batch, first_kernel.shape[0]), first_kernel.dtype
+def _median_seconds(call: Callable, shape: tuple[int, int], dtype: jnp.dtype, repeats: int) -> float:
     inputs = np.linspace(-1, 1, int(np.prod(shape))).reshape(shape).astype(dtype)
     call(inputs)  # compiles, and warms up
     times = []

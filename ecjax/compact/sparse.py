@@ -22,7 +22,7 @@ def to_sparse(params: Params, kind: str = "bcsr") -> PyTree:
     Args:
         params: with exact zeros where weights were removed.
         kind: "bcsr" for ``jax.experimental.sparse.BCSR``, which jitted functions take; "csr" for
-            ``scipy.sparse.csr_array``, with the other leaves as NumPy arrays.
+            ``scipy.sparse.csr_array``, with the other leaves as NumPy arrays, in float32 or wider.
 
     Raises:
         ValueError: an unknown kind, or a kernel that is no matrix.
@@ -41,13 +41,17 @@ def to_sparse(params: Params, kind: str = "bcsr") -> PyTree:
 
     def convert(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name not in kernels:
-            return np.asarray(leaf) if kind == "csr" else leaf
         if kind == "csr":
-            return scipy.sparse.csr_array(np.asarray(leaf).T)
-        return sparse.BCSR.fromdense(jnp.asarray(leaf).T)
+            array = as_numpy(leaf)
+            return scipy.sparse.csr_array(array.T) if name in kernels else array
+        return sparse.BCSR.fromdense(jnp.asarray(leaf).T) if name in kernels else leaf
 
     return jax.tree_util.tree_map_with_path(convert, params)
+
+
+def as_numpy(leaf: Array | np.ndarray) -> np.ndarray:
+    """A leaf for NumPy and SciPy, in float32 or wider: SciPy knows no smaller numbers, and NumPy is slow with them."""
+    return np.asarray(leaf, np.result_type(leaf.dtype, np.float32))
 
 
 def forward(

@@ -58,6 +58,9 @@ def layers(params: Params) -> list[str]:
     """
     leaves = by_path(kernels(params))
     paths = sorted(leaves, key=by_number)
+    others = set(by_path(params)) - {*paths, *map(bias_path, paths)}
+    if others:
+        raise ValueError(f"these are not the params of an MLP, of kernels and biases alone: they hold {min(others)}")
     for first, second in itertools.pairwise(paths):
         if leaves[first].ndim != 2 or leaves[first].shape[-1] != leaves[second].shape[0]:
             shapes = {path: leaves[path].shape for path in paths}

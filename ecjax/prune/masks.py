@@ -49,7 +49,8 @@ def one_shot(
             (N, M): of every M consecutive inputs of a neuron N stay, and of a last group of fewer, at most N.
 
     Raises:
-        ValueError: a sparsity outside [0, 1], an unknown scope, importances with NaN, scores shaped unlike the params.
+        ValueError: a sparsity outside [0, 1], an unknown scope, importances with NaN, scores shaped unlike the params,
+            or shifts that overflow.
 
     Example:
         >>> sum(int(mask.sum()) for mask in jax.tree.leaves(prune.one_shot(params, scores, sparsity=0.75).masks))
@@ -182,4 +183,5 @@ def _shift_biases(params: Params, shifts: Kernels, masks: Kernels) -> Params:
         return bias + removed.sum(tuple(range(removed.ndim - 1))).astype(bias.dtype)
 
     biases = {networks.bias_path(path): shifted(path, shift) for path, shift in networks.by_path(shifts).items()}
+    checks.require_finite(biases, "shifted biases")
     return networks.replace(params, biases)

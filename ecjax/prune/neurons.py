@@ -31,7 +31,8 @@ def neurons(params: Params, scores: NeuronScores, fraction: Sparsity, *, scope: 
         Pruned: with masks that are False for all weights into and out of the removed neurons.
 
     Raises:
-        ValueError: a fraction outside [0, 1], an unknown scope, scores unlike the params, params that are not an MLP's.
+        ValueError: a fraction outside [0, 1], an unknown scope, scores unlike the params, params that are not an MLP's,
+            or shifts that overflow.
 
     Example:
         >>> scores = score.neuron_elimination_compensation(network, params, inputs, metric="fisher")
@@ -56,6 +57,7 @@ def neurons(params: Params, scores: NeuronScores, fraction: Sparsity, *, scope: 
             bias = networks.bias_path(following)
             shift = jnp.where(kept[own], 0, scores.constant[own]) @ leaves[following]
             shifted[bias] = leaves[bias] + shift.astype(leaves[bias].dtype)
+    checks.require_finite(shifted, "shifted biases")
     as_kernels = networks.replace(networks.kernels(params), masks)
     return Pruned(apply_masks(networks.replace(params, shifted), as_kernels), as_kernels)
 
@@ -87,5 +89,5 @@ def alive(params: Params, masks: Kernels) -> dict[str, Array]:
 
 def ranked_last(scores: NeuronScores, still: dict[str, Array]) -> NeuronScores:
     """Ranks neurons that are already removed below all others."""
-    importance = jax.tree.map(lambda value, there: jnp.where(there, value, -1), scores.importance, still)
+    importance = jax.tree.map(lambda value, there: jnp.where(there, value, -jnp.inf), scores.importance, still)
     return scores._replace(importance=importance)

@@ -219,5 +219,5 @@ def _outputs(network: Network, params: Params, inputs: Inputs, *, together: bool
 
 def _removed_first(scores: Scores, masks: Kernels) -> Scores:
     """Ranks what is already removed below everything else, also below survivors of importance 0."""
-    importance = jax.tree.map(lambda value, mask: jnp.where(mask, value, -1), scores.importance, masks)
+    importance = jax.tree.map(lambda value, mask: jnp.where(mask, value, -jnp.inf), scores.importance, masks)
     return scores._replace(importance=importance)

@@ -8,7 +8,7 @@ from jaxtyping import PRNGKeyArray
 
 from ecjax import checks, devices, networks, precision
 from ecjax.networks import Inputs, Loss, Network, Params, Targets
-from ecjax.score.scores import Scores
+from ecjax.score.scores import Scores, checked
 
 
 def magnitude(params: Params) -> Scores:
@@ -20,13 +20,13 @@ def magnitude(params: Params) -> Scores:
         params: of any network with a ``kernel`` leaf.
 
     Raises:
-        ValueError: params without kernels.
+        ValueError: no kernels, or kernels that hold NaN or infinity.
 
     Example:
         >>> score.magnitude({"kernel": jnp.array([[-2.0], [1.0]])}).importance["kernel"].tolist()
         [[2.0], [1.0]]
     """
-    return Scores(jax.tree.map(jnp.abs, _kernels(params)))
+    return checked(Scores(jax.tree.map(jnp.abs, _kernels(params))))
 
 
 def gradient_magnitude(
@@ -48,7 +48,7 @@ def gradient_magnitude(
         loss: ``(outputs, targets) -> losses``, as optax's; its mean is differentiated.
 
     Raises:
-        ValueError: bad inputs, or not one target for each sample.
+        ValueError: bad inputs, not one target for each sample, or importances that overflow.
 
     Example:
         >>> scores = score.gradient_magnitude(network, params, inputs, labels, loss)
@@ -60,7 +60,7 @@ def gradient_magnitude(
     inputs, targets = devices.automatic((inputs, targets))
     kernels = _kernels(params)
     gradient = networks.kernels(_loss_gradient(network, params, inputs, targets, loss=loss))
-    return Scores(jax.tree.map(lambda kernel, slope: jnp.abs(kernel * slope), kernels, gradient))
+    return checked(Scores(jax.tree.map(lambda kernel, slope: jnp.abs(kernel * slope), kernels, gradient)))
 
 
 @functools.partial(jax.jit, static_argnames=("network", "loss"))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from ecjax import capture, checks, devices, metrics, networks, precision
 from ecjax.networks import Inputs, Network, Params
-from ecjax.score.scores import Scores, least, of_each_weight
+from ecjax.score.scores import Scores, checked, least, of_each_weight
 
 
 def elimination_compensation_by_definition(
@@ -35,7 +35,7 @@ def elimination_compensation_by_definition(
         Scores, as ``elimination_compensation``.
 
     Raises:
-        ValueError: bad inputs, an unknown metric, or a kernel without a sibling bias, by name.
+        ValueError: bad inputs, an unknown metric, a kernel without a sibling bias, or importances that overflow.
 
     Example:
         >>> found = score.elimination_compensation_by_definition(network, params, inputs, metric="fisher").importance
@@ -47,7 +47,7 @@ def elimination_compensation_by_definition(
     checks.require_positive(weights_at_once, "weights_at_once")
     checks.require_biases(params)
     inputs = devices.automatic(inputs)
-    return _all_weights(network, params, inputs, metric=metric, weights_at_once=int(weights_at_once))
+    return checked(_all_weights(network, params, inputs, metric=metric, weights_at_once=int(weights_at_once)))
 
 
 @functools.partial(jax.jit, static_argnames=("network", "metric", "weights_at_once"))

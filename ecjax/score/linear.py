@@ -1,5 +1,6 @@
 """Elimination-compensation and optimal brain damage, read off the sensitivity-weighted moments."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import PRNGKeyArray
@@ -7,7 +8,7 @@ from jaxtyping import PRNGKeyArray
 from ecjax import capture, moments, networks
 from ecjax.moments import Moments
 from ecjax.networks import Inputs, Network, Params
-from ecjax.score.scores import Scores, as_kernels
+from ecjax.score.scores import Scores, as_kernels, checked, times_square
 
 
 def elimination_compensation(
@@ -28,7 +29,8 @@ def elimination_compensation(
 
     with the mean and the variance of the layer's inputs weighted by the sensitivity ``S_i = Σ_k (∂y_k/∂z_i)²``. Source:
     Ballini et al., arXiv:2602.20467; equal to ``elimination_compensation_by_definition`` at the price of about two
-    gradient passes over the same samples. A neuron that is dead on every sample has importance and shift 0.
+    gradient passes over the same samples. A neuron that is dead on every sample has importance and shift 0, and so has
+    one whose squared sensitivities are below the smallest number of the dtype.
 
     Args:
         network: pure function ``(params, inputs) -> outputs`` of shape (samples, K).
@@ -43,7 +45,8 @@ def elimination_compensation(
         Scores: importance in squared units of the outputs, bias shifts in units of the pre-activations.
 
     Raises:
-        ValueError: bad inputs, an unknown metric, or a network without such layers, with the leaf by name.
+        ValueError: bad inputs, an unknown metric, a network without such layers, or importances that overflow, with
+            the leaf by name.
 
     Example:
         >>> scores = score.elimination_compensation(network, params, inputs, metric="fisher")
@@ -65,15 +68,23 @@ def elimination_compensation_from_moments(params: Params, seen: Moments) -> Scor
         seen: ``moments.of_batches`` of an iterator, or ``moments.update`` and ``moments.merge`` of parts.
 
     Raises:
-        ValueError: moments of no samples, or of other layers.
+        ValueError: moments of no samples, or of other layers; importances that overflow.
 
     Example:
         >>> seen = moments.of_batches(network, params, (batch for batch in np.split(inputs, 5)))
         >>> score.elimination_compensation_from_moments(params, seen).importance["Dense_1"]["kernel"].shape
         (8, 2)
     """
-    kernels = _kernels(params, seen)
-    importance = {path: kernels[path] ** 2 * (layer.scatter / seen.samples) for path, layer in seen.layers.items()}
+    _require_moments(params, seen)
+    return checked(_elimination_compensation(params, seen))
+
+
+@jax.jit
+def _elimination_compensation(params: Params, seen: Moments) -> Scores:
+    kernels = _kernels(params)
+    importance = {
+        path: times_square(layer.scatter / seen.samples, kernels[path]) for path, layer in seen.layers.items()
+    }
     shift = {path: kernels[path] * layer.mean for path, layer in seen.layers.items()}
     return Scores(as_kernels(params, importance), as_kernels(params, shift))
 
@@ -129,25 +140,34 @@ def optimal_brain_damage_from_moments(params: Params, seen: Moments) -> Scores:
         seen: as for ``elimination_compensation_from_moments``.
 
     Raises:
-        ValueError: moments of no samples, or of other layers.
+        ValueError: moments of no samples, or of other layers; importances that overflow.
 
     Example:
         >>> seen = moments.of_batches(network, params, np.split(inputs, 5), biased=False)
         >>> score.optimal_brain_damage_from_moments(params, seen).bias_shift is None
         True
     """
-    kernels = _kernels(params, seen)
+    _require_moments(params, seen)
+    return checked(_optimal_brain_damage(params, seen))
+
+
+@jax.jit
+def _optimal_brain_damage(params: Params, seen: Moments) -> Scores:
+    kernels = _kernels(params)
 
     def importance(path, layer):
-        second_moment = layer.scatter + layer.sensitivity * layer.mean**2
-        return kernels[path] ** 2 * (second_moment / seen.samples)
+        second_moment = layer.scatter + times_square(layer.sensitivity, layer.mean)
+        return times_square(second_moment / seen.samples, kernels[path])
 
     return Scores(as_kernels(params, {path: importance(path, layer) for path, layer in seen.layers.items()}))
 
 
-def _kernels(params: Params, seen: Moments) -> dict[str, Array]:
-    """The kernels by path, in the precision of the moments, which must be theirs."""
+def _require_moments(params: Params, seen: Moments) -> None:
     moments.require_layers(params, seen, of_weights=True)
     moments.require_samples(seen)
+
+
+def _kernels(params: Params) -> dict[str, Array]:
+    """The kernels by path, in the precision of the moments."""
     kernels = networks.by_path(networks.kernels(params))
     return {path: jnp.asarray(kernel, capture.tap_dtype(kernel)) for path, kernel in kernels.items()}

@@ -12,7 +12,7 @@ from jaxtyping import Float, PRNGKeyArray
 from ecjax import capture, checks, devices, metrics, moments, networks, precision
 from ecjax.moments import Moments
 from ecjax.networks import Inputs, Network, Params
-from ecjax.score.scores import least
+from ecjax.score.scores import checked, least, of_each
 
 
 class NeuronScores(NamedTuple):
@@ -65,7 +65,7 @@ def neuron_elimination_compensation(
         NeuronScores: importance in squared units of the outputs, constants in units of the neurons' outputs.
 
     Raises:
-        ValueError: bad inputs, an unknown metric, or params that are not an MLP's.
+        ValueError: bad inputs, an unknown metric, params that are not an MLP's, or importances that overflow.
 
     Example:
         >>> scores = score.neuron_elimination_compensation(network, params, inputs, metric="fisher")
@@ -100,7 +100,7 @@ def neuron_elimination_compensation_from_moments(params: Params, seen: Moments) 
     moments.require_samples(seen)
     read_by = {own: seen.layers[following] for own, following in itertools.pairwise(paths)}
     importance = {path: layer.scatter / seen.samples for path, layer in read_by.items()}
-    return NeuronScores(importance, {path: layer.mean for path, layer in read_by.items()})
+    return checked(NeuronScores(importance, {path: layer.mean for path, layer in read_by.items()}))
 
 
 def neuron_elimination_compensation_by_definition(
@@ -132,7 +132,8 @@ def neuron_elimination_compensation_by_definition(
     metrics.require(metric)
     checks.require_biases(params)
     networks.layers(params)
-    return NeuronScores(*_all_neurons(network, params, devices.automatic(inputs), metric=metric))
+    inputs = devices.automatic(inputs)
+    return checked(NeuronScores(*_all_neurons(network, params, inputs, metric=metric)))
 
 
 @functools.partial(jax.jit, static_argnames=("network", "metric"))
@@ -151,12 +152,14 @@ def _all_neurons(network, params, inputs, *, metric):
             removed = jnp.zeros_like(kernel).at[neuron].set(-kernel[neuron])
 
             def remainder(constant):
-                _, discrepancy = jax.jvp(layer, (kernel, bias), (removed, constant * kernel[neuron]))
+                _, discrepancy = jax.jvp(
+                    layer, (kernel, bias), (removed, (constant * kernel[neuron]).astype(bias.dtype))
+                )
                 return metrics.squared_norm(metric, outputs, discrepancy).mean()
 
             return least(remainder, jnp.zeros((), capture.tap_dtype(kernel)))
 
-        importance[own], constant[own] = jax.lax.map(of_neuron, jnp.arange(kernel.shape[0]), batch_size=64)
+        importance[own], constant[own] = of_each(of_neuron, kernel, kernel.shape[0], at_once=64)
     return importance, constant
 
 
@@ -167,7 +170,7 @@ def neuron_norm(params: Params) -> NeuronScores:
         params: an MLP's.
 
     Raises:
-        ValueError: params that are not an MLP's.
+        ValueError: params that are not an MLP's, or that hold NaN or infinity.
 
     Example:
         >>> chain = {"first": {"kernel": jnp.array([[3.0], [4.0]])}, "second": {"kernel": jnp.ones((1, 2))}}
@@ -175,7 +178,13 @@ def neuron_norm(params: Params) -> NeuronScores:
         [5.0]
     """
     leaves, paths = networks.by_path(params), networks.layers(params)
-    return NeuronScores({path: jnp.linalg.norm(leaves[path], axis=0) for path in paths[:-1]})
+    return checked(NeuronScores({path: _column_norms(leaves[path]) for path in paths[:-1]}))
+
+
+def _column_norms(kernel: Float[Array, "in out"]) -> Float[Array, " out"]:
+    """The norm of each column, scaled by a power of two for the time of squaring: nothing over- or underflows."""
+    _, exponent = jnp.frexp(jnp.abs(kernel).max(0, initial=0))
+    return jnp.ldexp(jnp.linalg.norm(jnp.ldexp(kernel, -exponent), axis=0), exponent)
 
 
 def neuron_variance(network: Network, params: Params, inputs: Inputs) -> NeuronScores:
@@ -187,7 +196,7 @@ def neuron_variance(network: Network, params: Params, inputs: Inputs) -> NeuronS
         inputs: calibration inputs, samples along the first axis.
 
     Raises:
-        ValueError: bad inputs, or params that are not an MLP's.
+        ValueError: bad inputs, params that are not an MLP's, or variances that overflow.
 
     Example:
         >>> scores = score.neuron_variance(network, params, inputs)
@@ -196,7 +205,7 @@ def neuron_variance(network: Network, params: Params, inputs: Inputs) -> NeuronS
         True
     """
     checks.require_inputs(inputs)
-    return NeuronScores(*_variances(network, params, devices.automatic(inputs)))
+    return checked(NeuronScores(*_variances(network, params, devices.automatic(inputs))))
 
 
 @functools.partial(jax.jit, static_argnames="network")

@@ -8,7 +8,7 @@ from jax import lax
 
 from ecjax import capture, checks, devices, metrics, moments, networks, precision
 from ecjax.networks import Inputs, Network, Params
-from ecjax.score.scores import Scores, of_each_weight
+from ecjax.score.scores import Scores, checked, of_each_weight
 
 
 def nonlinear_elimination_compensation(
@@ -53,7 +53,7 @@ def nonlinear_elimination_compensation(
     inputs = devices.automatic(inputs)
     seen = moments.of_inputs(network, params, inputs, metric=metric)
     options = {"metric": metric, "steps": int(steps), "weights_at_once": int(weights_at_once)}
-    return _all_weights(network, params, inputs, seen, **options)
+    return checked(_all_weights(network, params, inputs, seen, **options))
 
 
 @functools.partial(jax.jit, static_argnames=("network", "metric", "steps", "weights_at_once"))

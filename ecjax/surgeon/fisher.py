@@ -87,7 +87,7 @@ def brain_surgeon_saliency(params: Params, gradients: Kernels, *, damping: float
         Scores without bias shifts, in units of the loss.
 
     Raises:
-        ValueError: gradients shaped unlike the params, or damping not above 0.
+        ValueError: gradients shaped unlike the params or not finite, or damping not above 0 or too small for them.
 
     Example:
         >>> scores = surgeon.brain_surgeon_saliency(params, gradients, damping=0.01)
@@ -98,7 +98,9 @@ def brain_surgeon_saliency(params: Params, gradients: Kernels, *, damping: float
     with jax.enable_x64(True):
         weights, rows = flatten_weights(params), flatten_gradients(gradients)
         saliency = _saliency(weights, rows, damping)
-    return Scores(unflatten_weights(params, saliency))
+    saliencies = unflatten_weights(params, saliency)
+    _require_solved(saliencies, "saliencies", damping)
+    return Scores(saliencies)
 
 
 def combinatorial_update(params: Params, masks: Kernels, gradients: Kernels, *, damping: float | int = 1e-5) -> Params:
@@ -117,7 +119,8 @@ def combinatorial_update(params: Params, masks: Kernels, gradients: Kernels, *, 
         damping: λ, above 0.
 
     Raises:
-        ValueError: masks or gradients shaped unlike the params, or damping not above 0.
+        ValueError: masks or gradients shaped unlike the params, gradients that are not finite, or damping that is not
+            above 0 or too small for them.
 
     Example:
         >>> moved = surgeon.combinatorial_update(params, pruned.masks, gradients, damping=0.01)
@@ -157,7 +160,17 @@ def _moved(params, masks, gradients, damping, update) -> Params:
     with jax.enable_x64(True):
         weights, rows = flatten_weights(params), flatten_gradients(gradients)
         moved = update(weights, flatten_masks(params, masks), rows, damping)
-    return networks.replace(params, networks.by_path(unflatten_weights(params, moved)))
+    kernels = unflatten_weights(params, moved)
+    _require_solved(kernels, "updated kernels", damping)
+    return networks.replace(params, networks.by_path(kernels))
+
+
+def _require_solved(kernels: Kernels, name: str, damping: float | int) -> None:
+    """Raises a ValueError unless all are finite; next to large gradients a small λ is lost to rounding."""
+    try:
+        checks.require_finite(kernels, name)
+    except ValueError as error:
+        raise ValueError(f"{error}; or raise the damping, {damping} may be too small for these gradients") from None
 
 
 def removal_cost(
@@ -183,7 +196,9 @@ def removal_cost(
     require_gradients(params, gradients, damping)
     removed = jnp.where(flatten_masks(params, masks), 0, flatten_weights(params))
     rows = flatten_gradients(gradients)
-    return quadratic(removed, rows @ removed, damping)
+    cost = quadratic(removed, rows @ removed, damping)
+    checks.require_finite(cost, "the cost of the removal")
+    return cost
 
 
 def quadratic(removed: Float[Array, " weights"], product: Float[Array, " samples"], damping) -> Float[Array, ""]:
@@ -225,13 +240,14 @@ def _independent_updates(weights, kept, rows, damping):
 
 
 def require_gradients(params: Params, gradients: Kernels, damping: float | int) -> None:
-    """Raises a ValueError unless the gradients fit the kernels, with a sample axis, and the damping is above 0."""
+    """Raises a ValueError unless the gradients are finite, one for each sample and weight, and the damping above 0."""
     expected = {path: kernel.shape for path, kernel in networks.by_path(networks.kernels(params)).items()}
     leaves = networks.by_path(gradients)
     counts = {leaf.shape[0] for leaf in leaves.values() if leaf.ndim}
     if {path: leaf.shape[1:] for path, leaf in leaves.items()} != expected or len(counts) != 1 or counts == {0}:
         given = {path: leaf.shape for path, leaf in leaves.items()}
         raise ValueError(f"gradients must be Kernels with a leading sample axis for {expected}, got {given}")
+    checks.require_finite(gradients, "gradients")
     if not damping > 0:
         raise ValueError(f"damping is {damping}; it must be above 0, or the Fisher can't be inverted")
 

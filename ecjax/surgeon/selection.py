@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
-from ecjax import checks
+from ecjax import checks, networks
 from ecjax.networks import Kernels, Params
 from ecjax.prune import smallest
 from ecjax.surgeon.fisher import (
@@ -81,12 +81,23 @@ def combinatorial_selection(
     for value, name in ((draws, "draws"), (window, "window")):
         checks.require_positive(value, name)
     weights, rows = flatten_weights(params), flatten_gradients(gradients)
+    checks.require_finite(_most(weights, rows, damping), "the cost of removing all weights")
     count = round(float(sparsity) * weights.size)
+    if weights.size == 0:
+        return jax.tree.map(lambda kernel: jnp.ones(kernel.shape, bool), networks.kernels(params))
     removed = _start(params, weights, rows, start, key, count=count, draws=draws, damping=damping)
     removed = _search(
         weights, rows, removed, count, damping, threshold, patience, passes, window=min(int(window), weights.size)
     )
     return unflatten_weights(params, ~removed)
+
+
+@jax.jit
+def _most(weights, rows, damping):
+    """More than any number of the search, signs and cancellation left aside; it overflows before they do."""
+    curvature = jnp.mean(rows**2, 0) + damping
+    largest = 2 * jnp.abs(weights)
+    return quadratic(largest, jnp.abs(rows) @ largest, damping) + jnp.sum(curvature)
 
 
 def _start(params, weights, rows, start, key, *, count, draws, damping) -> Bool[Array, " weights"]:

@@ -6,8 +6,6 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -69,35 +67,30 @@ def reachable(url: str, seconds: float) -> bool:
 def read_prepared(builder) -> dict[str, np.ndarray]:
     """The four arrays of a prepared builder, by the names in its FILES.
 
-    Reading 70,000 records one by one takes seconds, so what was read is kept beside them as one npz file. Either way
-    the arrays are checked against the sha256 of the original files.
+    Reading 70,000 records one by one takes seconds, so what was read is kept beside them, as the original idx files.
+    Either way the arrays are checked against the sha256 of these.
 
     Raises:
         ValueError: the records are not what the original files hold; the message names the folder to delete.
     """
     records = Path(builder.data_path)
-    kept = records / "arrays.npz"
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-        return _checked(dict(np.load(kept, allow_pickle=False)), kept, builder.FILES)
+    with contextlib.suppress(OSError, ValueError):
+        return {part: idx.read(records / file.name, file) for part, file in builder.FILES.items()}
     arrays = {}
     for split in ("train", "test"):
         examples = list(builder.as_data_source(split=split))
         arrays[f"{split}_images"] = np.stack([example["image"] for example in examples])
         arrays[f"{split}_labels"] = np.array([example["label"] for example in examples], np.uint8)
-    _checked(arrays, records, builder.FILES)
-    _save_atomically(kept, arrays)
+    for part, file in builder.FILES.items():
+        start, content = idx.header(arrays[part].shape), arrays[part].tobytes()
+        idx.check(content, start, records, file)
+        _save_atomically(records / file.name, start + content)
     return arrays
 
 
-def _checked(arrays: dict[str, np.ndarray], path: Path, files: dict[str, idx.IdxFile]) -> dict[str, np.ndarray]:
-    for part, file in files.items():
-        idx.check(arrays[part].tobytes(), idx.header(arrays[part].shape), path, file)
-    return arrays
-
-
-def _save_atomically(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes an npz file that is either whole or not there; a folder that can't be written to costs only time."""
+def _save_atomically(path: Path, content: bytes) -> None:
+    """Writes a file that is either whole or not there; a folder that can't be written to costs only time."""
     with contextlib.suppress(OSError):
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as stream:
-            np.savez(stream, **arrays)
+            stream.write(content)
         os.replace(stream.name, path)
