@@ -101,6 +101,8 @@ def test_unread_inputs_are_reported_and_dropped_on_request():
 def test_layers_are_counted_not_spelt():
     example = examples.mlp(widths=(4,) * 11 + (2,))
     assert networks.layers(example.params)[-2:] == ["Dense_10/kernel", "Dense_11/kernel"]
+    with pytest.raises(ValueError, match="kernels and biases alone: they hold LayerNorm_0/bias"):
+        compact.compact(examples.residual().params, nn.relu)
     with pytest.raises(ValueError, match="not the params of an MLP, each layer reading the one before"):
         networks.layers({"a": {"kernel": jnp.zeros((3, 4))}, "b": {"kernel": jnp.zeros((5, 2))}})
     with pytest.raises(ValueError, match="not the params of an MLP"):

@@ -50,7 +50,8 @@ def layers(params: Params) -> list[str]:
     """The paths of an MLP's kernels, from the inputs to the outputs.
 
     Raises:
-        ValueError: params that are no chain of layers: a kernel whose inputs are not the neurons of the one before.
+        ValueError: params that are no chain of layers: a kernel whose inputs are not the neurons of the one before, or
+            a leaf that is neither a kernel nor the bias next to one.
 
     Example:
         >>> networks.layers(params)
