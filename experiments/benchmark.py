@@ -431,13 +431,14 @@ def _figure(frame: pd.DataFrame, ranking: pd.DataFrame, path: Path) -> None:
     shown = [axis for axis in AXES if (frame["axis"] == axis).any()]
     canvas, axes = plt.subplots(2, 3, figsize=(15, 9), layout="constrained")
     methods = list(dict.fromkeys(frame.loc[frame["axis"] != "pruning", "method"]))
-    colours = dict(zip(methods, plt.get_cmap("tab10").colors, strict=False))
+    colours = dict(zip(methods, plt.get_cmap("tab20").colors, strict=False))
     for panel, axis in zip(axes.ravel(), shown, strict=False):
         _draw(panel, ratios[ratios["axis"] == axis], "seconds in gradient passes", colours)
         panel.set(xlabel=AXES[axis], ylabel="time in gradient passes", title=f"against the {AXES[axis]}")
+        panel.set_xscale("linear" if axis == "depth" else "log")
     memory = frame[(frame["axis"] == "samples") & ~frame["method"].isin([JACOBIANS, DEFINITION])]
     _draw(axes[1, 1], memory.assign(megabytes=memory["compiler_bytes"] / 1e6), "megabytes", colours)
-    axes[1, 1].set(xlabel="samples", ylabel="memory by XLA (MB)", title="memory of one call, data aside")
+    axes[1, 1].set(xscale="log", xlabel="samples", ylabel="memory by XLA (MB)", title="memory of one call, data aside")
     for name, chosen in ranking.groupby("network", sort=False):
         axes[1, 2].plot(chosen["probes"], chosen["spearman"], "o-", label=f"{name}: Spearman")
         axes[1, 2].plot(chosen["probes"], chosen["overlap"], "s--", label=f"{name}: same weights kept at 0.9")
@@ -446,8 +447,9 @@ def _figure(frame: pd.DataFrame, ranking: pd.DataFrame, path: Path) -> None:
         axes[1, 2].legend(fontsize="small")
     for panel in axes.ravel():
         panel.grid(which="both", alpha=0.2)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    canvas.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    timed = axes.ravel()[: len(shown)]
+    named = {name: line for panel in timed for line, name in zip(*panel.get_legend_handles_labels(), strict=True)}
+    canvas.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, frameon=False)
     canvas.savefig(path, dpi=110)
     plt.close(canvas)
 
@@ -462,7 +464,7 @@ def _draw(panel, frame: pd.DataFrame, column: str, colours: dict) -> None:
             color=colours[method],
             label=f"{method} (part of the samples)" if scaled else method,
         )
-    panel.set(xscale="log", yscale="log")
+    panel.set_yscale("log")
 
 
 if __name__ == "__main__":
