@@ -82,7 +82,8 @@ class Case(NamedTuple):
 def main(config: Config) -> None:
     """Runs the benchmark from networks to figure."""
     counts = ("base_samples", "stages", "gradients", "rounds")
-    report.require_flags(config, fractions=(), counts=counts)
+    lists = ("widths", "depths", "samples", "outputs", "probes")
+    report.require_flags(config, fractions=(), counts=counts, distinct=lists)
     if config.quick:
         small = {"widths": (100,), "depths": (), "samples": (5000,), "outputs": (), "probes": (1,)}
         config = replace(config, base_samples=2000, stages=2, gradients=50, rounds=5, seconds=0.3, **small)
