@@ -6,32 +6,24 @@ brain surgeons. Then, for networks of 1,000 outputs, how well a few probes rank 
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
-import numpy as np
 import optax
 import pandas as pd
 from jax import Array, lax
 from rich.progress import Progress, TaskID
-from rich.table import Table
 
-from ecjax import networks, prune, score, surgeon, train
+from ecjax import networks, prune, score, surgeon
 from ecjax.networks import Network, Params
-from experiments import cost, report, runs
+from experiments import benchmark_report, cost, probes, report, runs
+from experiments.benchmark_report import DEFINITION, GRADIENT, JACOBIANS
 from experiments.cost import Candidate, Cost
-from experiments.datasets import diffusion_sorption
-from experiments.rows import Rows
 
-GRADIENT, EC = "gradient pass", "EC"
-JACOBIANS, DEFINITION = "per-sample Jacobians", "EC by definition"
-AXES = {"width": "width of the layers", "depth": "layers", "samples": "samples", "outputs": "outputs K"}
-RANKING = ["network", "probes", "spearman", "overlap"]
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
 
@@ -95,12 +87,12 @@ def main(config: Config) -> None:
             if not rows.has(axis=case.axis, value=case.value):
                 rows.add(_measured(case, config, describe))
             bar.update(step, completed=rows.count())
-        frame, ranking = rows.frame(), pd.DataFrame(columns=RANKING)
+        frame, ranking = rows.frame(), pd.DataFrame(columns=probes.COLUMNS)
         if config.probes:
-            ranking = _ranking(config, describe)
-    _figure(frame, ranking, config.output / "benchmark.png")
+            ranking = probes.ranking(config.output / "probes.csv", config.probes, _of_many_outputs(config), describe)
+    benchmark_report.figure(frame, ranking, config.output / "benchmark.png")
     console = report.console()
-    for table in (*_tables(frame), _ranking_table(ranking)):
+    for table in (*benchmark_report.tables(frame), probes.table(ranking)):
         console.print(table)
     console.print(f"results.csv, probes.csv, config.json and benchmark.png are in {config.output}/")
 
@@ -126,7 +118,7 @@ def _methods(case: Case, config: Config) -> list[str]:
     if case.axis == "pruning":
         return [GRADIENT, *_pruning_methods(config)]
     slow = {JACOBIANS: _has_jacobians(case), DEFINITION: _has_definition(case)}
-    fast = ["forward pass", GRADIENT, "optimal brain damage", EC, "EC (Fisher)", *_probed(case, config)]
+    fast = ["forward pass", GRADIENT, "optimal brain damage", "EC", "EC (Fisher)", *_probed(case, config)]
     return fast + [name for name, bearable in slow.items() if bearable]
 
 
@@ -189,12 +181,12 @@ def scoring(case: Case, config: Config) -> dict[str, Candidate]:
         "forward pass": Candidate(jax.jit(network), given, cost.forward_pass(case.widths, case.samples)),
         GRADIENT: gradient_pass(case.widths, case.samples),
         "optimal brain damage": Candidate(functools.partial(score.optimal_brain_damage, network), given, exact),
-        EC: Candidate(criterion, given, exact),
+        "EC": Candidate(criterion, given, exact),
         "EC (Fisher)": Candidate(functools.partial(criterion, metric="fisher"), given, exact),
     }
-    for name, probes in _probed(case, config).items():
-        call = functools.partial(criterion, probes=probes, key=jax.random.key(3))
-        found[name] = Candidate(call, given, cost.moments(case.widths, case.samples, probes))
+    for name, number in _probed(case, config).items():
+        call = functools.partial(criterion, probes=number, key=jax.random.key(3))
+        found[name] = Candidate(call, given, cost.moments(case.widths, case.samples, number))
     if _has_jacobians(case):
         found[JACOBIANS] = _jacobians(case, network, params, inputs)
     if _has_definition(case):
@@ -205,7 +197,7 @@ def scoring(case: Case, config: Config) -> dict[str, Candidate]:
 def _probed(case: Case, config: Config) -> dict[str, int]:
     """How many probes are timed, by name: one, and where K is large all numbers."""
     numbers = config.probes if case.widths[-1] >= 1000 else (1,)
-    return {f"EC, {probes} probe{'s' * (probes > 1)}": probes for probes in numbers}
+    return {f"EC, {number} probe{'s' * (number > 1)}": number for number in numbers}
 
 
 def _has_jacobians(case: Case) -> bool:
@@ -231,6 +223,16 @@ def _definition(case: Case, network: Network, params: Params, inputs: Array) -> 
     few = min(case.samples, max(int(1e10 // cost.weights(case.widths) ** 2), 1))
     call = functools.partial(score.elimination_compensation_by_definition, network)
     return Candidate(call, (params, inputs[:few]), cost.definition(case.widths, few), case.samples / few)
+
+
+def _of_many_outputs(config: Config) -> dict[str, Callable[[], probes.Given]]:
+    """Two networks of 1,000 outputs: an untrained one, whose outputs have little in common, and a surrogate."""
+    learnt = {"concentrations": 4, "epochs": 20} if config.quick else {"concentrations": 16, "epochs": 200}
+    samples = min(config.base_samples, 2048)
+    return {
+        "fresh, random inputs": lambda: probes.Given(*problem((*config.base[:-1], 1000), samples)[:3]),
+        "surrogate, trained": functools.partial(probes.surrogate, **learnt),
+    }
 
 
 def jacobian_scores(network: Network, params: Params, inputs: Array, *, at_once: int) -> score.Scores:
@@ -306,166 +308,6 @@ def _pruning_methods(config: Config) -> list[str]:
     staged = [f"EC, {config.stages} stages{f', {repair}' if repair else ''}" for repair in prune.REPAIRS]
     surgeons = [f"{name}, {config.gradients} gradients" for name in ("WoodFisher", "CBS-S + CBS-U")]
     return ["EC, one shot", *staged, *surgeons]
-
-
-def _ranking(config: Config, describe: Callable[[str], None]) -> pd.DataFrame:
-    """How well probes rank the weights of networks of 1,000 outputs: mean of three keys."""
-    names = "fresh, random inputs", "surrogate, trained"
-    plan = [[{"network": name, "probes": probes} for probes in config.probes] for name in names]
-    rows = Rows(config.output / "probes.csv", plan, {"spearman": float, "overlap": float})
-    for name, make in zip(names, (_fresh, _surrogate), strict=True):
-        if not rows.has(network=name):
-            describe(f"probes: {name}")
-            rows.add([keys | found for keys, found in zip(*_compared(name, *make(config), config), strict=True)])
-    return rows.frame()
-
-
-def _compared(name: str, network: Network, params: Params, inputs: Array, config: Config) -> tuple[list, list]:
-    """For each number of probes its key, and how its ranking agrees with the exact one."""
-    exact = score.elimination_compensation(network, params, inputs)
-    keys, found = [], []
-    for probes in config.probes:
-        drawn = [
-            score.elimination_compensation(network, params, inputs, probes=probes, key=jax.random.key(seed))
-            for seed in range(3)
-        ]
-        ranks, kept = zip(*(agreement(params, exact, scores) for scores in drawn), strict=True)
-        keys.append({"network": name, "probes": probes})
-        found.append({"spearman": float(np.mean(ranks)), "overlap": float(np.mean(kept))})
-    return keys, found
-
-
-def agreement(params: Params, exact: score.Scores, found: score.Scores) -> tuple[float, float]:
-    """Spearman's rank correlation of two importances, and the share of the weights kept at 0.9 that both keep."""
-    importances, kept = (
-        [np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in trees]
-        for trees in (
-            (exact.importance, found.importance),
-            tuple(prune.one_shot(params, scores, 0.9).masks for scores in (exact, found)),
-        )
-    )
-    ranks = pd.Series(importances[0]).corr(pd.Series(importances[1]), method="spearman")
-    return float(ranks), float((kept[0] & kept[1]).sum() / kept[0].sum())
-
-
-def _fresh(config: Config) -> tuple[Network, Params, Array]:
-    """An untrained network of 1,000 outputs, which have little in common."""
-    return problem((*config.base[:-1], 1000), min(config.base_samples, 2048))[:3]
-
-
-def _surrogate(config: Config) -> tuple[Network, Params, Array]:
-    """A network that has learnt the concentration at 1,000 times."""
-    inputs, histories = _histories(places=64, concentrations=4 if config.quick else 16, times=1000)
-    mlp = networks.MLP((64, 64, 1000), jnp.tanh)
-    network = networks.pure(mlp)
-    params = mlp.init(jax.random.key(0), inputs[:1])["params"]
-    fit = {"loss": optax.squared_error, "optimizer": optax.adam(1e-3), "key": jax.random.key(1), "batch_size": 64}
-    trained = train.fit(network, params, inputs, histories, epochs=20 if config.quick else 200, **fit).params
-    return network, trained, jnp.asarray(inputs)
-
-
-def _histories(*, places: int, concentrations: int, times: int) -> tuple[np.ndarray, np.ndarray]:
-    """From (place, first concentration) to the concentration there at every time: diffusion-sorption."""
-    instants = np.linspace(0, diffusion_sorption.LAST_TIME, times + 1)[1:]
-    first = np.linspace(0, 0.2, concentrations)
-    solutions = [diffusion_sorption.solve(cells=places, times=instants, initial_concentration=u) for u in first]
-    x = (np.arange(places) + 0.5) / places
-    inputs = np.stack([np.tile(x, concentrations), np.repeat(first / 0.2, places)], -1)
-    return inputs.astype(np.float32), np.concatenate([np.asarray(u).T for u in solutions]).astype(np.float32)
-
-
-def _ratios(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with times and multiply-adds also in gradient passes of the same case."""
-    of_gradient = frame[frame["method"] == GRADIENT].set_index(["axis", "value"])
-    index = pd.MultiIndex.from_frame(frame[["axis", "value"]])
-    passes = {
-        f"{column} in gradient passes": frame[column].to_numpy() / of_gradient[column].reindex(index).to_numpy()
-        for column in ("seconds", "multiply_adds")
-    }
-    return frame.assign(**passes)
-
-
-def _tables(frame: pd.DataFrame) -> Iterator[Table]:
-    device = jax.devices()[0].device_kind
-    for (axis, value), chosen in _ratios(frame).groupby(["axis", "value"], sort=False):
-        layers, samples = chosen.iloc[0][["layers", "samples"]]
-        what = "pruning to 0.9" if axis == "pruning" else f"{axis} {value:,}"
-        table = Table(title=f"{what}: MLP {layers}, {samples:,} samples, {device}")
-        table.add_column("one call", min_width=32)
-        for column in (
-            "median (ms)",
-            "gradient passes",
-            "multiply-adds\nin gradient passes",
-            "XLA (MB)",
-            "process (MB)",
-        ):
-            table.add_column(column, justify="right")
-        for row in chosen.to_dict("records"):
-            table.add_row(
-                row["method"],
-                f"{1000 * row['seconds']:,.1f}",
-                f"{row['seconds in gradient passes']:,.2f}",
-                _number(row["multiply_adds in gradient passes"], 1),
-                *(_number(row[column], 1e6) for column in ("compiler_bytes", "process_bytes")),
-            )
-        yield table
-
-
-def _number(value: float | None, unit: float) -> str:
-    if value is None or np.isnan(value):
-        return ""
-    return f"{value / unit:,.2f}" if unit == 1 else f"{value / unit:,.0f}"
-
-
-def _ranking_table(ranking: pd.DataFrame) -> Table:
-    table = Table(title="probes against the exact ranking, networks of 1,000 outputs, mean of three keys")
-    for column in RANKING:
-        table.add_column(column, justify="right")
-    for row in ranking.itertuples(index=False):
-        table.add_row(row.network, str(row.probes), f"{row.spearman:.4f}", f"{row.overlap:.3f}")
-    return table
-
-
-def _figure(frame: pd.DataFrame, ranking: pd.DataFrame, path: Path) -> None:
-    """Times in gradient passes along each axis, memory against samples, and what probes are worth."""
-    ratios = _ratios(frame)
-    shown = [axis for axis in AXES if (frame["axis"] == axis).any()]
-    canvas, axes = plt.subplots(2, 3, figsize=(15, 9), layout="constrained")
-    methods = list(dict.fromkeys(frame.loc[frame["axis"] != "pruning", "method"]))
-    colours = dict(zip(methods, plt.get_cmap("tab20").colors, strict=False))
-    for panel, axis in zip(axes.ravel(), shown, strict=False):
-        _draw(panel, ratios[ratios["axis"] == axis], "seconds in gradient passes", colours)
-        panel.set(xlabel=AXES[axis], ylabel="time in gradient passes", title=f"against the {AXES[axis]}")
-        panel.set_xscale("linear" if axis == "depth" else "log")
-    memory = frame[(frame["axis"] == "samples") & ~frame["method"].isin([JACOBIANS, DEFINITION])]
-    _draw(axes[1, 1], memory.assign(megabytes=memory["compiler_bytes"] / 1e6), "megabytes", colours)
-    axes[1, 1].set(xscale="log", xlabel="samples", ylabel="memory by XLA (MB)", title="memory of one call, data aside")
-    for name, chosen in ranking.groupby("network", sort=False):
-        axes[1, 2].plot(chosen["probes"], chosen["spearman"], "o-", label=f"{name}: Spearman")
-        axes[1, 2].plot(chosen["probes"], chosen["overlap"], "s--", label=f"{name}: same weights kept at 0.9")
-    axes[1, 2].set(xscale="log", xlabel="probes", ylabel="agreement", title="probes against exact, K = 1,000")
-    if len(ranking):
-        axes[1, 2].legend(fontsize="small")
-    for panel in axes.ravel():
-        panel.grid(which="both", alpha=0.2)
-    timed = axes.ravel()[: len(shown)]
-    named = {name: line for panel in timed for line, name in zip(*panel.get_legend_handles_labels(), strict=True)}
-    canvas.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, frameon=False)
-    canvas.savefig(path, dpi=110)
-    plt.close(canvas)
-
-
-def _draw(panel, frame: pd.DataFrame, column: str, colours: dict) -> None:
-    for method, chosen in frame.groupby("method", sort=False):
-        scaled = method in (JACOBIANS, DEFINITION)
-        panel.plot(
-            chosen["value"],
-            chosen[column],
-            "s:" if scaled else "o-",
-            color=colours[method],
-            label=f"{method} (part of the samples)" if scaled else method,
-        )
-    panel.set_yscale("log")
 
 
 if __name__ == "__main__":

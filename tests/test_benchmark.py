@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from ecjax import moments, networks, score
-from experiments import benchmark, cost
+from experiments import benchmark, cost, probes
 from tests import examples
 
 WIDTHS = (40, 30, 20, 7)
@@ -84,12 +84,12 @@ def test_every_case_is_in_the_results(tmp_path, capsys):
 def test_agreement_is_one_with_itself_and_nothing_with_chance():
     example = examples.mlp((200, 100), features=20)
     exact = score.elimination_compensation(*example)
-    assert benchmark.agreement(example.params, exact, exact) == (pytest.approx(1), 1)
-    ranks, kept = benchmark.agreement(example.params, exact, score.random(example.params, jax.random.key(0)))
+    assert probes.agreement(example.params, exact, exact) == (pytest.approx(1), 1)
+    ranks, kept = probes.agreement(example.params, exact, score.random(example.params, jax.random.key(0)))
     assert abs(ranks) < 0.05
     assert kept == pytest.approx(0.1, abs=0.03)
     few = score.elimination_compensation(*example, probes=4, key=jax.random.key(1))
-    assert 0.9 < benchmark.agreement(example.params, exact, few)[0] < 1
+    assert 0.9 < probes.agreement(example.params, exact, few)[0] < 1
 
 
 def test_fifty_million_weights_fit_in_six_gigabytes():

@@ -119,7 +119,7 @@ def test_no_samples_travel_in_what_is_compiled():
     network = example().network
     assert batches.blocks(inputs) == 8
     options = {"metric": "fisher", "probes": None, "biased": True, "batch_size": 16, "blocks": 8}
-    of_moments = moments._scan.lower(moments.start(params), network, params, inputs, None, None, **options)
+    of_moments = moments.stream._scan.lower(moments.start(params), network, params, inputs, None, None, **options)
     problem = gauss_newton.Problem(network, "fisher", 1.0, 8, 2, 16, 128)
     start = gauss_newton.start(params, 0.01)
     rows = devices.shard_samples(jnp.log(jax.nn.one_hot(labels(), 4)), mesh(1))
@@ -129,7 +129,7 @@ def test_no_samples_travel_in_what_is_compiled():
         assert "all-reduce" in compiled.as_text()  # the sums over devices
         assert gathered(compiled) == []
     # The same without what is known of the devices does gather: the test sees what it looks for.
-    blind = moments._scan.lower(
+    blind = moments.stream._scan.lower(
         moments.start(params), network, params, inputs, None, None, **options | {"blocks": 1}
     ).compile()
     assert (1, SAMPLES, FEATURES) in gathered(blind)

@@ -1,0 +1,119 @@
+"""The moments of one batch, inside a compiled function."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, PRNGKeyArray
+
+from ecjax import capture, metrics
+from ecjax.moments.additive import InputMoments, LayerMoments, Moments, divide, reading_neurons
+from ecjax.networks import Inputs, Network, Params
+
+# Backward passes per loop iteration: enough to fuse their sums, few enough to compile fast when K is 1,000.
+_UNROLLED_ROWS = 10
+
+
+def of_batch(
+    network: Network,
+    params: Params,
+    inputs: Inputs,
+    counted: Bool[Array, " samples"],
+    *,
+    metric: str,
+    probes: int | None,
+    key: PRNGKeyArray | None,
+    biased: bool,
+    of_weights: bool = True,
+) -> Moments:
+    """The moments of one batch.
+
+    Args:
+        network: pure function ``(params, inputs) -> outputs``.
+        params: its parameters.
+        inputs: one batch of samples.
+        counted: which samples of the batch count; the others weigh nothing.
+        metric: "euclidean" or "fisher".
+        probes: number of random combinations of the metric's rows, or None for all K rows.
+        key: for the probes.
+        biased: whether every kernel must have an adjacent bias.
+        of_weights: for each weight, or for each input of a layer.
+
+    Example:
+        >>> options = {"metric": "fisher", "probes": None, "key": None, "biased": True}
+        >>> of_batch = jax.jit(lambda counted: moments.of_batch(network, params, inputs, counted, **options))
+        >>> float(of_batch(jnp.arange(200) < 150).samples)
+        150.0
+    """
+    outputs, backward, layer_inputs = jax.vjp(
+        lambda taps: capture.tapped(network, params, inputs, taps, biased=biased),
+        capture.zero_taps(params, inputs.shape[0]),
+        has_aux=True,
+    )
+    kernels = None if of_weights else reading_neurons(params)
+    sensitivities = _sensitivities(outputs, backward, kernels, metric=metric, probes=probes, key=key)
+    of_layer = _layer_moments if of_weights else _input_moments
+    layers = {path: of_layer(layer_inputs[path], s, counted) for path, s in sensitivities.items()}
+    return Moments(counted.sum(dtype=jnp.zeros(()).dtype), layers)
+
+
+def _sensitivities(outputs, backward, kernels, *, metric, probes, key) -> dict[str, Float[Array, "samples _"]]:
+    """``S_ni = Σ_k g_nki²`` of every layer, one backward pass a row of the metric, or a probe.
+
+    With kernels, ``T_nj = Σ_k (Σ_i g_nki W_ji)²`` instead: the sensitivity to the layer's inputs.
+    """
+    count = outputs.shape[-1]
+    combine = metrics.transposed_factor(metric, outputs)
+
+    def row(index):
+        return jnp.broadcast_to(jax.nn.one_hot(index, count, dtype=outputs.dtype), outputs.shape)
+
+    def probe(index):
+        return jax.random.rademacher(jax.random.fold_in(key, index), outputs.shape, outputs.dtype)
+
+    def slopes(cotangents):
+        (gradients,) = backward(cotangents)
+        if kernels is None:
+            return gradients
+        return {path: gradients[path] @ kernel.T for path, kernel in kernels.items()}
+
+    def add_squares(total, index):
+        coefficients = row(index) if probes is None else probe(index)
+        gradients = slopes(combine(coefficients))
+        return jax.tree.map(lambda s, g: s + g**2, total, gradients), None
+
+    passes = count if probes is None else probes
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(slopes, outputs))
+    total, _ = lax.scan(add_squares, zeros, jnp.arange(passes), unroll=min(passes, _UNROLLED_ROWS) or 1)
+    return total if probes is None else jax.tree.map(lambda s: s / probes, total)
+
+
+def _layer_moments(layer_inputs: Array, sensitivities: Array, counted: Array) -> LayerMoments:
+    """The moments of one layer on one batch.
+
+    A weighted variance does not change when ``a`` is shifted, and the difference of raw moments cancels least around
+    the mean, so the batch is centred on its plain mean first. That the mean may be a little off does not matter.
+    """
+    weights = jnp.where(counted[:, None], sensitivities, 0)
+    raw = layer_inputs.astype(weights.dtype)
+    centre = raw.mean(0)
+    centred = raw - centre
+    total = weights.sum(0)
+    first, second = centred.T @ weights, (centred**2).T @ weights
+    offset = divide(first, total)
+    return LayerMoments(
+        sensitivity=total,
+        mean=jnp.where(total > 0, centre[:, None] + offset, 0),
+        scatter=jnp.maximum(second - offset * first, 0),
+    )
+
+
+def _input_moments(layer_inputs: Array, sensitivities: Array, counted: Array) -> InputMoments:
+    """The same of one layer's inputs alone: each with its own sensitivity, entry by entry."""
+    weights = jnp.where(counted[:, None], sensitivities, 0)
+    raw = layer_inputs.astype(weights.dtype)
+    total = weights.sum(0)
+    centre = raw.mean(0)
+    mean = centre + divide(((raw - centre) * weights).sum(0), total)
+    return InputMoments(
+        sensitivity=total, mean=jnp.where(total > 0, mean, 0), scatter=((raw - mean) ** 2 * weights).sum(0)
+    )

@@ -1,0 +1,169 @@
+"""The moments of many samples, batch after batch: of one array, or of batches that come one after another."""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Num, PRNGKeyArray
+
+from ecjax import batches, checks, devices, metrics, precision
+from ecjax.moments import additive
+from ecjax.moments.additive import Moments, merge, require_layers, require_samples, start
+from ecjax.moments.batch import of_batch
+from ecjax.networks import Inputs, Network, Params
+
+
+def of_inputs(
+    network: Network,
+    params: Params,
+    inputs: Inputs,
+    *,
+    metric: str = "euclidean",
+    probes: int | None = None,
+    key: PRNGKeyArray | None = None,
+    batch_size: int = 1024,
+    biased: bool = True,
+    of_weights: bool = True,
+) -> Moments:
+    """The moments of all samples, batch after batch inside one compiled call.
+
+    Args:
+        network: pure function ``(params, inputs) -> outputs``; compiled once for each.
+        params: its parameters.
+        inputs: calibration inputs, samples along the first axis; on one device, or spread evenly over several
+            (``devices``): each then works on its own samples.
+        metric: "euclidean" for ``Σ_k g_k²`` on raw outputs, "fisher" for the softmax Fisher of logits.
+        probes: None for all K rows of the metric, or how many random ±1 combinations of them to draw for each sample
+            (Hutchinson's estimator: the sensitivities stay unbiased).
+        key: random key, needed with ``probes``.
+        batch_size: samples at a time, on each device; it bounds the memory.
+        biased: whether every kernel must have an adjacent bias.
+        of_weights: for each weight (``LayerMoments``), or for each input of a layer (``InputMoments``).
+
+    Raises:
+        ValueError: no inputs, inputs that hold NaN or infinity, an unknown metric, probes without a key, or a network
+            whose dense layers can't be found (see ``capture.tapped``).
+
+    Example:
+        >>> seen = moments.of_inputs(network, params, inputs, metric="fisher")
+        >>> importance = params["Dense_0"]["kernel"] ** 2 * seen.layers["Dense_0/kernel"].scatter / seen.samples
+        >>> bool(jnp.allclose(importance, scores.importance["Dense_0"]["kernel"]))
+        True
+    """
+    _require(inputs, metric, probes, key, batch_size)
+    options = {"metric": metric, "probes": probes, "biased": biased, "batch_size": int(batch_size)}
+    inputs, nothing = devices.automatic(inputs), start(params, of_weights=of_weights)
+    return _scan(nothing, network, params, inputs, None, key, blocks=batches.blocks(inputs), **options)
+
+
+def update(
+    seen: Moments,
+    network: Network,
+    params: Params,
+    inputs: Inputs,
+    *,
+    metric: str = "euclidean",
+    probes: int | None = None,
+    key: PRNGKeyArray | None = None,
+    batch_size: int = 1024,
+    biased: bool = True,
+) -> Moments:
+    """The moments of the samples seen so far and of these together.
+
+    Samples on one device are filled up to a usual number, so that parts of many sizes share a few compiled functions.
+
+    Args:
+        seen: of ``start``, or of earlier samples with the same params and metric.
+        network: pure function ``(params, inputs) -> outputs``.
+        params: its parameters.
+        inputs: more calibration inputs, as many as there are.
+        metric: "euclidean" or "fisher".
+        probes: None, or how many random combinations of the K rows of the metric.
+        key: random key, needed with ``probes``; may be the same each time, as the number of samples seen enters what is
+            drawn. Machines whose moments are to be merged need one each.
+        batch_size: samples at a time, on each device.
+        biased: whether every kernel must have an adjacent bias.
+
+    Raises:
+        ValueError: as ``of_inputs``, or moments of a network with other layers.
+
+    Example:
+        >>> seen = moments.update(moments.start(params), network, params, inputs[:150])
+        >>> seen = moments.update(seen, network, params, inputs[150:])
+        >>> float(seen.samples)
+        200.0
+    """
+    _require(inputs, metric, probes, key, batch_size)
+    require_layers(params, seen, of_weights=additive.of_weights(seen))
+    options = {"metric": metric, "probes": probes, "biased": biased, "batch_size": int(batch_size)}
+    inputs = devices.automatic(inputs)
+    blocks, samples = batches.blocks(inputs), None
+    if blocks == 1:
+        samples, inputs = jnp.int32(inputs.shape[0]), batches.filled_up(inputs, int(batch_size))
+    return _scan(seen, network, params, inputs, samples, key, blocks=blocks, **options)
+
+
+def of_batches(
+    network: Network,
+    params: Params,
+    batches: Iterable[Num[Array | np.ndarray, "..."]],
+    *,
+    of_weights: bool = True,
+    **options: Any,
+) -> Moments:
+    """The moments of all samples of an iterator, a generator or a list of batches; of one batch in memory at a time.
+
+    Args:
+        network: pure function ``(params, inputs) -> outputs``.
+        params: its parameters.
+        batches: NumPy or JAX arrays of any numbers of samples, such as
+            ``(batch["image"] for batch in loader)``.
+        of_weights: for each weight, or for each input of a layer.
+        **options: of ``update``.
+
+    Raises:
+        ValueError: as ``update``, or not a single batch.
+
+    Example:
+        >>> seen = moments.of_batches(network, params, np.split(inputs, 4), metric="fisher")
+        >>> streamed = score.elimination_compensation_from_moments(params, seen)
+        >>> bool(jnp.allclose(streamed.importance["Dense_0"]["kernel"], scores.importance["Dense_0"]["kernel"]))
+        True
+    """
+    seen = start(params, of_weights=of_weights)
+    for batch in batches:
+        seen = update(seen, network, params, batch, **options)
+    require_samples(seen)
+    return seen
+
+
+def _require(inputs, metric: str, probes: int | None, key: PRNGKeyArray | None, batch_size: int) -> None:
+    checks.require_inputs(inputs)
+    metrics.require(metric)
+    checks.require_positive(batch_size, "batch_size")
+    if probes is not None:
+        checks.require_positive(probes, "probes")
+        if key is None:
+            raise ValueError(f"probes={probes} draws random signs: give it a key, such as jax.random.key(0)")
+
+
+@functools.partial(jax.jit, static_argnames=("network", "metric", "probes", "batch_size", "blocks", "biased"))
+@precision.in_full
+def _scan(seen, network, params, inputs, samples, key, *, batch_size, blocks, **options) -> Moments:
+    """Adds batch after batch; where ``samples`` are given, only so many of the inputs count."""
+    key = jax.random.key(0) if key is None else key  # without probes nothing is drawn
+
+    def add(total, index):
+        batch, counted = batches.take(inputs, index, batch_size, blocks)
+        if samples is not None:
+            counted &= index * counted.size + jnp.arange(counted.size) < samples
+        drawn = jax.random.fold_in(key, total.samples.astype(jnp.uint32))
+        of_these = of_batch(network, params, batch, counted, key=drawn, of_weights=additive.of_weights(seen), **options)
+        return merge(total, of_these), None
+
+    total, _ = lax.scan(add, seen, jnp.arange(batches.count(inputs.shape[0], batch_size, blocks)))
+    return total
