@@ -57,7 +57,7 @@ class Config:
     seconds: float = 5.0
     """A candidate that has run for so long in all is not run again."""
     quick: bool = False
-    """Three networks, few samples, two stages: under a minute."""
+    """Three networks, few samples, one stage: under a minute."""
     output: Path = Path("results/benchmark")
     """Folder for the results."""
 
@@ -78,7 +78,7 @@ def main(config: Config) -> None:
     report.require_flags(config, fractions=(), counts=counts, distinct=lists)
     if config.quick:
         small = {"widths": (100,), "depths": (), "samples": (5000,), "outputs": (), "probes": (1,)}
-        config = replace(config, base_samples=2000, stages=2, gradients=50, rounds=5, seconds=0.3, **small)
+        config = replace(config, base_samples=2000, stages=1, gradients=50, rounds=3, seconds=0.2, **small)
     plan = [[_keys(case, name) for name in _methods(case, config)] for case in cases(config)]
     with runs.opened(config.output, config, plan, dict.fromkeys(Cost._fields, float)) as rows, report.progress() as bar:
         step = bar.add_task("", total=rows.planned() + len(config.probes) * 2, completed=rows.count())
