@@ -56,6 +56,13 @@ def test_scores_of_neurons():
     assert_equal(found, score.neuron_elimination_compensation(*example))
 
 
+def test_one_layer_has_no_neurons_to_score():
+    example = examples.mlp((3,))
+    seen = moments.of_batches(example.network, example.params, parts(example.inputs, [11, 12]), of_weights=False)
+    assert seen.samples == 23
+    assert score.neuron_elimination_compensation_from_moments(example.params, seen).importance == {}
+
+
 def test_two_machines_and_a_file_between():
     example = examples.mlp(samples=40)
     first, second, third = parts(example.inputs, [9, 20, 11])

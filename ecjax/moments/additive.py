@@ -137,7 +137,7 @@ def divide(numerator: Array, denominator: Array) -> Array:
 
 def of_weights(seen: Moments) -> bool:
     """Whether these are moments for each weight, not for each input of a layer."""
-    return all(isinstance(layer, LayerMoments) for layer in seen.layers.values())
+    return any(isinstance(layer, LayerMoments) for layer in seen.layers.values())
 
 
 def require_layers(params: Params, seen: Moments, *, of_weights: bool) -> None:
