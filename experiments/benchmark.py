@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import optax
 import pandas as pd
 from jax import Array, lax
-from rich.progress import Progress, TaskID
 
 from ecjax import networks, prune, score, surgeon
 from ecjax.networks import Network, Params
@@ -81,8 +80,11 @@ def main(config: Config) -> None:
         config = replace(config, base_samples=2000, stages=1, gradients=50, rounds=3, seconds=0.2, **small)
     plan = [[_keys(case, name) for name in _methods(case, config)] for case in cases(config)]
     with runs.opened(config.output, config, plan, dict.fromkeys(Cost._fields, float)) as rows, report.progress() as bar:
-        step = bar.add_task("", total=rows.planned() + len(config.probes) * 2, completed=rows.count())
-        describe = functools.partial(_describe, bar, step)
+        step = bar.add_task("", total=rows.planned(), completed=rows.count())
+
+        def describe(words: str) -> None:
+            bar.update(step, description=words)
+
         for case in cases(config):
             if not rows.has(axis=case.axis, value=case.value):
                 rows.add(_measured(case, config, describe))
@@ -95,10 +97,6 @@ def main(config: Config) -> None:
     for table in (*benchmark_report.tables(frame), probes.table(ranking)):
         console.print(table)
     console.print(f"results.csv, probes.csv, config.json and benchmark.png are in {config.output}/")
-
-
-def _describe(bar: Progress, step: TaskID, words: str) -> None:
-    bar.update(step, description=words)
 
 
 def cases(config: Config) -> list[Case]:
@@ -160,26 +158,26 @@ def problem(widths: tuple[int, ...], samples: int) -> Problem:
     return Problem(network, mlp.init(jax.random.key(2), inputs[:1])["params"], inputs, labels)
 
 
-def gradient_pass(widths: tuple[int, ...], samples: int) -> Candidate:
+def gradient_pass(widths: tuple[int, ...], given: Problem) -> Candidate:
     """What everything is measured in: the gradient of a mean loss with respect to all params."""
-    network, *given = problem(widths, samples)
 
     def loss(params, inputs, labels):
-        return cross_entropy(network(params, inputs), labels).mean()
+        return cross_entropy(given.network(params, inputs), labels).mean()
 
-    return Candidate(jax.jit(jax.grad(loss)), tuple(given), cost.gradient_pass(widths, samples))
+    return Candidate(jax.jit(jax.grad(loss)), given[1:], cost.gradient_pass(widths, len(given.inputs)))
 
 
 def scoring(case: Case, config: Config) -> dict[str, Candidate]:
     """What is timed in a case, by name."""
-    network, params, inputs, _ = problem(case.widths, case.samples)
+    made = problem(case.widths, case.samples)
+    network, params, inputs, _ = made
     given = params, inputs
     criterion = functools.partial(score.elimination_compensation, network)
     outputs = case.widths[-1]
     exact = cost.moments(case.widths, case.samples, outputs)
     found = {
         "forward pass": Candidate(jax.jit(network), given, cost.forward_pass(case.widths, case.samples)),
-        GRADIENT: gradient_pass(case.widths, case.samples),
+        GRADIENT: gradient_pass(case.widths, made),
         "optimal brain damage": Candidate(functools.partial(score.optimal_brain_damage, network), given, exact),
         "EC": Candidate(criterion, given, exact),
         "EC (Fisher)": Candidate(functools.partial(criterion, metric="fisher"), given, exact),
@@ -270,7 +268,8 @@ def jacobian_scores(network: Network, params: Params, inputs: Array, *, at_once:
 
 def pruning(case: Case, config: Config) -> dict[str, Candidate]:
     """Pruning to a tenth of the weights, from scores to repaired params, by name."""
-    network, params, inputs, labels = problem(case.widths, case.samples)
+    made = problem(case.widths, case.samples)
+    network, params, inputs, labels = made
 
     def one_shot(params, inputs):
         scores = score.elimination_compensation(network, params, inputs, metric="fisher")
@@ -301,7 +300,7 @@ def pruning(case: Case, config: Config) -> dict[str, Candidate]:
         name: Candidate(call, arguments, unknown, traceable=False)
         for name, (call, arguments) in zip(_pruning_methods(config), given, strict=True)
     }
-    return {GRADIENT: gradient_pass(case.widths, case.samples)} | found
+    return {GRADIENT: gradient_pass(case.widths, made)} | found
 
 
 def _pruning_methods(config: Config) -> list[str]:

@@ -27,8 +27,9 @@ def counted(function, *arguments):
 
 
 def test_multiply_adds_are_those_that_are_compiled():
-    network, params, inputs, labels = benchmark.problem(WIDTHS, 256)
-    gradient = benchmark.gradient_pass(WIDTHS, 256).call
+    made = benchmark.problem(WIDTHS, 256)
+    network, params, inputs, labels = made
+    gradient = benchmark.gradient_pass(WIDTHS, made).call
     assert counted(network, params, inputs) == pytest.approx(cost.forward_pass(WIDTHS, 256), rel=0.1)
     assert counted(gradient, params, inputs, labels) == pytest.approx(cost.gradient_pass(WIDTHS, 256), rel=0.1)
     found = counted(lambda params, inputs: moments.of_inputs(network, params, inputs), params, inputs)

@@ -143,7 +143,7 @@ def brain_surgeon_update(params: Params, masks: Kernels, gradients: Kernels, *, 
         damping: λ, above 0.
 
     Raises:
-        ValueError: masks or gradients shaped unlike the params, or damping not above 0.
+        ValueError: as ``combinatorial_update``.
 
     Example:
         >>> moved = surgeon.brain_surgeon_update(params, pruned.masks, gradients, damping=0.01)
@@ -185,7 +185,7 @@ def removal_cost(
         damping: λ, above 0.
 
     Raises:
-        ValueError: masks or gradients shaped unlike the params, or damping not above 0.
+        ValueError: as ``combinatorial_update``.
 
     Example:
         >>> all_stay = jax.tree.map(jnp.ones_like, pruned.masks)
