@@ -1,0 +1,7 @@
+"""A network as its jaxpr shows it: its layers in order of execution, and taps on what they compute."""
+
+from ecjax.graph.layers import Layer, Layers, chain, chosen
+from ecjax.graph.layout import Layout, as_leaf, as_matrices
+from ecjax.graph.reading import Reading, read
+
+__all__ = ["Layer", "Layers", "Layout", "Reading", "as_leaf", "as_matrices", "chain", "chosen", "read"]

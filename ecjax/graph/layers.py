@@ -1,0 +1,127 @@
+"""The layers of a network, in order of execution, and what its other leaves do; shown as a table."""
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from ecjax.graph.layout import Layout
+
+
+class Layer(NamedTuple):
+    """A kernel, and what there is to know about its place in the network.
+
+    Attributes:
+        kernel: the path of the kernel.
+        bias: the path of the leaf that is added to its product alone, one number for each neuron; None without one.
+        shape: of the kernel.
+        axes: what each axis of the kernel is: "in", "out", "stack", or several of these joined by "·"; empty where
+            its entries don't enter one product one by one.
+        positions: how many rows a sample has in the product.
+        weights: how many entries the kernel has.
+        reason: why it can't be scored; "" if it can.
+        follows: the path of the kernel whose units, entry by entry and used for nothing else, are what this one reads.
+        layout: how the entries of the kernel are those of a matrix ``(in, out)``.
+        bias_layout: how the entries of the bias are those of a row of neurons.
+    """
+
+    kernel: str
+    bias: str | None
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    positions: int
+    weights: int
+    reason: str
+    follows: str | None
+    layout: Layout | None
+    bias_layout: Layout | None
+
+
+class Layers(tuple[Layer, ...]):
+    """All layers of a network, in order of execution: a tuple that prints as a table.
+
+    Attributes:
+        others: the leaves that are not pruned, by path, and what each of them does.
+    """
+
+    others: dict[str, str]
+
+    def __new__(cls, layers: Iterable[Layer], others: dict[str, str] | None = None):
+        """Layers, and the other leaves."""
+        made = super().__new__(cls, layers)
+        made.others = dict(others or {})
+        return made
+
+    def __repr__(self) -> str:
+        """The table."""
+        return table(self)
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        """The table in Jupyter."""
+        header, *rows = _cells(self)
+        lines = [_html("th", header), *(_html("td", row) for row in rows)]
+        return f"<table>{''.join(lines)}</table>"
+
+
+_COLUMNS = ("kernel", "shape", "axes", "bias", "positions", "weights", "pruned")
+
+
+def table(layers: Layers) -> str:
+    """The layers, and then the other leaves, one a line."""
+    cells = _cells(layers)
+    widths = [max(len(row[column]) for row in cells) for column in range(len(_COLUMNS))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])
+
+
+def _cells(layers: Layers) -> list[tuple[str, ...]]:
+    rows = [_COLUMNS]
+    for layer in layers:
+        shape = " × ".join(map(str, layer.shape))
+        facts = (shape, ", ".join(layer.axes), layer.bias or "none", f"{layer.positions:,}", f"{layer.weights:,}")
+        rows.append((layer.kernel, *facts, f"not yet: {layer.reason}" if layer.reason else "yes"))
+    rows += [(path, "", "", "", "", "", f"no: {what}") for path, what in layers.others.items()]
+    return rows
+
+
+def _html(tag: str, cells: Sequence[str]) -> str:
+    escaped = (cell.replace("&", "&amp;").replace("<", "&lt;") for cell in cells)
+    return f"<tr>{''.join(f'<{tag}>{cell}</{tag}>' for cell in escaped)}</tr>"
+
+
+def chosen(patterns: Iterable[str] | str, paths: Sequence[str]) -> frozenset[str]:
+    """The paths that any of the patterns matches.
+
+    Args:
+        patterns: as in ``fnmatch``: "head/*", "*/bias", "Dense_0/kernel".
+        paths: of the leaves.
+
+    Raises:
+        ValueError: a pattern that matches nothing.
+    """
+    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    found = set()
+    for pattern in patterns:
+        here = fnmatch.filter(paths, pattern) if pattern not in paths else [pattern]
+        if not here:
+            raise ValueError(f"the pattern {pattern!r} matches no leaf of the params; they are {', '.join(paths)}")
+        found.update(here)
+    return frozenset(found)
+
+
+def chain(layers: Sequence[Layer]) -> Sequence[Layer]:
+    """The layers, if each reads the neurons of the one before and nothing else does: a multilayer perceptron.
+
+    Raises:
+        ValueError: another network, with the first layer that breaks the chain by name.
+    """
+    if not layers:
+        raise ValueError("the network has no kernel, so no neurons")
+    for before, layer in zip(layers, layers[1:], strict=False):
+        if layer.follows != before.kernel:
+            raise ValueError(
+                f"this takes a multilayer perceptron, where each layer reads the neurons of the one before and nothing "
+                f"else does; '{layer.kernel}' does not read just the neurons of '{before.kernel}'"
+            )
+    return layers

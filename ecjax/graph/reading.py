@@ -1,0 +1,151 @@
+"""The reading of a network: traced once, it tells the role of every leaf."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+from jaxtyping import PyTree
+
+from ecjax import _trees
+from ecjax.graph import layout as layouts
+from ecjax.graph.layers import Layer, Layers, chosen
+from ecjax.graph.roles import Added, Found, Leaf, Product, Value, walk
+from ecjax.graph.samples import Place
+
+
+class Reading(NamedTuple):
+    """What a network is, as its jaxpr shows it.
+
+    Attributes:
+        layers: in order of execution, without excluded ones.
+        products: of each layer, by its kernel's path: the first one.
+        jaxpr: of the network, for params and inputs of these shapes.
+        mixed: the first operation that takes samples together, in words; None if there is none.
+        unknown: the first operation of which it is not known whether it does; None if there is none.
+    """
+
+    layers: Layers
+    products: dict[str, Product]
+    jaxpr: core.ClosedJaxpr
+    mixed: str | None
+    unknown: str | None
+
+
+def read(network: Callable, params: PyTree, inputs: Any, *, exclude: Iterable[str] | str = ()) -> Reading:
+    """Reads a network.
+
+    Args:
+        network: pure function ``(params, inputs) -> outputs``.
+        params: of arrays, or of their shapes.
+        inputs: an array of at least two samples, or its shape.
+        exclude: patterns of the paths of leaves that are left alone.
+
+    Raises:
+        ValueError: a network that does not take these params and inputs, or does not return one array with a row for
+            each sample; a pattern that matches nothing.
+    """
+    leaves = _trees.by_path(params)
+    left_alone = chosen(exclude, list(leaves))
+    jaxpr = _traced(network, params, inputs)
+    samples = inputs.shape[0]
+    found = Found(samples, leaves)
+    arguments = [_value(path, leaf, left_alone) for path, leaf in leaves.items()]
+    (outputs,) = walk(jaxpr, [*arguments, Value(depends=True, place=Place(0))], found)
+    found.consume(outputs.units)
+    if outputs.place not in (None, Place(0)):
+        found.mixed.append("its outputs, whose first axis is not that of the samples")
+    if not outputs.depends:
+        raise ValueError("the outputs of the network do not depend on its inputs")
+    if outputs.leaf is not None:
+        found.note(outputs, "is returned")
+    firsts = {}
+    for number, product in enumerate(found.products):
+        firsts.setdefault(product.path, number)
+    layers = [_layer(path, number, found, leaves, left_alone) for path, number in firsts.items()]
+    kernels_and_biases = {*firsts, *(layer.bias for layer in layers)}
+    others = {
+        path: "is excluded" if path in left_alone else "; ".join(found.others.get(path, [])) or "is not used"
+        for path in leaves
+        if path in left_alone or path not in kernels_and_biases
+    }
+    products = {path: found.products[number] for path, number in firsts.items()}
+    first = lambda notes: notes[0] if notes else None  # noqa: E731
+    return Reading(Layers(layers, others), products, jaxpr, first(found.mixed), first(found.unknown))
+
+
+def _traced(network: Callable, params: PyTree, inputs: Any) -> core.ClosedJaxpr:
+    try:
+        jaxpr, shape = jax.make_jaxpr(network, return_shape=True)(params, inputs)
+    except Exception as error:
+        raise ValueError(
+            f"the network does not take inputs of shape {tuple(inputs.shape)} and dtype {inputs.dtype} with these "
+            f"params: {str(error).strip() or type(error).__name__}"
+        ) from error
+    samples = inputs.shape[0]
+    if getattr(shape, "ndim", None) != 2 or shape.shape[0] != samples:
+        given = jax.tree.map(lambda leaf: leaf.shape, shape)
+        kind = "" if isinstance(given, tuple) else f", a {type(shape).__name__}"
+        raise ValueError(
+            f"the network must return one array of shape (samples, outputs), here ({samples}, K); it returns "
+            f"{given}{kind}"
+        )
+    return jaxpr
+
+
+def _value(path: str, leaf: Any, left_alone: frozenset[str]) -> Value:
+    shape = np.shape(leaf)
+    uniform = int(np.prod(shape)) == 1
+    if path in left_alone:
+        return Value(uniform=uniform)
+    return Value(leaf=Leaf(path, layouts.whole(shape)), uniform=uniform)
+
+
+def _layer(path: str, number: int, found: Found, leaves: dict[str, Any], left_alone: frozenset[str]) -> Layer:
+    """One layer, from all that was found about its kernel."""
+    product, leaf = found.products[number], leaves[path]
+    uses = [other for other in found.products if other.path == path]
+    added = found.added.get(number, [])
+    biases = [bias for bias in added if isinstance(bias, Added)]
+    bias = biases[0] if len(added) == 1 and biases else None
+    reason = product.what
+    if len(uses) > 1 and not _in_parts(uses):
+        reason = f"is used {len(uses)} times"
+    elif also := [*found.others.get(path, []), *(["is added as a bias"] if path in found.biases else [])]:
+        reason = f"also {also[0]}"
+    elif not jnp.issubdtype(leaf.dtype, jnp.floating):
+        reason = f"holds {leaf.dtype}, no floating-point numbers"
+    elif biases and bias is None:
+        reason = f"'{biases[0].path}' is added to its product, which is also used without it"
+    elif bias and (found.biases[bias.path] > 1 or bias.path in found.others or _is_kernel(bias.path, found)):
+        reason = f"its bias '{bias.path}' is also used elsewhere"
+    elif not reason and not product.reads:
+        reason = "the samples can't be followed to its product"
+    follows = found.products[product.follows] if product.follows is not None else None
+    if follows is not None and found.read.get(product.follows) != [number]:
+        follows = None
+    if bias is not None and not jnp.issubdtype(leaves[bias.path].dtype, jnp.floating):
+        bias = None
+    of_kernel = product.layout if len(uses) == 1 else None
+    return Layer(
+        kernel=path,
+        bias=bias.path if bias else None,
+        shape=tuple(leaf.shape),
+        axes=of_kernel.axes if of_kernel else (),
+        positions=product.positions,
+        weights=int(np.prod(leaf.shape)),
+        reason=reason,
+        follows=follows.path if follows else None,
+        layout=of_kernel,
+        bias_layout=bias.layout if bias else None,
+    )
+
+
+def _in_parts(uses: list[Product]) -> bool:
+    return all(use.layout is None for use in uses)
+
+
+def _is_kernel(path: str, found: Found) -> bool:
+    return any(product.path == path for product in found.products)
