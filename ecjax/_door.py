@@ -1,0 +1,122 @@
+"""What every function that takes a network does first: read it, and refuse what it can't be right about.
+
+The reading happens while a function without results is traced, so it is done once for each network and shapes, and
+what it found is kept where JAX keeps everything that was traced.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import PyTree
+
+from ecjax.graph import Layers, read
+
+_COMPARED = 4
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["layers", "mixed", "unknown"])
+@dataclasses.dataclass(frozen=True)
+class _Facts:
+    layers: Layers
+    mixed: str | None
+    unknown: str | None
+
+
+def layers(
+    network: Callable,
+    params: PyTree,
+    inputs: Array | np.ndarray | jax.ShapeDtypeStruct,
+    *,
+    exclude: Iterable[str] | str = (),
+    scored: bool = True,
+    each_alone: bool = True,
+) -> Layers:
+    """The layers of a network.
+
+    Args:
+        network: pure function ``(params, inputs) -> outputs``.
+        params: its parameters, of arrays alone (``_trees.split``).
+        inputs: an array with samples in it, or only its shape.
+        exclude: patterns of paths, which are left alone.
+        scored: whether every kernel must be one that can be scored.
+        each_alone: whether each sample's outputs must depend on this sample alone.
+
+    Raises:
+        ValueError: a network that does not take these, mixes samples or has a kernel that can't be scored, by name.
+    """
+    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    if isinstance(inputs, jax.ShapeDtypeStruct):
+        facts = _read(params, _at_least_two(inputs), network=network, exclude=patterns)
+    else:
+        facts = _traced(params, inputs, network=network, exclude=patterns)
+    if each_alone:
+        _require_apart(network, params, inputs, facts)
+    if not facts.layers:
+        held = ", ".join(f"'{path}' {what}" for path, what in facts.layers.others.items())
+        raise ValueError(
+            "the network has no kernel to prune: no leaf of its params is multiplied with what depends on the inputs"
+            + (f"; {held}" if held else "")
+        )
+    if scored:
+        require_scored(facts.layers)
+    return facts.layers
+
+
+def require_scored(layers: Layers) -> None:
+    """Raises a ValueError that names the first kernel that can't be scored."""
+    for layer in layers:
+        if layer.reason:
+            raise ValueError(
+                f"kernel '{layer.kernel}' can't be scored yet: it {layer.reason}. Leave it out with "
+                f"exclude=('{layer.kernel}',); networks.layers shows all kernels"
+            )
+
+
+def _read(params, inputs, *, network, exclude) -> _Facts:
+    found = read(network, params, inputs, exclude=exclude)
+    return _Facts(found.layers, found.mixed, found.unknown)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "exclude"))
+def _traced(params, inputs, *, network, exclude) -> _Facts:
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    return _read(shapes, _at_least_two(inputs), network=network, exclude=exclude)
+
+
+def _at_least_two(inputs) -> jax.ShapeDtypeStruct:
+    """The shape of the inputs, of two samples if there is one: an axis of length 1 can't be told from others."""
+    return jax.ShapeDtypeStruct((max(inputs.shape[0], 2), *inputs.shape[1:]), inputs.dtype)
+
+
+def _require_apart(network: Callable, params: PyTree, inputs, facts: _Facts) -> None:
+    """Raises a ValueError if samples are mixed, or if that can't be found out."""
+    if facts.mixed:
+        raise ValueError(
+            f"the network mixes samples, in {facts.mixed}: what one sample gives depends on the others, so none has a "
+            "sensitivity of its own. Batch statistics belong in evaluation mode (Linen: use_running_average=True; NNX: "
+            "module.eval()); other sums over samples belong outside of the network"
+        )
+    if not facts.unknown:
+        return
+    leaves = [*jax.tree.leaves(params), inputs]
+    if any(isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) for leaf in leaves):
+        raise ValueError(
+            f"the network holds {facts.unknown}, which may mix samples; that is found out by comparing samples "
+            "together and alone, which takes values: call this outside of jit"
+        )
+    if inputs.shape[0] < 2:
+        return
+    few = jnp.asarray(inputs)[:: max(inputs.shape[0] // _COMPARED, 1)][:_COMPARED]
+    together = np.asarray(network(params, few), np.float64)
+    alone = np.concatenate([np.asarray(network(params, few[i : i + 1]), np.float64) for i in range(len(few))])
+    scale = np.nanmax(np.abs(alone), initial=0)
+    if not np.allclose(together, alone, rtol=0, atol=1e-3 * scale, equal_nan=True):
+        raise ValueError(
+            f"the network mixes samples, probably in {facts.unknown}: {len(few)} samples give other outputs together "
+            "than each alone, so none has a sensitivity of its own"
+        )
