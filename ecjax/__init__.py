@@ -14,7 +14,7 @@ Every docstring has an example that the tests run. All share these names, a smal
     >>> import numpy as np
     >>> import optax
     >>> from flax import nnx
-    >>> from ecjax import batches, capture, checks, compact, compensate, devices, gauss_newton, metrics, moments
+    >>> from ecjax import batches, checks, compact, compensate, devices, gauss_newton, graph, metrics, moments
     >>> from ecjax import networks, precision, prune, score, surgeon, train
 
     >>> inputs = jax.random.normal(jax.random.key(0), (200, 4))

@@ -49,6 +49,9 @@ def layers(
     Raises:
         ValueError: a network that does not take these, mixes samples or has a kernel that can't be scored, by name.
     """
+    if len(getattr(inputs, "shape", ())) < 1:
+        kind = f"shape {inputs.shape}" if hasattr(inputs, "shape") else f"type {type(inputs).__name__}"
+        raise ValueError(f"inputs must be one array of shape (samples, features), got one of {kind}")
     patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     if isinstance(inputs, jax.ShapeDtypeStruct):
         facts = _read(params, _at_least_two(inputs), network=network, exclude=patterns)
@@ -73,6 +76,16 @@ def require_scored(layers: Layers) -> None:
         if layer.reason:
             raise ValueError(
                 f"kernel '{layer.kernel}' can't be scored yet: it {layer.reason}. Leave it out with "
+                f"exclude=('{layer.kernel}',); networks.layers shows all kernels"
+            )
+
+
+def require_one_product(layers: Layers) -> None:
+    """Raises a ValueError that names the first kernel whose entries don't enter one product one by one."""
+    for layer in layers:
+        if layer.layout is None or "also" in layer.reason or "inside jax.custom" in layer.reason:
+            raise ValueError(
+                f"kernel '{layer.kernel}' can't be scored: it {layer.reason}. Leave it out with "
                 f"exclude=('{layer.kernel}',); networks.layers shows all kernels"
             )
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, PyTree
 
-from ecjax import networks
+from ecjax import _trees
 from ecjax.networks import Inputs, Kernels, Params
 
 Sparsity = float | int | Float[Array, ""]
@@ -74,74 +74,28 @@ def require_sparsity(sparsity: Sparsity) -> None:
         raise ValueError(f"sparsity is {sparsity}; it must be in [0, 1], the fraction of weights to remove")
 
 
-def require_any_kernel(params: Params) -> None:
-    """Raises a ValueError unless some leaf of the params is named ``kernel``.
-
-    Example:
-        >>> checks.require_any_kernel({"scale": jnp.ones(4)})
-        Traceback (most recent call last):
-        ValueError: the network has no dense layer: no leaf of its params is named 'kernel', they hold scale
-    """
-    if not networks.by_path(networks.kernels(params)):
-        names = ", ".join(sorted(networks.by_path(params))) or "nothing"
-        raise ValueError(f"the network has no dense layer: no leaf of its params is named 'kernel', they hold {names}")
-
-
-def require_biases(params: Params) -> None:
-    """Raises a ValueError without kernels, or that names the first one without a sibling bias of shape ``(out,)``.
-
-    Example:
-        >>> checks.require_biases({"kernel": jnp.ones((4, 8))})
-        Traceback (most recent call last):
-        ValueError: kernel 'kernel' needs a sibling bias of shape (8,) to compensate with, but 'bias' is missing; ...
-    """
-    require_any_kernel(params)
-    leaves = networks.by_path(params)
-    for path, kernel in networks.by_path(networks.kernels(params)).items():
-        bias = networks.bias_path(path)
-        expected = kernel.shape[-1:]
-        if bias not in leaves or leaves[bias].shape != expected:
-            found = f"has shape {leaves[bias].shape}" if bias in leaves else "is missing"
-            raise ValueError(
-                f"kernel '{path}' needs a sibling bias of shape {expected} to compensate with, but '{bias}' {found}; "
-                "score.optimal_brain_damage and score.magnitude need none"
-            )
-
-
-def require_outputs(shape: PyTree[jax.ShapeDtypeStruct], samples: int) -> None:
-    """Raises a ValueError unless a network's outputs are one array of shape ``(samples, outputs)``.
-
-    Example:
-        >>> checks.require_outputs(jax.eval_shape(lambda: jnp.ones(200)), 200)
-        Traceback (most recent call last):
-        ValueError: the network must return one array of shape (samples, outputs), here (200, K): (200,)
-    """
-    if getattr(shape, "ndim", None) != 2 or shape.shape[0] != samples:
-        given = jax.tree.map(lambda leaf: leaf.shape, shape)
-        raise ValueError(f"the network must return one array of shape (samples, outputs), here ({samples}, K): {given}")
-
-
 def require_kernels(params: Params, given: Kernels, name: str) -> None:
-    """Raises a ValueError unless ``given`` has one leaf for each kernel, of its shape.
+    """Raises a ValueError unless every leaf of ``given`` has the path and the shape of a leaf of the params.
 
     Args:
-        params: with the kernels.
-        given: masks, importances or shifts.
+        params: of the network.
+        given: Kernels: masks, importances or shifts.
         name: what the message calls them.
 
     Example:
-        >>> checks.require_kernels(params, {}, "masks")
+        >>> checks.require_kernels(params, {"Dense_0": {"kernel": jnp.ones((8, 4))}}, "masks")
         Traceback (most recent call last):
-        ValueError: masks do not fit the params at 'Dense_0/kernel': missing given, (4, 8) in the params
+        ValueError: masks do not fit the params at 'Dense_0/kernel': (8, 4) given, (4, 8) in the params
     """
-    require_any_kernel(params)
-    expected = {path: kernel.shape for path, kernel in networks.by_path(networks.kernels(params)).items()}
-    found = {path: getattr(leaf, "shape", ()) for path, leaf in networks.by_path(given).items()}
-    for path in [*expected, *found]:
-        if expected.get(path) != found.get(path):
+    leaves = {path: np.shape(leaf) for path, leaf in _trees.by_path(params).items() if _trees.is_array(leaf)}
+    found = {path: getattr(leaf, "shape", ()) for path, leaf in _trees.by_path(given).items()}
+    if not found:
+        raise ValueError(f"{name} do not fit the params: no kernel given")
+    for path, shape in found.items():
+        if leaves.get(path) != shape:
             raise ValueError(
-                f"{name} do not fit the params at '{path}': {found.get(path, 'missing')} given, "
-                f"{expected.get(path, 'no kernel')} in the params"
+                f"{name} do not fit the params at '{path}': {shape} given, "
+                f"{leaves.get(path, 'no such leaf')} in the params; they are of another network"
             )
 
 
@@ -154,7 +108,7 @@ def require_masks(params: Params, masks: Kernels) -> None:
         ValueError: mask 'kernel' is float32; masks are boolean, True where the weight stays
     """
     require_kernels(params, masks, "masks")
-    for path, mask in networks.by_path(masks).items():
+    for path, mask in _trees.by_path(masks).items():
         if mask.dtype != bool:
             raise ValueError(f"mask '{path}' is {mask.dtype}; masks are boolean, True where the weight stays")
 
@@ -167,7 +121,7 @@ def require_no_nan(tree: Kernels, name: str) -> None:
         Traceback (most recent call last):
         ValueError: importances 'kernel' hold NaN; they can't be ranked
     """
-    for path, leaf in networks.by_path(tree).items():
+    for path, leaf in _trees.by_path(tree).items():
         if _is_known_false(~jnp.isnan(leaf).any()):
             raise ValueError(f"{name} '{path}' hold NaN; they can't be ranked")
 
@@ -182,7 +136,7 @@ def require_finite(tree: PyTree, name: str) -> None:
     Example:
         >>> checks.require_finite(scores.importance, "importances")
     """
-    for path, leaf in networks.by_path(tree).items():
+    for path, leaf in _trees.by_path(tree).items():
         if _is_known_false(_all_finite(leaf)):
             where = f"{name} {path!r}" if path else name
             raise ValueError(

@@ -10,8 +10,9 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from ecjax import batches, checks, devices, gauss_newton, metrics, networks
+from ecjax import _door, _trees, batches, checks, devices, gauss_newton, metrics
 from ecjax.gauss_newton import Free, Problem
+from ecjax.graph import Layers
 from ecjax.networks import Inputs, Kernels, Network, Params, Targets
 
 
@@ -56,7 +57,7 @@ def joint_biases(
         The params with other biases.
 
     Raises:
-        ValueError: bad inputs, targets that do not fit the outputs, an unknown metric, a kernel without a sibling bias,
+        ValueError: bad inputs, targets that do not fit the outputs, an unknown metric, no biases,
             or an objective that overflows.
 
     Example:
@@ -67,8 +68,11 @@ def joint_biases(
     """
     options = {"metric": metric, "temperature": temperature, "iterations": iterations}
     sizes = {"products": products, "batch_size": batch_size, "curvature_samples": curvature_samples}
+    network, params, static = _trees.split(network, params)
+    layers = _door.layers(network, params, inputs, scored=False)
     start = gauss_newton.start(params, damping)
-    return repair(network, start, every_bias(params), inputs, targets, **options, **sizes).params
+    repaired = repair(network, start, every_bias(layers, params), inputs, targets, **options, **sizes)
+    return _trees.whole(repaired.params, static)
 
 
 def survivors(
@@ -118,32 +122,43 @@ def survivors(
         >>> bool(((repaired["Dense_0"]["kernel"] != 0) == pruned.masks["Dense_0"]["kernel"]).all())
         True
     """
+    network, params, static = _trees.split(network, params)
     free = every_survivor(params, masks)
-    leaves = networks.by_path(params)
-    pruned = {path: jnp.where(mask, leaves[path], 0) for path, mask in networks.by_path(masks).items()}
+    leaves = _trees.by_path(params)
+    pruned = {path: jnp.where(mask, leaves[path], 0) for path, mask in _trees.by_path(masks).items()}
     options = {"metric": metric, "temperature": temperature, "iterations": iterations}
     sizes = {"products": products, "batch_size": batch_size, "curvature_samples": curvature_samples}
-    start = gauss_newton.start(networks.replace(params, pruned), damping)
-    return repair(network, start, free, inputs, targets, **options, **sizes).params
+    start = gauss_newton.start(_trees.replace(params, pruned), damping)
+    repaired = repair(network, start, free, inputs, targets, **options, **sizes)
+    return _trees.whole(repaired.params, static)
 
 
-def every_bias(params: Params) -> Free:
-    """What ``joint_biases`` may move: the bias next to each kernel.
+def every_bias(layers: Layers, params: Params) -> Free:
+    """What ``joint_biases`` may move: the bias of each kernel.
+
+    Args:
+        layers: of the network (``networks.layers``).
+        params: its parameters.
 
     Returns:
         By its path, True for every entry of every such bias.
 
     Raises:
-        ValueError: a kernel without a sibling bias, by name.
+        ValueError: a network without a bias next to a kernel.
 
     Example:
-        >>> {path: leaf.shape for path, leaf in compensate.every_bias(params).items()}
+        >>> free = compensate.every_bias(networks.layers(network, params, inputs), params)
+        >>> {path: leaf.shape for path, leaf in free.items()}
         {'Dense_0/bias': (8,), 'Dense_1/bias': (2,)}
     """
-    checks.require_biases(params)
-    leaves = networks.by_path(params)
-    paths = map(networks.bias_path, networks.by_path(networks.kernels(params)))
-    return {path: jnp.ones(leaves[path].shape, bool) for path in paths}
+    leaves = _trees.by_path(params)
+    free = {layer.bias: jnp.ones(leaves[layer.bias].shape, bool) for layer in layers if layer.bias}
+    if not free:
+        raise ValueError(
+            "no kernel of the network has a bias that could move; give its layers biases of zeros, or let the "
+            "survivors move"
+        )
+    return free
 
 
 def every_survivor(params: Params, masks: Kernels) -> Free:
@@ -167,8 +182,8 @@ def every_survivor(params: Params, masks: Kernels) -> Free:
         34
     """
     checks.require_masks(params, masks)
-    kept = networks.by_path(masks)
-    leaves = {path: leaf for path, leaf in networks.by_path(params).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    kept = _trees.by_path(masks)
+    leaves = {path: leaf for path, leaf in _trees.by_path(params).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
     return {path: kept.get(path, jnp.ones(leaf.shape, bool)) for path, leaf in leaves.items()}
 
 
@@ -257,9 +272,8 @@ def repair(
 
 
 def _outputs_shape(network: Network, params: Params, inputs: Array) -> tuple[int, ...]:
-    shape = jax.eval_shape(network, params, inputs)
-    checks.require_outputs(shape, inputs.shape[0])
-    return shape.shape
+    _door.layers(network, params, inputs, scored=False)
+    return jax.eval_shape(network, params, inputs).shape
 
 
 def _as_outputs(targets: Targets, shape: tuple[int, ...], metric: str) -> Float[Array, "samples outputs"]:

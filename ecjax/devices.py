@@ -12,8 +12,8 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree, Shaped
 
-from ecjax import networks
-from ecjax.networks import Params
+from ecjax import _door, _trees
+from ecjax.networks import Inputs, Network, Params
 
 DATA = "data"
 MODEL = "model"
@@ -68,29 +68,42 @@ def shard_samples(array: Shaped[Array | np.ndarray, "samples ..."], mesh: Mesh) 
     return jax.make_array_from_process_local_data(sharding, np.asarray(array))
 
 
-def shard_params(params: Params, mesh: Mesh) -> Params:
-    """Params with the neurons of each layer, the last axis of its kernel and its bias, spread over the axis "model".
+def shard_params(network: Network, params: Params, inputs: Inputs | jax.ShapeDtypeStruct, mesh: Mesh) -> Params:
+    """Params with the neurons of each layer, an axis of its kernel and of its bias, spread over the axis "model".
 
     A layer whose neurons can't be shared out equally is on all devices, as is every leaf that is no kernel or bias.
 
     Args:
+        network: pure function ``(params, inputs) -> outputs``.
         params: the same on every process.
+        inputs: some samples, or their shape, to read the network with.
         mesh: of ``mesh``.
+
+    Raises:
+        ValueError: a network that does not take these, or without a kernel.
 
     Example:
         >>> mesh = devices.mesh(devices=jax.devices()[:1])
-        >>> devices.shard_params(params, mesh)["Dense_0"]["kernel"].sharding.spec[1]
+        >>> devices.shard_params(network, params, inputs, mesh)["Dense_0"]["kernel"].sharding.spec[1]
         'model'
     """
-    kernels = networks.by_path(networks.kernels(params))
-    of_layers = {*kernels, *map(networks.bias_path, kernels)}
+    network, params, static = _trees.split(network, params)
+    parts, specs = mesh.shape[MODEL], {}
+    for layer in _door.layers(network, params, inputs, scored=False, each_alone=False):
+        if layer.layout is None or "out" not in layer.axes:
+            continue
+        axis = layer.axes.index("out")
+        if layer.shape[axis] % parts == 0:
+            specs[layer.kernel] = PartitionSpec(*[None] * axis, MODEL)
+        if layer.bias and len(layer.bias_layout.split) == 1 and layer.bias_layout.split[0] % parts == 0:
+            place = layer.bias_layout.axes.index("out")
+            specs[layer.bias] = PartitionSpec(*[None] * place, MODEL)
 
     def put(path, leaf):
-        shared_out = path in of_layers and leaf.shape[-1] % mesh.shape[MODEL] == 0
-        spec = PartitionSpec(*[None] * (leaf.ndim - 1), MODEL) if shared_out else PartitionSpec()
-        return jax.device_put(leaf, NamedSharding(mesh, spec))
+        return jax.device_put(leaf, NamedSharding(mesh, specs.get(path, PartitionSpec())))
 
-    return networks.replace(params, {path: put(path, leaf) for path, leaf in networks.by_path(params).items()})
+    placed = {path: put(path, leaf) for path, leaf in _trees.by_path(params).items()}
+    return _trees.whole(_trees.replace(params, placed), static)
 
 
 def automatic(arrays: PyTree) -> PyTree:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
-from ecjax import batches, metrics, networks, precision
+from ecjax import _trees, batches, metrics, precision
 from ecjax.networks import Inputs, Network, Params
 
 _HALVINGS = 12
@@ -143,7 +143,7 @@ def take_steps(
     Example:
         >>> sizes = {"products": 15, "batch_size": 1024, "curvature_samples": 2500}
         >>> problem = gauss_newton.Problem(network, "fisher", temperature=1.0, blocks=1, **sizes)
-        >>> start, free = gauss_newton.start(pruned.params, 0.01), compensate.every_bias(params)
+        >>> start, free = gauss_newton.start(pruned.params, 0.01), compensate.every_bias(networks.layers(network, params, inputs), params)
         >>> state = gauss_newton.take_steps(problem, start, free, inputs, network(params, inputs), steps=5)
         >>> int(state.steps), bool(state.objective < 0.1)
         (5, True)
@@ -156,12 +156,12 @@ def take_steps(
 
 
 def _step(problem: Problem, state: State, free: Free, inputs, targets) -> State:
-    here = networks.by_path(state.params)
+    here = _trees.by_path(state.params)
     at_rest = {path: jnp.zeros(leaf.shape, state.damping.dtype) for path, leaf in here.items() if path in free}
 
     def moved(step: _Step) -> Params:
         moves = {path: jnp.where(free[path], step[path], 0).astype(here[path].dtype) for path in free}
-        return networks.replace(state.params, {path: here[path] + move for path, move in moves.items()})
+        return _trees.replace(state.params, {path: here[path] + move for path, move in moves.items()})
 
     def value(step: _Step) -> Array:
         return _mean_objective(problem, moved(step), inputs, targets)

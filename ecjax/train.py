@@ -9,7 +9,7 @@ import optax
 from jax import Array, lax
 from jaxtyping import Float, PRNGKeyArray
 
-from ecjax import checks, networks
+from ecjax import _trees, checks
 from ecjax.networks import Inputs, Kernels, Loss, Network, Params, Targets
 
 
@@ -61,9 +61,9 @@ def keep_pruned(masks: Kernels) -> optax.GradientTransformation:
     def update(updates, state, params=None):
         if params is None:
             raise ValueError("keep_pruned needs the params: call optimizer.update(gradients, state, params)")
-        kept, weights, moves = map(networks.by_path, (masks, params, updates))
+        kept, weights, moves = map(_trees.by_path, (masks, params, updates))
         held = {path: jnp.where(mask, moves[path], -weights[path]) for path, mask in kept.items()}
-        return networks.replace(updates, held), state
+        return _trees.replace(updates, held), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
@@ -179,9 +179,11 @@ def fit(
     if masks is not None:
         checks.require_masks(params, masks)
 
+    network, params, static = _trees.split(network, params)
+
     def one_epoch(state, _):
         options = {"optimizer": optimizer, "batch_size": batch_size, "masks": masks}
         return epoch(network, state, inputs, targets, loss, **options)
 
     state, losses = lax.scan(one_epoch, start(params, optimizer, key), length=epochs)
-    return Trained(state.params, losses)
+    return Trained(_trees.whole(state.params, static), losses)

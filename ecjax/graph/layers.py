@@ -1,6 +1,7 @@
 """The layers of a network, in order of execution, and what its other leaves do; shown as a table."""
 
 import fnmatch
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -64,6 +65,7 @@ class Layers(tuple[Layer, ...]):
         return f"<table>{''.join(lines)}</table>"
 
 
+NO_LAYERS = Layers(())
 _COLUMNS = ("kernel", "shape", "axes", "bias", "positions", "weights", "pruned")
 
 
@@ -118,7 +120,7 @@ def chain(layers: Sequence[Layer]) -> Sequence[Layer]:
     """
     if not layers:
         raise ValueError("the network has no kernel, so no neurons")
-    for before, layer in zip(layers, layers[1:], strict=False):
+    for before, layer in itertools.pairwise(layers):
         if layer.follows != before.kernel:
             raise ValueError(
                 f"this takes a multilayer perceptron, where each layer reads the neurons of the one before and nothing "

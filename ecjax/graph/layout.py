@@ -64,6 +64,10 @@ def _continues(outer: Factor, inner: Factor) -> bool:
 
 def reshaped(axes: Axes, shape: Sequence[int]) -> Axes | None:
     """The axes after a reshape; None where the new ones cut through a factor."""
+    lengths = [math.prod(factor.size for factor in axis) for axis in axes]
+    if [length for length in lengths if length != 1] == [length for length in shape if length != 1]:
+        kept = iter([axis for axis, length in zip(axes, lengths, strict=True) if length != 1])
+        return tuple(() if length == 1 else next(kept) for length in shape)
     if 0 in shape:
         return None
     left = [factor for axis in axes for factor in axis if factor.size > 1]
@@ -133,7 +137,7 @@ class Layout(NamedTuple):
         found, index = [], 0
         for length in self.shape:
             here, size = [], 1
-            while size < length:
+            while size != length:
                 here.append(names[index])
                 size *= self.split[index]
                 index += 1

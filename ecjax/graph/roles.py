@@ -33,10 +33,24 @@ CALLS = {
 _CUSTOM = {"custom_jvp_call": "jax.custom_jvp", "custom_vjp_call": "jax.custom_vjp"}
 _CUSTOM["custom_vjp_call_jaxpr"] = "jax.custom_vjp"
 # What changes neither the entries of a leaf nor their order.
-_CASTS = frozenset("convert_element_type copy copy_p reduce_precision sharding_constraint device_put pvary".split())
+_CASTS = frozenset(
+    ["convert_element_type", "copy", "copy_p", "reduce_precision", "sharding_constraint", "device_put", "pvary"]
+)
 # What takes only some entries of a leaf, or puts several leaves together.
 _PARTS = _CASTS | frozenset(
-    "slice dynamic_slice split concatenate pad rev gather squeeze reshape broadcast_in_dim transpose".split()
+    [
+        "slice",
+        "dynamic_slice",
+        "split",
+        "concatenate",
+        "pad",
+        "rev",
+        "gather",
+        "squeeze",
+        "reshape",
+        "broadcast_in_dim",
+        "transpose",
+    ]
 )
 # The origins of a product's axes: members of a stack, and neurons.
 _STACK, _OUT = 0, 1
@@ -359,9 +373,7 @@ def _matrix_product(equation, side, leaf: Leaf, other: Value, result: Value, fou
     of_product = _axes_of_product(equation, axes, own[1], stacked, free, gives)
     reads, gives_samples = _samples_first(other.place, others[0], result.place, gives)
     follows = _followed(other.units, [*others[0]], found)
-    found.products.append(
-        Product(leaf.path, site, of_kernel, positions, what, side, reads, gives_samples, follows)
-    )
+    found.products.append(Product(leaf.path, site, of_kernel, positions, what, side, reads, gives_samples, follows))
     number = len(found.products) - 1
     if follows is not None:
         found.read.setdefault(follows, []).append(number)

@@ -33,12 +33,90 @@ class UnknownOperationError(Exception):
 
 # Operations entry by entry, of values of one shape (or with axes of length 1).
 ELEMENTWISE = frozenset(
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil "
-    "clamp complex conj convert_element_type copy copy_p cos cosh device_put digamma div eq erf erf_inv erfc exp exp2 "
-    "expm1 floor ge gt igamma igammac imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg "
-    "nextafter not optimization_barrier or polygamma population_count pow pvary real reduce_precision rem round rsqrt "
-    "select_n sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square "
-    "stop_gradient sub tan tanh xor zeta".split()
+    [
+        "abs",
+        "acos",
+        "acosh",
+        "add",
+        "add_any",
+        "and",
+        "asin",
+        "asinh",
+        "atan",
+        "atan2",
+        "atanh",
+        "bessel_i0e",
+        "bessel_i1e",
+        "bitcast_convert_type",
+        "cbrt",
+        "ceil",
+        "clamp",
+        "complex",
+        "conj",
+        "convert_element_type",
+        "copy",
+        "copy_p",
+        "cos",
+        "cosh",
+        "device_put",
+        "digamma",
+        "div",
+        "eq",
+        "erf",
+        "erf_inv",
+        "erfc",
+        "exp",
+        "exp2",
+        "expm1",
+        "floor",
+        "ge",
+        "gt",
+        "igamma",
+        "igammac",
+        "imag",
+        "integer_pow",
+        "is_finite",
+        "le",
+        "lgamma",
+        "log",
+        "log1p",
+        "logistic",
+        "lt",
+        "max",
+        "min",
+        "mul",
+        "ne",
+        "neg",
+        "nextafter",
+        "not",
+        "optimization_barrier",
+        "or",
+        "polygamma",
+        "population_count",
+        "pow",
+        "pvary",
+        "real",
+        "reduce_precision",
+        "rem",
+        "round",
+        "rsqrt",
+        "select_n",
+        "sharding_constraint",
+        "shift_left",
+        "shift_right_arithmetic",
+        "shift_right_logical",
+        "sign",
+        "sin",
+        "sinh",
+        "sqrt",
+        "square",
+        "stop_gradient",
+        "sub",
+        "tan",
+        "tanh",
+        "xor",
+        "zeta",
+    ]
 )
 # Operations over some axes of one value, and the parameter that names them.
 _OVER_AXES = {
@@ -54,7 +132,9 @@ _ALONG_AXIS = {
     "split": "axis",
 }
 # Operations on the matrices of the last two axes.
-_MATRICES = frozenset("cholesky eigh lu qr svd triangular_solve householder_product tridiagonal_solve".split())
+_MATRICES = frozenset(
+    ["cholesky", "eigh", "lu", "qr", "svd", "triangular_solve", "householder_product", "tridiagonal_solve"]
+)
 _WINDOWS = frozenset(
     ("reduce_window_sum", "reduce_window_max", "reduce_window_min", "reduce_window", "cumred_reduce_window")
 )
@@ -223,8 +303,8 @@ def _dot_general(equation, operands, _samples) -> Place:
         if place.axis in batched[side]:
             found.add(place._replace(axis=list(batched[side]).index(place.axis)))
         else:
-            free = [axis for axis in range(len(equation.invars[side].aval.shape))]
-            free = [axis for axis in free if axis not in (*contracted[side], *batched[side])]
+            taken = (*contracted[side], *batched[side])
+            free = [axis for axis in range(len(equation.invars[side].aval.shape)) if axis not in taken]
             other = len(equation.invars[0].aval.shape) - len(contracted[0]) if side else len(batched[0])
             found.add(place._replace(axis=other + free.index(place.axis)))
     return _one(list(found))
@@ -266,9 +346,7 @@ def _scatter(equation, operands, _samples) -> Place:
     of_table, of_indices, of_updates = operands
     numbers = equation.params["dimension_numbers"]
     table, _, updates = shapes(equation.invars)
-    kept = [
-        a for a in range(len(table)) if a not in (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
-    ]
+    kept = [a for a in range(len(table)) if a not in (*numbers.inserted_window_dims, *numbers.operand_batching_dims)]
     windows = dict(zip(kept, numbers.update_window_dims, strict=True))
     place = of_table
     if place is None or of_indices is not None or place.axis not in windows:

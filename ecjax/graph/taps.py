@@ -13,6 +13,7 @@ from jax.extend import core
 from jaxtyping import Float, PyTree
 
 from ecjax import _trees
+from ecjax.graph.layers import Layers
 from ecjax.graph.reading import Reading
 from ecjax.graph.roles import CALLS, Product
 
@@ -100,3 +101,32 @@ def _evaluate(equation, operands: list) -> list:
         operand for operand, var in zip(operands, equation.invars, strict=True) if not isinstance(var, core.Literal)
     ]
     return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))(*arguments)
+
+
+def tap_dtype(kernel: Array | np.ndarray) -> jnp.dtype:
+    """What a kernel's taps and moments are held in: at least float32, whatever the layer computes in.
+
+    Example:
+        >>> graph.tap_dtype(jnp.ones((4, 8), jnp.bfloat16))
+        dtype('float32')
+    """
+    return jnp.promote_types(kernel.dtype, jnp.float32)
+
+
+def zero_taps(layers: Layers, params: PyTree, samples: int) -> dict[str, Float[Array, "samples out"]]:
+    """Zero taps for every layer: the place to differentiate at.
+
+    Args:
+        layers: of the network.
+        params: with the kernels.
+        samples: how many rows the taps have.
+
+    Example:
+        >>> taps = graph.zero_taps(networks.layers(network, params, inputs), params, samples=200)
+        >>> {path: tap.shape for path, tap in taps.items()}
+        {'Dense_0/kernel': (200, 8), 'Dense_1/kernel': (200, 2)}
+    """
+    leaves = _trees.by_path(params)
+    return {
+        layer.kernel: jnp.zeros((samples, layer.layout.sizes[2]), tap_dtype(leaves[layer.kernel])) for layer in layers
+    }

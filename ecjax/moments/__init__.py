@@ -13,15 +13,7 @@ They cost one forward pass and K backward passes to the pre-activations, then tw
 with respect to a weight is formed for any sample.
 """
 
-from ecjax.moments.additive import (
-    InputMoments,
-    LayerMoments,
-    Moments,
-    merge,
-    require_layers,
-    require_samples,
-    start,
-)
+from ecjax.moments.additive import InputMoments, LayerMoments, Moments, merge, start
 from ecjax.moments.batch import of_batch
 from ecjax.moments.stream import of_batches, of_inputs, update
 
@@ -33,8 +25,6 @@ __all__ = [
     "of_batch",
     "of_batches",
     "of_inputs",
-    "require_layers",
-    "require_samples",
     "start",
     "update",
 ]

@@ -1,15 +1,18 @@
 """The moments themselves: what they hold, those of no samples, and those of two sets of samples together."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from ecjax import capture, networks
-from ecjax.networks import Params
+from ecjax import _door, _trees, graph
+from ecjax.graph import Layer, Layers
+from ecjax.networks import Inputs, Network, Params, Patterns
 
 
 class LayerMoments(NamedTuple):
@@ -51,8 +54,16 @@ class InputMoments(NamedTuple):
     scatter: Float[Array, " in"]
 
 
-class Moments(NamedTuple):
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["samples", "layers"], meta_fields=["read", "exclude"])
+@dataclasses.dataclass(frozen=True)
+class Moments:
     """The moments of every dense layer, by its kernel's path, and how many samples they are of.
+
+    Attributes:
+        samples: how many.
+        layers: by the kernel's path; inputs and neurons as in the kernel as a matrix ``(in, out)``.
+        read: the layers of the network, which are static.
+        exclude: patterns of what was left alone, which are static too.
 
     Example:
         >>> seen = moments.of_inputs(network, params, inputs, metric="fisher")
@@ -62,40 +73,61 @@ class Moments(NamedTuple):
 
     samples: Float[Array, ""]
     layers: dict[str, LayerMoments] | dict[str, InputMoments]
+    read: Layers
+    exclude: tuple[str, ...] = ()
+
+    @property
+    def of_weights(self) -> bool:
+        """Whether these are moments for each weight, not for each input of a layer."""
+        return any(isinstance(layer, LayerMoments) for layer in self.layers.values())
 
 
-def start(params: Params, *, of_weights: bool = True) -> Moments:
+def start(
+    network: Network,
+    params: Params,
+    inputs: Inputs | jax.ShapeDtypeStruct,
+    *,
+    exclude: Patterns = (),
+    of_weights: bool = True,
+) -> Moments:
     """The moments of no samples: what ``update`` and ``merge`` start from. At least float32, whatever the params are.
 
     Args:
+        network: pure function ``(params, inputs) -> outputs``.
         params: of the network; the moments lie on devices as the kernels do.
+        inputs: some samples, or their shape, to read the network with.
+        exclude: patterns of paths that are left alone.
         of_weights: for each weight (``LayerMoments``), or for each input of a layer (``InputMoments``); the latter of
-            an MLP, without the first layer, whose inputs are no neurons.
+            a multilayer perceptron, without the first layer, whose inputs are no neurons.
+
+    Raises:
+        ValueError: a network that mixes samples or with a kernel that can't be scored, by name.
 
     Example:
-        >>> nothing = moments.start(params)
+        >>> nothing = moments.start(network, params, inputs)
         >>> float(nothing.samples), nothing.layers["Dense_0/kernel"].mean.shape
         (0.0, (4, 8))
     """
+    network, params, _ = _trees.split(network, params)
+    read = _door.layers(network, params, inputs, exclude=exclude)
+    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    return nothing(params, read, patterns, of_weights=of_weights)
 
-    def zeros(kernel):
-        dtype = capture.tap_dtype(kernel)
+
+def nothing(params: Params, read: Layers, exclude: tuple[str, ...], *, of_weights: bool) -> Moments:
+    """The moments of no samples of layers that were read already."""
+    leaves = _trees.by_path(params)
+
+    def zeros(layer: Layer):
+        kernel, (_, inputs, neurons) = leaves[layer.kernel], layer.layout.sizes
+        dtype = graph.tap_dtype(kernel)
         if not of_weights:
-            return InputMoments(*(jnp.zeros(kernel.shape[:1], dtype) for _ in InputMoments._fields))
-        return LayerMoments(
-            sensitivity=jnp.zeros(kernel.shape[-1:], dtype),
-            mean=jnp.zeros_like(kernel, dtype),
-            scatter=jnp.zeros_like(kernel, dtype),
-        )
+            return InputMoments(*(jnp.zeros(inputs, dtype) for _ in InputMoments._fields))
+        like = graph.as_matrices(jnp.zeros_like(kernel, dtype), layer.layout)[0]
+        return LayerMoments(sensitivity=jnp.zeros(neurons, dtype), mean=like, scatter=like)
 
-    kernels = networks.by_path(networks.kernels(params)) if of_weights else reading_neurons(params)
-    return Moments(jnp.zeros(()), {path: zeros(kernel) for path, kernel in kernels.items()})
-
-
-def reading_neurons(params: Params) -> dict[str, Array]:
-    """The kernels of an MLP that read hidden neurons: all but the first."""
-    leaves = networks.by_path(params)
-    return {path: leaves[path] for path in networks.layers(params)[1:]}
+    layers = read if of_weights else graph.chain(read)[1:]
+    return Moments(jnp.zeros(()), {layer.kernel: zeros(layer) for layer in layers}, read, exclude)
 
 
 def merge(first: Moments, second: Moments) -> Moments:
@@ -108,6 +140,9 @@ def merge(first: Moments, second: Moments) -> Moments:
         first: moments of some samples.
         second: moments of others, of the same network and metric.
 
+    Raises:
+        ValueError: moments of other layers.
+
     Example:
         >>> seen = moments.of_inputs(network, params, inputs, metric="fisher")
         >>> twice = jax.jit(moments.merge)(seen, seen)
@@ -115,8 +150,17 @@ def merge(first: Moments, second: Moments) -> Moments:
         >>> float(twice.samples), bool(jnp.allclose(both.scatter, 2 * once.scatter))
         (400.0, True)
     """
+    if first.read != second.read or first.of_weights != second.of_weights:
+        raise ValueError(
+            f"these moments are of different layers and can't be merged: {_described(first)} and {_described(second)}"
+        )
     layers = {path: _merge_layer(layer, second.layers[path]) for path, layer in first.layers.items()}
-    return Moments(first.samples + second.samples, layers)
+    return dataclasses.replace(first, samples=first.samples + second.samples, layers=layers)
+
+
+def _described(seen: Moments) -> str:
+    kinds = "weights" if seen.of_weights else "layers' inputs"
+    return f"of {kinds} of {', '.join(f'{layer.kernel} {layer.shape}' for layer in seen.read)}"
 
 
 def _merge_layer(first: LayerMoments | InputMoments, second) -> LayerMoments | InputMoments:
@@ -135,43 +179,15 @@ def divide(numerator: Array, denominator: Array) -> Array:
     return jnp.where(denominator > 0, numerator / jnp.where(denominator > 0, denominator, 1), 0)
 
 
-def of_weights(seen: Moments) -> bool:
-    """Whether these are moments for each weight, not for each input of a layer."""
-    return any(isinstance(layer, LayerMoments) for layer in seen.layers.values())
-
-
-def require_layers(params: Params, seen: Moments, *, of_weights: bool) -> None:
-    """Raises a ValueError unless the moments are of these layers, for each weight or for each input.
-
-    Args:
-        params: of the network.
-        seen: the moments.
-        of_weights: whether they must be of weights, or of layers' inputs.
-
-    Example:
-        >>> moments.require_layers(params, moments.start(params), of_weights=True)
-    """
-    fields = LayerMoments._fields if of_weights else InputMoments._fields
-    expected = jax.eval_shape(functools.partial(start, of_weights=of_weights), params).layers
-    wanted, found = (
-        {path: tuple(leaf.shape for leaf in layer) for path, layer in layers.items()}
-        for layers in (expected, seen.layers)
-    )
-    if found != wanted:
+def require(params: Params, seen: Moments, *, of_weights: bool) -> None:
+    """Raises a ValueError unless the moments are of some samples, of these params, for each weight or each input."""
+    leaves = {path: np.shape(leaf) for path, leaf in _trees.by_path(params).items()}
+    fitting = all(leaves.get(layer.kernel) == layer.shape for layer in seen.read)
+    if not fitting or (seen.layers and seen.of_weights != of_weights):
+        wanted = LayerMoments._fields if of_weights else InputMoments._fields
         raise ValueError(
-            f"moments of other layers: {', '.join(fields)} of shapes {found or 'none'} given, "
-            f"{wanted} in a network of these params"
+            f"moments of other layers: {_described(seen)} given; {', '.join(wanted)} "
+            f"{'for each weight' if of_weights else 'for each input'} of these params are needed: {leaves}"
         )
-
-
-def require_samples(seen: Moments) -> None:
-    """Raises a ValueError if the moments are known to be of no samples.
-
-    Example:
-        >>> moments.require_samples(moments.start(params))
-        Traceback (most recent call last):
-            ...
-        ValueError: these moments are of no samples; update them with a batch of inputs first
-    """
     if not isinstance(seen.samples, jax.core.Tracer) and seen.samples == 0:
         raise ValueError("these moments are of no samples; update them with a batch of inputs first")

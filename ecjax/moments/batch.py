@@ -5,8 +5,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, PRNGKeyArray
 
-from ecjax import capture, metrics
-from ecjax.moments.additive import InputMoments, LayerMoments, Moments, divide, reading_neurons
+from ecjax import _trees, graph, metrics
+from ecjax.graph import Layers
+from ecjax.moments.additive import InputMoments, LayerMoments, Moments, divide
 from ecjax.networks import Inputs, Network, Params
 
 # Backward passes per loop iteration: enough to fuse their sums, few enough to compile fast when K is 1,000.
@@ -20,40 +21,48 @@ def of_batch(
     counted: Bool[Array, " samples"],
     *,
     metric: str,
-    probes: int | None,
-    key: PRNGKeyArray | None,
-    biased: bool,
+    probes: int | None = None,
+    key: PRNGKeyArray | None = None,
+    exclude: tuple[str, ...] = (),
     of_weights: bool = True,
 ) -> Moments:
     """The moments of one batch.
 
     Args:
         network: pure function ``(params, inputs) -> outputs``.
-        params: its parameters.
+        params: its parameters, of arrays alone.
         inputs: one batch of samples.
         counted: which samples of the batch count; the others weigh nothing.
         metric: "euclidean" or "fisher".
         probes: number of random combinations of the metric's rows, or None for all K rows.
         key: for the probes.
-        biased: whether every kernel must have an adjacent bias.
+        exclude: patterns of paths that are left alone.
         of_weights: for each weight, or for each input of a layer.
 
     Example:
-        >>> options = {"metric": "fisher", "probes": None, "key": None, "biased": True}
-        >>> of_batch = jax.jit(lambda counted: moments.of_batch(network, params, inputs, counted, **options))
+        >>> of_batch = jax.jit(lambda counted: moments.of_batch(network, params, inputs, counted, metric="fisher"))
         >>> float(of_batch(jnp.arange(200) < 150).samples)
         150.0
     """
+    if inputs.shape[0] == 1:  # an axis of length 1 can't be told from others: the same sample twice, counted once
+        inputs, counted = jnp.repeat(inputs, 2, 0), jnp.concatenate([counted, jnp.zeros(1, bool)])
+    reading = graph.read(network, params, inputs, exclude=exclude)
     outputs, backward, layer_inputs = jax.vjp(
-        lambda taps: capture.tapped(network, params, inputs, taps, biased=biased),
-        capture.zero_taps(params, inputs.shape[0]),
+        lambda taps: graph.tapped(reading, params, inputs, taps),
+        graph.zero_taps(reading.layers, params, inputs.shape[0]),
         has_aux=True,
     )
-    kernels = None if of_weights else reading_neurons(params)
+    kernels = None if of_weights else _reading_neurons(reading.layers, params)
     sensitivities = _sensitivities(outputs, backward, kernels, metric=metric, probes=probes, key=key)
     of_layer = _layer_moments if of_weights else _input_moments
     layers = {path: of_layer(layer_inputs[path], s, counted) for path, s in sensitivities.items()}
-    return Moments(counted.sum(dtype=jnp.zeros(()).dtype), layers)
+    return Moments(counted.sum(dtype=jnp.zeros(()).dtype), layers, reading.layers, exclude)
+
+
+def _reading_neurons(layers: Layers, params: Params) -> dict[str, Float[Array, "in out"]]:
+    """The kernels of a multilayer perceptron that read hidden neurons, as matrices: all but the first."""
+    leaves = _trees.by_path(params)
+    return {layer.kernel: graph.as_matrices(leaves[layer.kernel], layer.layout)[0] for layer in graph.chain(layers)[1:]}
 
 
 def _sensitivities(outputs, backward, kernels, *, metric, probes, key) -> dict[str, Float[Array, "samples _"]]:

@@ -1,5 +1,6 @@
 """The moments of many samples, batch after batch: of one array, or of batches that come one after another."""
 
+import dataclasses
 import functools
 from collections.abc import Iterable
 from typing import Any
@@ -10,11 +11,10 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Num, PRNGKeyArray
 
-from ecjax import batches, checks, devices, metrics, precision
-from ecjax.moments import additive
-from ecjax.moments.additive import Moments, merge, require_layers, require_samples, start
+from ecjax import _door, _trees, batches, checks, devices, metrics, precision
+from ecjax.moments.additive import Moments, merge, start
 from ecjax.moments.batch import of_batch
-from ecjax.networks import Inputs, Network, Params
+from ecjax.networks import Inputs, Network, Params, Patterns
 
 
 def of_inputs(
@@ -26,7 +26,7 @@ def of_inputs(
     probes: int | None = None,
     key: PRNGKeyArray | None = None,
     batch_size: int = 1024,
-    biased: bool = True,
+    exclude: Patterns = (),
     of_weights: bool = True,
 ) -> Moments:
     """The moments of all samples, batch after batch inside one compiled call.
@@ -41,12 +41,12 @@ def of_inputs(
             (Hutchinson's estimator: the sensitivities stay unbiased).
         key: random key, needed with ``probes``.
         batch_size: samples at a time, on each device; it bounds the memory.
-        biased: whether every kernel must have an adjacent bias.
+        exclude: patterns of paths that are left alone.
         of_weights: for each weight (``LayerMoments``), or for each input of a layer (``InputMoments``).
 
     Raises:
         ValueError: no inputs, inputs that hold NaN or infinity, an unknown metric, probes without a key, or a network
-            whose dense layers can't be found (see ``capture.tapped``).
+            that mixes samples or has a kernel that can't be scored, by name.
 
     Example:
         >>> seen = moments.of_inputs(network, params, inputs, metric="fisher")
@@ -55,9 +55,10 @@ def of_inputs(
         True
     """
     _require(inputs, metric, probes, key, batch_size)
-    options = {"metric": metric, "probes": probes, "biased": biased, "batch_size": int(batch_size)}
-    inputs, nothing = devices.automatic(inputs), start(params, of_weights=of_weights)
-    return _scan(nothing, network, params, inputs, None, key, blocks=batches.blocks(inputs), **options)
+    network, params, _ = _trees.split(network, params)
+    seen, inputs = start(network, params, inputs, exclude=exclude, of_weights=of_weights), devices.automatic(inputs)
+    options = {"metric": metric, "probes": probes, "batch_size": int(batch_size), "blocks": batches.blocks(inputs)}
+    return _scan(seen, network, params, inputs, None, key, **options)
 
 
 def update(
@@ -70,7 +71,6 @@ def update(
     probes: int | None = None,
     key: PRNGKeyArray | None = None,
     batch_size: int = 1024,
-    biased: bool = True,
 ) -> Moments:
     """The moments of the samples seen so far and of these together.
 
@@ -86,20 +86,25 @@ def update(
         key: random key, needed with ``probes``; may be the same each time, as the number of samples seen enters what is
             drawn. Machines whose moments are to be merged need one each.
         batch_size: samples at a time, on each device.
-        biased: whether every kernel must have an adjacent bias.
 
     Raises:
         ValueError: as ``of_inputs``, or moments of a network with other layers.
 
     Example:
-        >>> seen = moments.update(moments.start(params), network, params, inputs[:150])
+        >>> seen = moments.update(moments.start(network, params, inputs), network, params, inputs[:150])
         >>> seen = moments.update(seen, network, params, inputs[150:])
         >>> float(seen.samples)
         200.0
     """
     _require(inputs, metric, probes, key, batch_size)
-    require_layers(params, seen, of_weights=additive.of_weights(seen))
-    options = {"metric": metric, "probes": probes, "biased": biased, "batch_size": int(batch_size)}
+    network, params, _ = _trees.split(network, params)
+    here = _door.layers(network, params, inputs, exclude=seen.exclude)
+    if here != seen.read:
+        raise ValueError(
+            "these moments are of other layers than those of this network, params and inputs: "
+            f"{', '.join(str(layer[:5]) for layer in seen.read)} and {', '.join(str(layer[:5]) for layer in here)}"
+        )
+    options = {"metric": metric, "probes": probes, "batch_size": int(batch_size)}
     inputs = devices.automatic(inputs)
     blocks, samples = batches.blocks(inputs), None
     if blocks == 1:
@@ -112,6 +117,7 @@ def of_batches(
     params: Params,
     batches: Iterable[Num[Array | np.ndarray, "..."]],
     *,
+    exclude: Patterns = (),
     of_weights: bool = True,
     **options: Any,
 ) -> Moments:
@@ -122,6 +128,7 @@ def of_batches(
         params: its parameters.
         batches: NumPy or JAX arrays of any numbers of samples, such as
             ``(batch["image"] for batch in loader)``.
+        exclude: patterns of paths that are left alone.
         of_weights: for each weight, or for each input of a layer.
         **options: of ``update``.
 
@@ -134,10 +141,13 @@ def of_batches(
         >>> bool(jnp.allclose(streamed.importance["Dense_0"]["kernel"], scores.importance["Dense_0"]["kernel"]))
         True
     """
-    seen = start(params, of_weights=of_weights)
+    seen = None
     for batch in batches:
+        checks.require_inputs(batch)
+        seen = seen or start(network, params, batch, exclude=exclude, of_weights=of_weights)
         seen = update(seen, network, params, batch, **options)
-    require_samples(seen)
+    if seen is None:
+        raise ValueError("there is not a single batch; moments of no samples say nothing")
     return seen
 
 
@@ -151,7 +161,7 @@ def _require(inputs, metric: str, probes: int | None, key: PRNGKeyArray | None, 
             raise ValueError(f"probes={probes} draws random signs: give it a key, such as jax.random.key(0)")
 
 
-@functools.partial(jax.jit, static_argnames=("network", "metric", "probes", "batch_size", "blocks", "biased"))
+@functools.partial(jax.jit, static_argnames=("network", "metric", "probes", "batch_size", "blocks"))
 @precision.in_full
 def _scan(seen, network, params, inputs, samples, key, *, batch_size, blocks, **options) -> Moments:
     """Adds batch after batch; where ``samples`` are given, only so many of the inputs count."""
@@ -162,8 +172,9 @@ def _scan(seen, network, params, inputs, samples, key, *, batch_size, blocks, **
         if samples is not None:
             counted &= index * counted.size + jnp.arange(counted.size) < samples
         drawn = jax.random.fold_in(key, total.samples.astype(jnp.uint32))
-        of_these = of_batch(network, params, batch, counted, key=drawn, of_weights=additive.of_weights(seen), **options)
-        return merge(total, of_these), None
+        kind = {"exclude": seen.exclude, "of_weights": seen.of_weights}
+        of_these = of_batch(network, params, batch, counted, key=drawn, **kind, **options)
+        return merge(total, dataclasses.replace(of_these, read=seen.read)), None
 
     total, _ = lax.scan(add, seen, jnp.arange(batches.count(inputs.shape[0], batch_size, blocks)))
     return total

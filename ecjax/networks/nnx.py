@@ -3,7 +3,8 @@
 from flax import nnx
 from jax import Array
 
-from ecjax.networks.params import Inputs, Network, Params, by_path, replace
+from ecjax._trees import by_path, replace
+from ecjax.networks.params import Inputs, Network, Params
 
 
 def from_nnx(module: object) -> tuple[Network, Params]:
@@ -32,7 +33,7 @@ def from_nnx(module: object) -> tuple[Network, Params]:
         >>> network, params = networks.from_nnx(module)
         >>> network(params, inputs).shape
         (200, 2)
-        >>> score.magnitude(params).importance["layers"][0]["kernel"].shape
+        >>> score.magnitude(network, params, inputs).importance["layers"][0]["kernel"].shape
         (4, 8)
     """
     _require_module(module)
@@ -68,7 +69,7 @@ def to_nnx(module: object, params: Params) -> nnx.Module:
     Example:
         >>> module = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
         >>> network, params = networks.from_nnx(module)
-        >>> pruned = prune.one_shot(params, score.magnitude(params), sparsity=0.75)
+        >>> pruned = prune.one_shot(params, score.magnitude(network, params, inputs), sparsity=0.75)
         >>> smaller = networks.to_nnx(module, pruned.params)
         >>> int((smaller.kernel[...] == 0).sum()), int((module.kernel[...] == 0).sum())
         (6, 0)

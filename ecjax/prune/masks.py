@@ -1,5 +1,7 @@
 """Masks, and pruning in one shot."""
 
+import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -7,9 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Real
 
-from ecjax import checks, networks
+from ecjax import _trees, checks, graph
 from ecjax.checks import Sparsity
-from ecjax.networks import Kernels, Params
+from ecjax.graph import Layer, Layers
+from ecjax.networks import Kernels, Params, Patterns
 from ecjax.score import Scores
 
 SCOPES = ("network", "layer", "neuron")
@@ -33,7 +36,12 @@ class Pruned(NamedTuple):
 
 
 def one_shot(
-    params: Params, scores: Scores, sparsity: Sparsity | None = None, *, scope: str | tuple[int, int] = "network"
+    params: Params,
+    scores: Scores,
+    sparsity: Sparsity | None = None,
+    *,
+    scope: str | tuple[int, int] = "network",
+    exclude: Patterns = (),
 ) -> Pruned:
     """Removes the weights of least importance, all at once, and shifts the biases next to them.
 
@@ -47,10 +55,14 @@ def one_shot(
         sparsity: the fraction of weights to remove, in [0, 1]; biases don't count. May be traced. Left out for N:M.
         scope: where weights compete: "network", each "layer", or each "neuron" (the inputs of one output). Or a pair
             (N, M): of every M consecutive inputs of a neuron N stay, and of a last group of fewer, at most N.
+        exclude: patterns of paths of kernels that keep every bit, and do not count as weights.
+
+    Returns:
+        Pruned: with masks for the kernels that have scores and are not excluded.
 
     Raises:
-        ValueError: a sparsity outside [0, 1], an unknown scope, importances with NaN, scores shaped unlike the params,
-            or shifts that overflow.
+        ValueError: a sparsity outside [0, 1], or that asks for a weight of infinite importance; an unknown scope;
+            importances with NaN; scores shaped unlike the params; shifts that overflow.
 
     Example:
         >>> sum(int(mask.sum()) for mask in jax.tree.leaves(prune.one_shot(params, scores, sparsity=0.75).masks))
@@ -70,13 +82,50 @@ def one_shot(
     else:
         checks.require_sparsity(sparsity)
     checks.require_kernels(params, scores.importance, "importances")
-    checks.require_no_nan(scores.importance, "importances")
-    masks = _masks(scores.importance, sparsity, scope)
+    importance = _left(_trees.by_path(scores.importance), params, exclude)
+    checks.require_no_nan(importance, "importances")
+    layers = _known(scores.layers, importance, scope)
+    found = _masks(importance, layers, sparsity, scope)
+    _require_finite_removed(importance, found)
+    masks = _trees.as_kernels(params, found)
     if scores.bias_shift is None:
         return Pruned(apply_masks(params, masks), masks)
     checks.require_kernels(params, scores.bias_shift, "bias shifts")
-    checks.require_biases(params)
-    return Pruned(apply_masks(_shift_biases(params, scores.bias_shift, masks), masks), masks)
+    shifts = _left(_trees.by_path(scores.bias_shift), params, exclude)
+    _known(scores.layers, shifts, "neuron")
+    return Pruned(apply_masks(_shift_biases(params, shifts, found, layers), masks), masks)
+
+
+def _left(kernels: dict[str, Array], params: Params, exclude: Patterns) -> dict[str, Array]:
+    """What is not excluded, by path."""
+    excluded = graph.chosen(exclude, list(_trees.by_path(params)))
+    left = {path: leaf for path, leaf in kernels.items() if path not in excluded}
+    if not left:
+        raise ValueError("every kernel is excluded; there is nothing to prune")
+    return left
+
+
+def _known(layers: Layers, kernels: dict[str, Array], scope: str | tuple[int, int]) -> dict[str, Layer]:
+    """The layers by path; where weights compete within a neuron, all kernels must be among them."""
+    known = {layer.kernel: layer for layer in layers}
+    missing = [path for path in kernels if path not in known or known[path].layout is None]
+    if missing and scope not in ("network", "layer"):
+        raise ValueError(
+            f"which axes of kernel '{missing[0]}' are its inputs is not known; give the scores their layers: "
+            "score.Scores(importance, bias_shift, layers=networks.layers(network, params, inputs))"
+        )
+    return known
+
+
+def _require_finite_removed(importance: dict[str, Array], masks: dict[str, Array]) -> None:
+    """Raises a ValueError if a weight of infinite importance goes: it was to be kept."""
+    for path, mask in masks.items():
+        removed = jnp.any(~mask & (importance[path] == jnp.inf))
+        if not isinstance(removed, jax.core.Tracer) and removed:
+            raise ValueError(
+                f"the sparsity asks for more weights than there are of finite importance: some of '{path}', of "
+                f"importance inf, would go; to keep a layer out, name it: exclude=('{path}',)"
+            )
 
 
 def require_scope(scope: str | tuple[int, int]) -> None:
@@ -104,8 +153,8 @@ def apply_masks(params: Params, masks: Kernels) -> Params:
         0.0
     """
     checks.require_masks(params, masks)
-    leaves, kept = networks.by_path(params), networks.by_path(masks)
-    return networks.replace(params, {path: jnp.where(mask, leaves[path], 0) for path, mask in kept.items()})
+    leaves, kept = _trees.by_path(params), _trees.by_path(masks)
+    return _trees.replace(params, {path: jnp.where(mask, leaves[path], 0) for path, mask in kept.items()})
 
 
 def sparsity(masks: Kernels) -> float:
@@ -120,34 +169,42 @@ def sparsity(masks: Kernels) -> float:
     return sum(int(jnp.sum(~mask)) for mask in leaves) / max(total, 1)
 
 
-def _masks(importance: Kernels, sparsity: Sparsity | None, scope: str | tuple[int, int]) -> Kernels:
-    if isinstance(scope, tuple):
-        return jax.tree.map(lambda layer: _keep_in_groups(layer, *scope), importance)
+def _masks(
+    importance: dict[str, Array],
+    layers: dict[str, Layer],
+    sparsity: Sparsity | None,
+    scope: str | tuple[int, int],
+) -> dict[str, Array]:
     if scope == "layer":
-        return jax.tree.map(lambda layer: keep(layer.ravel(), sparsity).reshape(layer.shape), importance)
-    if scope == "neuron":
-        return jax.tree.map(lambda layer: _keep_in_columns(layer, sparsity), importance)
-    leaves, structure = jax.tree.flatten(importance)
-    kept = keep(jnp.concatenate([leaf.ravel() for leaf in leaves]), sparsity)
-    starts = [sum(leaf.size for leaf in leaves[:index]) for index in range(1, len(leaves))]
-    parts = zip(jnp.split(kept, starts), leaves, strict=True)
-    return jax.tree.unflatten(structure, [part.reshape(leaf.shape) for part, leaf in parts])
+        return {path: keep(layer.ravel(), sparsity).reshape(layer.shape) for path, layer in importance.items()}
+    if scope == "network":
+        kept = keep(jnp.concatenate([leaf.ravel() for leaf in importance.values()]), sparsity)
+        ends = list(itertools.accumulate(leaf.size for leaf in importance.values()))
+        parts = jnp.split(kept, ends[:-1])
+        return {path: part.reshape(importance[path].shape) for path, part in zip(importance, parts, strict=True)}
+    choose = (
+        functools.partial(_keep_in_groups, stay=scope[0], group=scope[1])
+        if isinstance(scope, tuple)
+        else functools.partial(_keep_in_columns, sparsity=sparsity)
+    )
+    found = {}
+    for path, leaf in importance.items():
+        matrices = jax.vmap(choose)(graph.as_matrices(leaf, layers[path].layout))
+        found[path] = graph.as_leaf(matrices, layers[path].layout)
+    return found
 
 
-def _keep_in_columns(importance: Float[Array, "*in out"], sparsity: Sparsity) -> Bool[Array, "*in out"]:
-    columns = importance.reshape(-1, importance.shape[-1])
-    kept = jax.vmap(lambda column: keep(column, sparsity), in_axes=1, out_axes=1)(columns)
-    return kept.reshape(importance.shape)
+def _keep_in_columns(importance: Float[Array, "in out"], *, sparsity: Sparsity) -> Bool[Array, "in out"]:
+    return jax.vmap(lambda column: keep(column, sparsity), in_axes=1, out_axes=1)(importance)
 
 
-def _keep_in_groups(importance: Float[Array, "*in out"], stay: int, group: int) -> Bool[Array, "*in out"]:
+def _keep_in_groups(importance: Float[Array, "in out"], *, stay: int, group: int) -> Bool[Array, "in out"]:
     """True for the ``stay`` largest of every ``group`` consecutive inputs; what fills up the last group goes first."""
-    columns = importance.reshape(-1, importance.shape[-1])
-    inputs = columns.shape[0]
-    filled = jnp.pad(columns, ((0, -inputs % group), (0, 0)), constant_values=-jnp.inf)
+    inputs = importance.shape[0]
+    filled = jnp.pad(importance, ((0, -inputs % group), (0, 0)), constant_values=-jnp.inf)
     ranks = filled.reshape(-1, group, filled.shape[-1]).argsort(1, stable=True).argsort(1)
     kept = (ranks >= group - stay).reshape(filled.shape)
-    return kept[:inputs].reshape(importance.shape)
+    return kept[:inputs]
 
 
 def keep(importance: Float[Array, " weights"], sparsity: Sparsity) -> Bool[Array, " weights"]:
@@ -173,15 +230,17 @@ def smallest(values: Real[Array, " weights"], count: int | Array) -> Bool[Array,
     return jnp.zeros(values.size, bool).at[jnp.argsort(values, stable=True)].set(chosen)
 
 
-def _shift_biases(params: Params, shifts: Kernels, masks: Kernels) -> Params:
+def _shift_biases(
+    params: Params, shifts: dict[str, Array], masks: dict[str, Array], layers: dict[str, Layer]
+) -> Params:
     """Adds to each bias the shifts of its neuron's removed weights."""
-    leaves, kept = networks.by_path(params), networks.by_path(masks)
-
-    def shifted(path, shift):
-        bias = leaves[networks.bias_path(path)]
-        removed = jnp.where(kept[path], 0, shift)
-        return bias + removed.sum(tuple(range(removed.ndim - 1))).astype(bias.dtype)
-
-    biases = {networks.bias_path(path): shifted(path, shift) for path, shift in networks.by_path(shifts).items()}
+    leaves, biases = _trees.by_path(params), {}
+    for path, mask in masks.items():
+        layer = layers[path]
+        if layer.bias is None:
+            continue
+        removed = graph.as_matrices(jnp.where(mask, 0, shifts[path]), layer.layout).sum(1, keepdims=True)
+        bias = biases.get(layer.bias, leaves[layer.bias])  # several kernels may share the neurons of one bias
+        biases[layer.bias] = bias + graph.as_leaf(removed, layer.bias_layout).astype(bias.dtype)
     checks.require_finite(biases, "shifted biases")
-    return networks.replace(params, biases)
+    return _trees.replace(params, biases)

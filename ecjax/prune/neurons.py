@@ -1,13 +1,15 @@
 """Removing whole hidden neurons of an MLP."""
 
+import dataclasses
 import itertools
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ecjax import checks, networks
+from ecjax import _trees, checks, graph
 from ecjax.checks import Sparsity
+from ecjax.graph import Layer
 from ecjax.networks import Kernels, Params
 from ecjax.prune.masks import Pruned, apply_masks, keep
 from ecjax.score import NeuronScores
@@ -22,7 +24,7 @@ def neurons(params: Params, scores: NeuronScores, fraction: Sparsity, *, scope: 
     next layer gain ``constant_j · W_j`` of each removed neuron. ``compact.compact`` then makes the arrays smaller.
 
     Args:
-        params: an MLP's.
+        params: of a multilayer perceptron.
         scores: of a criterion for neurons, for these params.
         fraction: of the hidden neurons to remove, in [0, 1].
         scope: where neurons compete: "network", or each "layer".
@@ -31,35 +33,35 @@ def neurons(params: Params, scores: NeuronScores, fraction: Sparsity, *, scope: 
         Pruned: with masks that are False for all weights into and out of the removed neurons.
 
     Raises:
-        ValueError: a fraction outside [0, 1], an unknown scope, scores unlike the params, params that are not an MLP's,
-            or shifts that overflow.
+        ValueError: a fraction outside [0, 1], an unknown scope, scores unlike the params or without their layers, or
+            shifts that overflow.
 
     Example:
         >>> scores = score.neuron_elimination_compensation(network, params, inputs, metric="fisher")
         >>> pruned = prune.neurons(params, scores, fraction=0.5)
-        >>> compact.widths(compact.compact(pruned.params, nn.relu))
-        (4, 2)
+        >>> int(pruned.masks["Dense_1"]["kernel"].any(1).sum())
+        4
     """
     checks.require_sparsity(fraction)
     if scope not in NEURON_SCOPES:
         raise ValueError(f"scope is {scope!r}; for neurons it must be one of {', '.join(map(repr, NEURON_SCOPES))}")
-    paths, leaves = networks.layers(params), networks.by_path(params)
-    _require_neurons(scores, paths, leaves)
-    if scores.constant is not None:
-        checks.require_biases(params)
-    kept = _kept({path: scores.importance[path] for path in paths[:-1]}, fraction, scope)
-    masks = {path: jnp.ones(leaves[path].shape, bool) for path in paths}
+    chain, leaves = graph.chain(scores.layers), _trees.by_path(params)
+    _require_neurons(scores, chain, leaves)
+    kept = _kept({layer.kernel: scores.importance[layer.kernel] for layer in chain[:-1]}, fraction, scope)
+    masks = {layer.kernel: jnp.ones(layer.layout.sizes[1:], bool) for layer in chain}
     shifted = {}
-    for own, following in itertools.pairwise(paths):
-        masks[own] &= kept[own]
-        masks[following] &= kept[own][:, None]
+    for own, following in itertools.pairwise(chain):
+        masks[own.kernel] &= kept[own.kernel]
+        masks[following.kernel] &= kept[own.kernel][:, None]
         if scores.constant is not None:
-            bias = networks.bias_path(following)
-            shift = jnp.where(kept[own], 0, scores.constant[own]) @ leaves[following]
-            shifted[bias] = leaves[bias] + shift.astype(leaves[bias].dtype)
+            bias = leaves[following.bias]
+            weights = graph.as_matrices(leaves[following.kernel], following.layout)[0]
+            shift = jnp.where(kept[own.kernel], 0, scores.constant[own.kernel]) @ weights
+            shifted[following.bias] = bias + graph.as_leaf(shift[None, None], following.bias_layout).astype(bias.dtype)
     checks.require_finite(shifted, "shifted biases")
-    as_kernels = networks.replace(networks.kernels(params), masks)
-    return Pruned(apply_masks(networks.replace(params, shifted), as_kernels), as_kernels)
+    masks = {layer.kernel: graph.as_leaf(masks[layer.kernel][None], layer.layout) for layer in chain}
+    as_kernels = _trees.as_kernels(params, masks)
+    return Pruned(apply_masks(_trees.replace(params, shifted), as_kernels), as_kernels)
 
 
 def _kept(importance: dict[str, Array], fraction: Sparsity, scope: str) -> dict[str, Array]:
@@ -72,22 +74,35 @@ def _kept(importance: dict[str, Array], fraction: Sparsity, scope: str) -> dict[
     return dict(zip(importance, jnp.split(together, ends[:-1]), strict=True))
 
 
-def _require_neurons(scores: NeuronScores, paths: list[str], leaves: dict[str, Array]) -> None:
+def _require_neurons(scores: NeuronScores, chain: tuple[Layer, ...], leaves: dict[str, Array]) -> None:
+    for layer in chain:
+        found = getattr(leaves.get(layer.kernel), "shape", "no such leaf")
+        if found != layer.shape:
+            raise ValueError(
+                f"the scores are of another network: kernel '{layer.kernel}' is of shape {layer.shape} there, {found} "
+                "in the params"
+            )
     for given, name in ((scores.importance, "importances"), (scores.constant, "constants")):
         found = {path: leaf.shape for path, leaf in (given or {}).items()}
-        expected = {path: leaves[path].shape[1:] for path in paths[:-1]}
+        expected = {layer.kernel: layer.layout.sizes[2:] for layer in chain[:-1]}
         if given is not None and found != expected:
             raise ValueError(f"{name} of neurons do not fit the hidden layers {expected}: {found} given")
+    for layer in chain[1:]:
+        if scores.constant is not None and layer.bias is None:
+            raise ValueError(f"kernel '{layer.kernel}' has no bias to which the constants could be added")
     checks.require_no_nan(scores.importance, "importances")
 
 
-def alive(params: Params, masks: Kernels) -> dict[str, Array]:
+def alive(scores: NeuronScores, masks: Kernels) -> dict[str, Array]:
     """Which neurons of each hidden layer still have a weight out of them."""
-    paths, kept = networks.layers(params), networks.by_path(masks)
-    return {own: kept[following].any(1) for own, following in itertools.pairwise(paths)}
+    kept = _trees.by_path(masks)
+    return {
+        own.kernel: graph.as_matrices(kept[following.kernel], following.layout)[0].any(1)
+        for own, following in itertools.pairwise(graph.chain(scores.layers))
+    }
 
 
 def ranked_last(scores: NeuronScores, still: dict[str, Array]) -> NeuronScores:
     """Ranks neurons that are already removed below all others."""
     importance = jax.tree.map(lambda value, there: jnp.where(there, value, -jnp.inf), scores.importance, still)
-    return scores._replace(importance=importance)
+    return dataclasses.replace(scores, importance=importance)

@@ -1,5 +1,6 @@
 """Pruning step by step, with a repair after each."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ecjax import batches, checks, compensate, devices, gauss_newton, metrics, networks, precision, score
+from ecjax import _door, _trees, batches, checks, compensate, devices, gauss_newton, metrics, precision, score
 from ecjax.checks import Sparsity
-from ecjax.networks import Inputs, Kernels, Network, Params, Targets
+from ecjax.graph import Layers
+from ecjax.networks import Inputs, Kernels, Network, Params, Patterns, Targets
 from ecjax.prune.masks import Pruned, one_shot, require_scope
 from ecjax.prune.neurons import alive, neurons, ranked_last
 from ecjax.score import NeuronScores, Scores
@@ -53,6 +55,7 @@ def staged(
     criterion: Criterion | None = None,
     targets: Targets | None = None,
     scope: str | tuple[int, int] = "network",
+    exclude: Patterns = (),
     temperature: float | int | None = None,
     damping: float | int = 0.01,
     progress: Callable[[Stage], None] | None = None,
@@ -78,6 +81,7 @@ def staged(
             ``functools.partial(score.optimal_brain_damage, metric="fisher")``.
         targets: what the repair aims at: the outputs of the dense network if None, or see ``compensate.joint_biases``.
         scope: where weights compete, as in ``one_shot``; a pattern (N, M) has no stages.
+        exclude: patterns of paths of leaves that keep every bit, in pruning and in repair, and do not count.
         temperature: of the repair in the metric "fisher". None for 4 with "survivors", which can keep more than a first
             choice, and 1 with "biases", which can't.
         damping: of the repair, at the start; each stage goes on with what the one before has adapted it to.
@@ -96,13 +100,13 @@ def staged(
     if isinstance(scope, tuple):
         raise ValueError(f"scope {scope} is of one sparsity, without stages: one_shot, then compensate.survivors")
     if criterion is None:
-        criterion = functools.partial(score.elimination_compensation, metric=metric)
+        criterion = functools.partial(score.elimination_compensation, metric=metric, exclude=exclude)
 
-    def decide(params, masks, reached):
+    def decide(network, params, masks, reached):
         scores = _removed_first(criterion(network, params, inputs), masks)
-        return one_shot(params, scores, reached, scope=scope)
+        return one_shot(params, scores, reached, scope=scope, exclude=exclude)
 
-    shared = {"stages": stages, "repair": repair, "metric": metric, "targets": targets}
+    shared = {"stages": stages, "repair": repair, "metric": metric, "targets": targets, "exclude": exclude}
     steps = {"temperature": temperature, "damping": damping, "progress": progress, **options}
     return _in_stages(decide, network, params, inputs, sparsity, **shared, **steps)
 
@@ -119,6 +123,7 @@ def staged_neurons(
     criterion: Callable[[Network, Params, Inputs], NeuronScores] | None = None,
     targets: Targets | None = None,
     scope: str = "network",
+    exclude: Patterns = (),
     temperature: float | int | None = None,
     damping: float | int = 0.01,
     progress: Callable[[Stage], None] | None = None,
@@ -137,6 +142,7 @@ def staged_neurons(
         criterion: ``(network, params, inputs) -> NeuronScores``; ``score.neuron_elimination_compensation`` if None.
         targets: as for ``staged``, like all arguments below.
         scope: where neurons compete: "network", or each "layer".
+        exclude: patterns of paths of leaves that keep every bit; what is left must still be layer after layer.
         temperature: of the repair.
         damping: of the repair.
         progress: called after each stage.
@@ -151,13 +157,13 @@ def staged_neurons(
         6
     """
     if criterion is None:
-        criterion = functools.partial(score.neuron_elimination_compensation, metric=metric)
+        criterion = functools.partial(score.neuron_elimination_compensation, metric=metric, exclude=exclude)
 
-    def decide(params, masks, reached):
-        scores = ranked_last(criterion(network, params, inputs), alive(params, masks))
-        return neurons(params, scores, reached, scope=scope)
+    def decide(network, params, masks, reached):
+        scores = criterion(network, params, inputs)
+        return neurons(params, ranked_last(scores, alive(scores, masks)), reached, scope=scope)
 
-    shared = {"stages": stages, "repair": repair, "metric": metric, "targets": targets}
+    shared = {"stages": stages, "repair": repair, "metric": metric, "targets": targets, "exclude": exclude}
     steps = {"temperature": temperature, "damping": damping, "progress": progress, **options}
     return _in_stages(decide, network, params, inputs, fraction, **shared, **steps)
 
@@ -173,6 +179,7 @@ def _in_stages(
     repair,
     metric,
     targets,
+    exclude,
     temperature,
     damping,
     progress,
@@ -187,6 +194,8 @@ def _in_stages(
         raise ValueError(f"repair is {repair!r}; it must be one of {', '.join(map(repr, REPAIRS))}")
     if options and not repair:
         raise ValueError(f"without a repair there is nothing to give {', '.join(options)} to")
+    network, params, static = _trees.split(network, params)
+    layers = _door.layers(network, params, inputs, exclude=exclude, scored=False)
     inputs = devices.automatic(inputs)
     if targets is None and repair:
         # Samples that are spread over devices are few on each; together they stay where they are.
@@ -194,18 +203,24 @@ def _in_stages(
     if temperature is None:
         temperature = 4 if repair == "survivors" else 1
     options |= {"metric": metric, "temperature": temperature}
-    masks = jax.tree.map(lambda kernel: jnp.ones(kernel.shape, bool), networks.kernels(params))
+    masks = _trees.as_kernels(params, {layer.kernel: jnp.ones(layer.shape, bool) for layer in layers})
     state = gauss_newton.start(params, damping)
     for number in range(1, stages + 1):
         reached = sparsity * (1 - (1 - number / stages) ** 3)
-        pruned, masks = decide(state.params, masks, reached)
+        pruned, masks = decide(network, state.params, masks, reached)
         state = state._replace(params=pruned)
         if repair:
-            free = compensate.every_bias(pruned) if repair == "biases" else compensate.every_survivor(pruned, masks)
+            free = _free(repair, layers, pruned, masks)
             state = compensate.repair(network, state, free, inputs, targets, **options)
         if progress is not None:
             progress(Stage(number, stages, reached, state.objective))
-    return Pruned(state.params, masks)
+    return Pruned(_trees.whole(state.params, static), masks)
+
+
+def _free(repair: str, layers: Layers, params: Params, masks: Kernels) -> gauss_newton.Free:
+    """What a repair may move: nothing that is excluded."""
+    free = compensate.every_bias(layers, params) if repair == "biases" else compensate.every_survivor(params, masks)
+    return {path: entries for path, entries in free.items() if layers.others.get(path) != "is excluded"}
 
 
 @functools.partial(jax.jit, static_argnames=("network", "together"))
@@ -219,5 +234,9 @@ def _outputs(network: Network, params: Params, inputs: Inputs, *, together: bool
 
 def _removed_first(scores: Scores, masks: Kernels) -> Scores:
     """Ranks what is already removed below everything else, also below survivors of importance 0."""
-    importance = jax.tree.map(lambda value, mask: jnp.where(mask, value, -jnp.inf), scores.importance, masks)
-    return scores._replace(importance=importance)
+    kept = _trees.by_path(masks)
+    ranked = {
+        path: jnp.where(kept[path], value, -jnp.inf) if path in kept else value
+        for path, value in _trees.by_path(scores.importance).items()
+    }
+    return dataclasses.replace(scores, importance=_trees.replace(scores.importance, ranked))

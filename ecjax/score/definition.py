@@ -5,13 +5,19 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ecjax import capture, checks, devices, metrics, networks, precision
-from ecjax.networks import Inputs, Network, Params
+from ecjax import _door, _trees, checks, devices, graph, metrics, precision
+from ecjax.networks import Inputs, Network, Params, Patterns
 from ecjax.score.scores import Scores, checked, least, of_each_weight
 
 
 def elimination_compensation_by_definition(
-    network: Network, params: Params, inputs: Inputs, *, metric: str = "euclidean", weights_at_once: int = 64
+    network: Network,
+    params: Params,
+    inputs: Inputs,
+    *,
+    metric: str = "euclidean",
+    weights_at_once: int = 64,
+    exclude: Patterns = (),
 ) -> Scores:
     """Elimination-compensation from the discrepancy itself, one weight at a time under ``vmap``.
 
@@ -20,22 +26,24 @@ def elimination_compensation_by_definition(
 
         Δb* = argmin_Δb E[δyᵀ M δy]        I = E[δy(Δb*)ᵀ M δy(Δb*)]
 
-    Source: Ballini et al., arXiv:2602.20467. Kernels may be of any rank, shared, scanned over or convolved with,
-    as long as the last axis is the neuron and a sibling bias of shape ``(out,)`` is its own. It costs a forward pass
-    for every weight: for dense layers ``elimination_compensation`` gives the same numbers from two gradient passes.
+    Source: Ballini et al., arXiv:2602.20467. Kernels may be applied at many positions, convolved with or scanned over,
+    as long as they enter one product. It costs a forward pass for every weight: for dense layers
+    ``elimination_compensation`` gives the same numbers from two gradient passes.
 
     Args:
         network: differentiable pure function ``(params, inputs) -> outputs`` of shape (samples, K).
-        params: its parameters; every kernel has a sibling bias.
+        params: its parameters; nothing moves for a kernel without a bias.
         inputs: calibration inputs, samples along the first axis.
         metric: "euclidean" or "fisher".
         weights_at_once: how many weights one ``vmap`` takes; it bounds the memory.
+        exclude: patterns of paths that are left alone.
 
     Returns:
         Scores, as ``elimination_compensation``.
 
     Raises:
-        ValueError: bad inputs, an unknown metric, a kernel without a sibling bias, or importances that overflow.
+        ValueError: bad inputs, an unknown metric, a network that mixes samples, a kernel that enters several products,
+            or importances that overflow.
 
     Example:
         >>> found = score.elimination_compensation_by_definition(network, params, inputs, metric="fisher").importance
@@ -45,37 +53,51 @@ def elimination_compensation_by_definition(
     checks.require_inputs(inputs)
     metrics.require(metric)
     checks.require_positive(weights_at_once, "weights_at_once")
-    checks.require_biases(params)
+    network, params, _ = _trees.split(network, params)
+    layers = _door.layers(network, params, inputs, exclude=exclude, scored=False)
+    _door.require_one_product(layers)
     inputs = devices.automatic(inputs)
-    return checked(_all_weights(network, params, inputs, metric=metric, weights_at_once=int(weights_at_once)))
+    options = {"layers": layers, "metric": metric, "weights_at_once": int(weights_at_once)}
+    return checked(_all_weights(network, params, inputs, **options))
 
 
-@functools.partial(jax.jit, static_argnames=("network", "metric", "weights_at_once"))
+@functools.partial(jax.jit, static_argnames=("network", "layers", "metric", "weights_at_once"))
 @precision.in_full
-def _all_weights(network, params, inputs, *, metric, weights_at_once) -> Scores:
+def _all_weights(network, params, inputs, *, layers, metric, weights_at_once) -> Scores:
     outputs = network(params, inputs)
-    checks.require_outputs(jax.eval_shape(lambda: outputs), inputs.shape[0])
 
-    def one_weight(path, index):
-        return _importance_and_shift(network, params, inputs, outputs, path, index, metric=metric)
+    def one_weight(layer, index):
+        return _importance_and_shift(network, params, inputs, outputs, layer, index, metric=metric)
 
-    return of_each_weight(params, one_weight, weights_at_once=weights_at_once)
+    return of_each_weight(params, layers, one_weight, weights_at_once=weights_at_once)
 
 
-def _importance_and_shift(network, params, inputs, outputs, path, index, *, metric):
-    """``I`` and ``Δb*`` of the weight at a flat index of the kernel at ``path``."""
-    leaves = networks.by_path(params)
-    kernel, bias = leaves[path], leaves[networks.bias_path(path)]
-    here = jnp.unravel_index(index, kernel.shape)
-    removed = jnp.zeros_like(kernel).at[here].set(kernel[here])
-    neuron = here[-1]
+def _importance_and_shift(network, params, inputs, outputs, layer, index, *, metric):
+    """``I`` and ``Δb*`` of the weight at a flat index of a kernel as matrices."""
+    leaves = _trees.by_path(params)
+    kernel = leaves[layer.kernel]
+    member, source, neuron = jnp.unravel_index(index, layer.layout.sizes)
+    weight = graph.as_matrices(kernel, layer.layout)[member, source, neuron]
+    removed = jnp.zeros(layer.layout.sizes, kernel.dtype).at[member, source, neuron].set(weight)
+    removed = graph.as_leaf(removed, layer.layout)
+    zero = jnp.zeros((), graph.tap_dtype(kernel))
 
-    def layer(kernel, bias):
-        return network(networks.replace(params, {path: kernel, networks.bias_path(path): bias}), inputs)
+    def change(moved, by):
+        paths = list(moved)
 
-    def remainder(shift):
-        moved = jnp.zeros_like(bias).at[neuron].set(-shift.astype(bias.dtype))
-        _, discrepancy = jax.jvp(layer, (kernel, bias), (removed, moved))
+        def with_leaves(*moving):
+            return network(_trees.replace(params, dict(zip(paths, moving, strict=True))), inputs)
+
+        _, discrepancy = jax.jvp(with_leaves, tuple(leaves[path] for path in paths), tuple(by))
         return metrics.squared_norm(metric, outputs, discrepancy).mean()
 
-    return least(remainder, jnp.zeros((), capture.tap_dtype(kernel)))
+    if layer.bias is None:
+        return change([layer.kernel], [removed]).astype(zero.dtype), zero
+    bias = leaves[layer.bias]
+
+    def remainder(shift):
+        moved = jnp.zeros(layer.bias_layout.sizes, bias.dtype).at[member, 0, neuron].set(-shift.astype(bias.dtype))
+        moved = graph.as_leaf(moved, layer.bias_layout)
+        return change([layer.kernel, layer.bias], [removed, moved])
+
+    return least(remainder, zero)

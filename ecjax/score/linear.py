@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Float, PRNGKeyArray
 
-from ecjax import capture, moments, networks
+from ecjax import _trees, graph, moments
+from ecjax.graph import Layer
 from ecjax.moments import Moments
-from ecjax.networks import Inputs, Network, Params
-from ecjax.score.scores import Scores, as_kernels, checked, times_square
+from ecjax.moments.additive import require
+from ecjax.networks import Inputs, Network, Params, Patterns
+from ecjax.score.scores import Scores, checked, scores_of, times_square
 
 
 def elimination_compensation(
@@ -20,6 +22,7 @@ def elimination_compensation(
     probes: int | None = None,
     key: PRNGKeyArray | None = None,
     batch_size: int = 1024,
+    exclude: Patterns = (),
 ) -> Scores:
     """Elimination-compensation: what is left of a removal after its adjacent bias has moved to make up for it.
 
@@ -34,27 +37,29 @@ def elimination_compensation(
 
     Args:
         network: pure function ``(params, inputs) -> outputs`` of shape (samples, K).
-        params: its parameters; every kernel enters one product with the inputs and has a sibling bias.
+        params: its parameters. A kernel without a bias has nothing to move: its importance is that of
+            ``optimal_brain_damage``, its shift 0.
         inputs: calibration inputs, samples along the first axis.
         metric: "euclidean" for ``Σ_k δy_k²`` on raw outputs, "fisher" for the softmax Fisher of logits.
         probes: None for the exact sensitivities, or how many random ±1 combinations of the K rows stand in for them.
         key: random key, needed with ``probes``.
         batch_size: samples at a time; it bounds the memory.
+        exclude: patterns of paths that are left alone.
 
     Returns:
         Scores: importance in squared units of the outputs, bias shifts in units of the pre-activations.
 
     Raises:
-        ValueError: bad inputs, an unknown metric, a network without such layers, or importances that overflow, with
-            the leaf by name.
+        ValueError: bad inputs, an unknown metric, a network that mixes samples, a kernel that can't be scored, or
+            importances that overflow, with the leaf by name.
 
     Example:
         >>> scores = score.elimination_compensation(network, params, inputs, metric="fisher")
         >>> scores.importance["Dense_0"]["kernel"].shape, scores.bias_shift["Dense_0"]["kernel"].shape
         ((4, 8), (4, 8))
     """
-    options = {"metric": metric, "probes": probes, "key": key, "batch_size": batch_size}
-    seen = moments.of_inputs(network, params, inputs, biased=True, **options)
+    options = {"metric": metric, "probes": probes, "key": key, "batch_size": batch_size, "exclude": exclude}
+    seen = moments.of_inputs(network, params, inputs, **options)
     return elimination_compensation_from_moments(params, seen)
 
 
@@ -75,18 +80,19 @@ def elimination_compensation_from_moments(params: Params, seen: Moments) -> Scor
         >>> score.elimination_compensation_from_moments(params, seen).importance["Dense_1"]["kernel"].shape
         (8, 2)
     """
-    _require_moments(params, seen)
-    return checked(_elimination_compensation(params, seen))
+    require(params, seen, of_weights=True)
+    return checked(_elimination_compensation(_trees.arrays(params), seen))
 
 
 @jax.jit
 def _elimination_compensation(params: Params, seen: Moments) -> Scores:
-    kernels = _kernels(params)
-    importance = {
-        path: times_square(layer.scatter / seen.samples, kernels[path]) for path, layer in seen.layers.items()
-    }
-    shift = {path: kernels[path] * layer.mean for path, layer in seen.layers.items()}
-    return Scores(as_kernels(params, importance), as_kernels(params, shift))
+    importance, shift = {}, {}
+    for layer in seen.read:
+        kernel, found = _matrix(params, layer), seen.layers[layer.kernel]
+        scatter = found.scatter if layer.bias else _second_moment(found)
+        importance[layer.kernel] = _as_leaf(times_square(scatter / seen.samples, kernel), layer)
+        shift[layer.kernel] = _as_leaf(kernel * found.mean if layer.bias else jnp.zeros_like(kernel), layer)
+    return scores_of(params, seen.read, importance, shift)
 
 
 def optimal_brain_damage(
@@ -98,6 +104,7 @@ def optimal_brain_damage(
     probes: int | None = None,
     key: PRNGKeyArray | None = None,
     batch_size: int = 1024,
+    exclude: Patterns = (),
 ) -> Scores:
     """Optimal brain damage: what a removal costs when nothing makes up for it.
 
@@ -106,12 +113,13 @@ def optimal_brain_damage(
 
     Args:
         network: pure function ``(params, inputs) -> outputs`` of shape (samples, K).
-        params: its parameters; every kernel enters one product with the inputs, biases are not needed.
+        params: its parameters.
         inputs: calibration inputs, samples along the first axis.
         metric: "euclidean" or "fisher", as in ``elimination_compensation``.
         probes: None, or the number of random combinations of the K rows.
         key: random key, needed with ``probes``.
         batch_size: samples at a time.
+        exclude: patterns of paths that are left alone.
 
     Returns:
         Scores without bias shifts.
@@ -125,8 +133,8 @@ def optimal_brain_damage(
         >>> bool((compensated <= 1.001 * damage["Dense_1"]["kernel"]).all())
         True
     """
-    options = {"metric": metric, "probes": probes, "key": key, "batch_size": batch_size}
-    seen = moments.of_inputs(network, params, inputs, biased=False, **options)
+    options = {"metric": metric, "probes": probes, "key": key, "batch_size": batch_size, "exclude": exclude}
+    seen = moments.of_inputs(network, params, inputs, **options)
     return optimal_brain_damage_from_moments(params, seen)
 
 
@@ -136,38 +144,42 @@ def optimal_brain_damage_from_moments(params: Params, seen: Moments) -> Scores:
     ``I_ij = W_ij² · (scatter_ij + ΣS_i · mean_ij²) / samples``: see ``optimal_brain_damage``.
 
     Args:
-        params: that the moments were taken with; biases are not needed if the moments were with ``biased=False``.
+        params: that the moments were taken with.
         seen: as for ``elimination_compensation_from_moments``.
 
     Raises:
         ValueError: moments of no samples, or of other layers; importances that overflow.
 
     Example:
-        >>> seen = moments.of_batches(network, params, np.split(inputs, 5), biased=False)
+        >>> seen = moments.of_batches(network, params, np.split(inputs, 5))
         >>> score.optimal_brain_damage_from_moments(params, seen).bias_shift is None
         True
     """
-    _require_moments(params, seen)
-    return checked(_optimal_brain_damage(params, seen))
+    require(params, seen, of_weights=True)
+    return checked(_optimal_brain_damage(_trees.arrays(params), seen))
 
 
 @jax.jit
 def _optimal_brain_damage(params: Params, seen: Moments) -> Scores:
-    kernels = _kernels(params)
-
-    def importance(path, layer):
-        second_moment = layer.scatter + times_square(layer.sensitivity, layer.mean)
-        return times_square(second_moment / seen.samples, kernels[path])
-
-    return Scores(as_kernels(params, {path: importance(path, layer) for path, layer in seen.layers.items()}))
-
-
-def _require_moments(params: Params, seen: Moments) -> None:
-    moments.require_layers(params, seen, of_weights=True)
-    moments.require_samples(seen)
+    importance = {
+        layer.kernel: _as_leaf(
+            times_square(_second_moment(seen.layers[layer.kernel]) / seen.samples, _matrix(params, layer)), layer
+        )
+        for layer in seen.read
+    }
+    return scores_of(params, seen.read, importance)
 
 
-def _kernels(params: Params) -> dict[str, Array]:
-    """The kernels by path, in the precision of the moments."""
-    kernels = networks.by_path(networks.kernels(params))
-    return {path: jnp.asarray(kernel, capture.tap_dtype(kernel)) for path, kernel in kernels.items()}
+def _second_moment(found: moments.LayerMoments) -> Float[Array, "in out"]:
+    """``Σ_n S_ni a_nj²``."""
+    return found.scatter + times_square(found.sensitivity, found.mean)
+
+
+def _matrix(params: Params, layer: Layer) -> Float[Array, "in out"]:
+    """A kernel as a matrix, in the precision of the moments."""
+    kernel = _trees.by_path(params)[layer.kernel]
+    return graph.as_matrices(jnp.asarray(kernel, graph.tap_dtype(kernel)), layer.layout)[0]
+
+
+def _as_leaf(matrix: Float[Array, "in out"], layer: Layer) -> Float[Array, "..."]:
+    return graph.as_leaf(matrix[None], layer.layout)

@@ -1,36 +1,54 @@
 """Criteria for whole hidden neurons of an MLP: structured elimination-compensation, and what it is measured against."""
 
+import dataclasses
 import functools
 import itertools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, PRNGKeyArray
 
-from ecjax import capture, checks, devices, metrics, moments, networks, precision
+from ecjax import _door, _trees, checks, devices, graph, metrics, moments, precision
+from ecjax.graph import NO_LAYERS, Layer, Layers
 from ecjax.moments import Moments
-from ecjax.networks import Inputs, Network, Params
-from ecjax.score.scores import checked, least, of_each
+from ecjax.moments.additive import require
+from ecjax.networks import Inputs, Network, Params, Patterns
+from ecjax.score.scores import least, of_each
 
 
-class NeuronScores(NamedTuple):
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["importance", "constant"], meta_fields=["layers"])
+@dataclasses.dataclass(frozen=True)
+class NeuronScores:
     """What removing each hidden neuron costs, and what to put in its place.
 
     Attributes:
         importance: by the path of its own kernel, one number for each neuron of a hidden layer; the smallest go first.
         constant: for each neuron, the constant that takes the place of its output: the biases of the next layer gain
             ``constant_j · W_j`` when it is removed. None for a criterion that compensates nothing.
+        layers: of the network, a multilayer perceptron, in order of execution (``networks.layers``). Static.
 
     Example:
-        >>> scores = score.NeuronScores({"Dense_0/kernel": jnp.arange(8.0)})  # a criterion of one's own
+        >>> layers = networks.layers(network, params, inputs)
+        >>> scores = score.NeuronScores({"Dense_0/kernel": jnp.arange(8.0)}, layers=layers)  # a criterion of one's own
         >>> prune.neurons(params, scores, fraction=0.25).masks["Dense_0"]["kernel"].any(0).tolist()
         [False, False, True, True, True, True, True, True]
     """
 
     importance: dict[str, Float[Array, " neurons"]]
     constant: dict[str, Float[Array, " neurons"]] | None = None
+    layers: Layers = NO_LAYERS
+
+
+def checked(scores: NeuronScores) -> NeuronScores:
+    """The same scores.
+
+    Raises:
+        ValueError: an importance or a constant is NaN or infinite.
+    """
+    checks.require_finite(scores.importance, "importances")
+    checks.require_finite(scores.constant, "constants")
+    return scores
 
 
 def neuron_elimination_compensation(
@@ -42,6 +60,7 @@ def neuron_elimination_compensation(
     probes: int | None = None,
     key: PRNGKeyArray | None = None,
     batch_size: int = 1024,
+    exclude: Patterns = (),
 ) -> NeuronScores:
     """What is left of removing a whole hidden neuron after every bias of the next layer has moved to make up for it.
 
@@ -53,13 +72,14 @@ def neuron_elimination_compensation(
     Elimination-compensation (Ballini et al., arXiv:2602.20467) one level up; this library's own.
 
     Args:
-        network: an MLP as a pure function ``(params, inputs) -> outputs``.
-        params: its parameters, layer after layer (``networks.layers``), each with a bias.
+        network: a multilayer perceptron as a pure function ``(params, inputs) -> outputs``.
+        params: its parameters; every layer but the first has a bias.
         inputs: calibration inputs, samples along the first axis.
         metric: "euclidean" or, for logits, "fisher".
         probes: None, or the number of random combinations of the K rows of the metric.
         key: random key, needed with ``probes``.
         batch_size: samples at a time.
+        exclude: patterns of paths that are left alone; what is left must still be layer after layer.
 
     Returns:
         NeuronScores: importance in squared units of the outputs, constants in units of the neurons' outputs.
@@ -72,8 +92,7 @@ def neuron_elimination_compensation(
         >>> scores.importance["Dense_0/kernel"].shape, scores.constant["Dense_0/kernel"].shape
         ((8,), (8,))
     """
-    networks.layers(params)
-    options = {"metric": metric, "probes": probes, "key": key, "batch_size": batch_size}
+    options = {"metric": metric, "probes": probes, "key": key, "batch_size": batch_size, "exclude": exclude}
     seen = moments.of_inputs(network, params, inputs, of_weights=False, **options)
     return neuron_elimination_compensation_from_moments(params, seen)
 
@@ -95,16 +114,30 @@ def neuron_elimination_compensation_from_moments(params: Params, seen: Moments) 
         >>> score.neuron_elimination_compensation_from_moments(params, seen).importance["Dense_0/kernel"].shape
         (8,)
     """
-    paths = networks.layers(params)
-    moments.require_layers(params, seen, of_weights=False)
-    moments.require_samples(seen)
-    read_by = {own: seen.layers[following] for own, following in itertools.pairwise(paths)}
+    require(params, seen, of_weights=False)
+    _require_biases(seen.read)
+    read_by = {before.kernel: seen.layers[layer.kernel] for before, layer in _pairs(seen.read)}
     importance = {path: layer.scatter / seen.samples for path, layer in read_by.items()}
-    return checked(NeuronScores(importance, {path: layer.mean for path, layer in read_by.items()}))
+    return checked(NeuronScores(importance, {path: layer.mean for path, layer in read_by.items()}, seen.read))
+
+
+def _pairs(layers: Layers) -> list[tuple[Layer, Layer]]:
+    """Each layer with hidden neurons, and the one that reads them."""
+    chain = graph.chain(layers)
+    return list(itertools.pairwise(chain))
+
+
+def _require_biases(layers: Layers) -> None:
+    for _, layer in _pairs(layers):
+        if layer.bias is None:
+            raise ValueError(
+                f"kernel '{layer.kernel}' has no bias, so nothing can take the place of a neuron that it reads; give "
+                "the layer a bias of zeros, or use score.neuron_norm"
+            )
 
 
 def neuron_elimination_compensation_by_definition(
-    network: Network, params: Params, inputs: Inputs, *, metric: str = "euclidean"
+    network: Network, params: Params, inputs: Inputs, *, metric: str = "euclidean", exclude: Patterns = ()
 ) -> NeuronScores:
     """The same from the discrepancy itself, one neuron at a time under ``vmap``: the reference.
 
@@ -113,10 +146,11 @@ def neuron_elimination_compensation_by_definition(
     Ballini et al., arXiv:2602.20467, one level up.
 
     Args:
-        network: an MLP as a pure function ``(params, inputs) -> outputs``.
+        network: a multilayer perceptron as a pure function ``(params, inputs) -> outputs``.
         params: its parameters.
         inputs: calibration inputs.
         metric: "euclidean" or "fisher".
+        exclude: patterns of paths that are left alone.
 
     Raises:
         ValueError: as ``neuron_elimination_compensation``.
@@ -130,55 +164,64 @@ def neuron_elimination_compensation_by_definition(
     """
     checks.require_inputs(inputs)
     metrics.require(metric)
-    checks.require_biases(params)
-    networks.layers(params)
+    network, params, _ = _trees.split(network, params)
+    layers = _door.layers(network, params, inputs, exclude=exclude)
+    _require_biases(layers)
     inputs = devices.automatic(inputs)
-    return checked(NeuronScores(*_all_neurons(network, params, inputs, metric=metric)))
+    return checked(NeuronScores(*_all_neurons(network, params, inputs, layers=layers, metric=metric), layers))
 
 
-@functools.partial(jax.jit, static_argnames=("network", "metric"))
+@functools.partial(jax.jit, static_argnames=("network", "layers", "metric"))
 @precision.in_full
-def _all_neurons(network, params, inputs, *, metric):
-    paths, leaves = networks.layers(params), networks.by_path(params)
+def _all_neurons(network, params, inputs, *, layers, metric):
+    leaves = _trees.by_path(params)
     outputs = network(params, inputs)
     importance, constant = {}, {}
-    for own, following in itertools.pairwise(paths):
-        kernel, bias = leaves[following], leaves[networks.bias_path(following)]
+    for own, following in _pairs(layers):
+        kernel, bias = leaves[following.kernel], leaves[following.bias]
+        weights = graph.as_matrices(kernel, following.layout)[0]
 
         def layer(kernel, bias, following=following):
-            return network(networks.replace(params, {following: kernel, networks.bias_path(following): bias}), inputs)
+            return network(_trees.replace(params, {following.kernel: kernel, following.bias: bias}), inputs)
 
-        def of_neuron(neuron, layer=layer, kernel=kernel, bias=bias):
-            removed = jnp.zeros_like(kernel).at[neuron].set(-kernel[neuron])
+        def of_neuron(neuron, layer=layer, kernel=kernel, bias=bias, weights=weights, following=following):
+            removed = graph.as_leaf(jnp.zeros_like(weights).at[neuron].set(-weights[neuron])[None], following.layout)
 
             def remainder(constant):
-                _, discrepancy = jax.jvp(
-                    layer, (kernel, bias), (removed, (constant * kernel[neuron]).astype(bias.dtype))
-                )
+                moved = (constant * weights[neuron]).astype(bias.dtype)[None, None]
+                moved = graph.as_leaf(moved, following.bias_layout)
+                _, discrepancy = jax.jvp(layer, (kernel, bias), (removed, moved))
                 return metrics.squared_norm(metric, outputs, discrepancy).mean()
 
-            return least(remainder, jnp.zeros((), capture.tap_dtype(kernel)))
+            return least(remainder, jnp.zeros((), graph.tap_dtype(kernel)))
 
-        importance[own], constant[own] = of_each(of_neuron, kernel, kernel.shape[0], at_once=64)
+        found = of_each(of_neuron, kernel, weights.shape[0], at_once=64)
+        importance[own.kernel], constant[own.kernel] = found
     return importance, constant
 
 
-def neuron_norm(params: Params) -> NeuronScores:
+def neuron_norm(network: Network, params: Params, inputs: Inputs, *, exclude: Patterns = ()) -> NeuronScores:
     """``I_j = ‖W_·j‖₂``, the Euclidean norm of each hidden neuron's incoming weights: magnitude for neurons.
 
     Args:
-        params: an MLP's.
+        network: a multilayer perceptron as a pure function ``(params, inputs) -> outputs``.
+        params: its parameters.
+        inputs: calibration inputs; only their shape counts.
+        exclude: patterns of paths that are left alone.
 
     Raises:
-        ValueError: params that are not an MLP's, or that hold NaN or infinity.
+        ValueError: no multilayer perceptron, or params that hold NaN or infinity.
 
     Example:
-        >>> chain = {"first": {"kernel": jnp.array([[3.0], [4.0]])}, "second": {"kernel": jnp.ones((1, 2))}}
-        >>> score.neuron_norm(chain).importance["first/kernel"].tolist()
-        [5.0]
+        >>> score.neuron_norm(network, params, inputs).importance["Dense_0/kernel"].shape
+        (8,)
     """
-    leaves, paths = networks.by_path(params), networks.layers(params)
-    return checked(NeuronScores({path: _column_norms(leaves[path]) for path in paths[:-1]}))
+    network, params, _ = _trees.split(network, params)
+    layers, leaves = _door.layers(network, params, inputs, exclude=exclude, each_alone=False), _trees.by_path(params)
+    norms = {
+        own.kernel: _column_norms(graph.as_matrices(leaves[own.kernel], own.layout)[0]) for own, _ in _pairs(layers)
+    }
+    return checked(NeuronScores(norms, layers=layers))
 
 
 def _column_norms(kernel: Float[Array, "in out"]) -> Float[Array, " out"]:
@@ -187,31 +230,39 @@ def _column_norms(kernel: Float[Array, "in out"]) -> Float[Array, " out"]:
     return jnp.ldexp(jnp.linalg.norm(jnp.ldexp(kernel, -exponent), axis=0), exponent)
 
 
-def neuron_variance(network: Network, params: Params, inputs: Inputs) -> NeuronScores:
+def neuron_variance(network: Network, params: Params, inputs: Inputs, *, exclude: Patterns = ()) -> NeuronScores:
     """``I_j = var(a_j)``, the variance of each hidden neuron's output over the inputs, with its mean as the constant.
 
     Args:
-        network: an MLP as a pure function ``(params, inputs) -> outputs``.
-        params: its parameters, each layer with a bias.
+        network: a multilayer perceptron as a pure function ``(params, inputs) -> outputs``.
+        params: its parameters; every layer but the first has a bias.
         inputs: calibration inputs, samples along the first axis.
+        exclude: patterns of paths that are left alone.
 
     Raises:
-        ValueError: bad inputs, params that are not an MLP's, or variances that overflow.
+        ValueError: bad inputs, no multilayer perceptron, or variances that overflow.
 
     Example:
         >>> scores = score.neuron_variance(network, params, inputs)
-        >>> read = capture.tapped(network, params, inputs, {}, biased=True)[1]["Dense_1/kernel"]
-        >>> bool(jnp.allclose(scores.importance["Dense_0/kernel"], read.var(0), rtol=1e-4))
+        >>> hidden = nn.relu(inputs @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"])
+        >>> bool(jnp.allclose(scores.importance["Dense_0/kernel"], hidden.var(0), rtol=1e-4))
         True
     """
     checks.require_inputs(inputs)
-    return checked(NeuronScores(*_variances(network, params, devices.automatic(inputs))))
+    network, params, _ = _trees.split(network, params)
+    layers = _door.layers(network, params, inputs, exclude=exclude)
+    _require_biases(layers)
+    found = _variances(network, params, devices.automatic(inputs), layers=layers)
+    return checked(NeuronScores(*found, layers))
 
 
-@functools.partial(jax.jit, static_argnames="network")
+@functools.partial(jax.jit, static_argnames=("network", "layers"))
 @precision.in_full
-def _variances(network, params, inputs):
-    paths = networks.layers(params)
-    _, layer_inputs = capture.tapped(network, params, inputs, {}, biased=True)
-    read = {own: layer_inputs[following] for own, following in itertools.pairwise(paths)}
+def _variances(network, params, inputs, *, layers):
+    if inputs.shape[0] == 1:  # an axis of length 1 can't be told from others; twice the same has the same variance
+        inputs = jnp.repeat(inputs, 2, 0)
+    excluded = tuple(path for path, what in layers.others.items() if what == "is excluded")
+    reading = graph.read(network, params, inputs, exclude=excluded)
+    _, layer_inputs = graph.tapped(reading, params, inputs, {})
+    read = {own.kernel: layer_inputs[following.kernel] for own, following in _pairs(layers)}
     return {path: a.var(0) for path, a in read.items()}, {path: a.mean(0) for path, a in read.items()}

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ecjax import capture, checks, devices, metrics, moments, networks, precision
-from ecjax.networks import Inputs, Network, Params
+from ecjax import _trees, checks, devices, graph, metrics, moments, precision
+from ecjax.networks import Inputs, Network, Params, Patterns
 from ecjax.score.scores import Scores, checked, of_each_weight
 
 
@@ -19,6 +19,7 @@ def nonlinear_elimination_compensation(
     metric: str = "euclidean",
     steps: int = 3,
     weights_at_once: int = 64,
+    exclude: Patterns = (),
 ) -> Scores:
     """Elimination-compensation with the true change in the outputs in place of its first-order estimate.
 
@@ -31,11 +32,12 @@ def nonlinear_elimination_compensation(
 
     Args:
         network: pure function ``(params, inputs) -> outputs`` of shape (samples, K).
-        params: its parameters; every kernel enters one product with the inputs and has a sibling bias.
+        params: its parameters; nothing moves for a kernel without a bias.
         inputs: calibration inputs, samples along the first axis, all held in memory at once.
         metric: "euclidean" or "fisher".
         steps: Newton steps for each weight.
         weights_at_once: how many weights one ``vmap`` takes; it bounds the memory.
+        exclude: patterns of paths that are left alone.
 
     Returns:
         Scores: importance in squared units of the outputs, bias shifts in units of the pre-activations.
@@ -50,8 +52,9 @@ def nonlinear_elimination_compensation(
     """
     checks.require_positive(steps, "steps")
     checks.require_positive(weights_at_once, "weights_at_once")
+    network, params, _ = _trees.split(network, params)
+    seen = moments.of_inputs(network, params, inputs, metric=metric, exclude=exclude)
     inputs = devices.automatic(inputs)
-    seen = moments.of_inputs(network, params, inputs, metric=metric)
     options = {"metric": metric, "steps": int(steps), "weights_at_once": int(weights_at_once)}
     return checked(_all_weights(network, params, inputs, seen, **options))
 
@@ -59,24 +62,30 @@ def nonlinear_elimination_compensation(
 @functools.partial(jax.jit, static_argnames=("network", "metric", "steps", "weights_at_once"))
 @precision.in_full
 def _all_weights(network, params, inputs, seen, *, metric, steps, weights_at_once) -> Scores:
-    outputs, layer_inputs = capture.tapped(network, params, inputs, {}, biased=True)
-    kernels = networks.by_path(networks.kernels(params))
+    if inputs.shape[0] == 1:  # an axis of length 1 can't be told from others; twice the same has the same mean
+        inputs = jnp.repeat(inputs, 2, 0)
+    reading = graph.read(network, params, inputs, exclude=seen.exclude)
+    outputs, layer_inputs = graph.tapped(reading, params, inputs, {})
+    leaves = _trees.by_path(params)
 
-    def one_weight(path, index):
-        kernel, layer = kernels[path], seen.layers[path]
+    def one_weight(layer, index):
+        kernel, found = graph.as_matrices(leaves[layer.kernel], layer.layout)[0], seen.layers[layer.kernel]
         source, neuron = jnp.unravel_index(index, kernel.shape)
-        removed = kernel[source, neuron] * layer_inputs[path][:, source].astype(layer.mean.dtype)
+        removed = kernel[source, neuron] * layer_inputs[layer.kernel][:, source].astype(found.mean.dtype)
 
         def true_change(shift):
             tap = jnp.zeros((inputs.shape[0], kernel.shape[1]), removed.dtype).at[:, neuron].set(shift - removed)
-            changed, _ = capture.tapped(network, params, inputs, {path: tap}, biased=True)
+            changed, _ = graph.tapped(reading, params, inputs, {layer.kernel: tap})
             return metrics.squared_norm(metric, outputs, changed - outputs).mean()
 
-        linear_curvature = 2 * layer.sensitivity[neuron] / seen.samples
-        linear_shift = kernel[source, neuron] * layer.mean[source, neuron]
+        if layer.bias is None:
+            zero = jnp.zeros((), removed.dtype)
+            return true_change(zero).astype(zero.dtype), zero
+        linear_curvature = 2 * found.sensitivity[neuron] / seen.samples
+        linear_shift = kernel[source, neuron] * found.mean[source, neuron]
         return _minimise(true_change, linear_shift, linear_curvature, steps=steps)
 
-    return of_each_weight(params, one_weight, weights_at_once=weights_at_once)
+    return of_each_weight(params, seen.read, one_weight, weights_at_once=weights_at_once)
 
 
 def _minimise(function, start, usual_curvature, *, steps):

@@ -1,8 +1,8 @@
 """What every criterion returns."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,38 +10,43 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
-from ecjax import capture, checks, networks
+from ecjax import _trees, checks, graph
+from ecjax.graph import NO_LAYERS, Layers
 from ecjax.networks import Kernels, Params
 
-AnyScores = TypeVar("AnyScores", bound=tuple)
 
-
-class Scores(NamedTuple):
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["importance", "bias_shift"], meta_fields=["layers"])
+@dataclasses.dataclass(frozen=True)
+class Scores:
     """What removing each weight costs, and what makes up for it.
 
     Attributes:
         importance: Kernels; at least 0, the smallest go first.
         bias_shift: Kernels; for each weight, what its neuron's bias gains when the weight is removed. None for a
             criterion that compensates nothing.
+        layers: of the network (``networks.layers``): which bias belongs to which kernel, and which of its axes are
+            inputs. Static; needed with bias shifts, and where weights compete within a neuron.
 
     Example:
-        >>> squares = score.Scores(jax.tree.map(jnp.square, networks.kernels(params)))  # a criterion of one's own
-        >>> prune.sparsity(prune.one_shot(params, squares, sparsity=0.5).masks)
+        >>> squares = jax.tree.map(jnp.square, score.magnitude(network, params, inputs).importance)
+        >>> scores = score.Scores(squares)  # a criterion of one's own
+        >>> prune.sparsity(prune.one_shot(params, scores, sparsity=0.5).masks)
         0.5
     """
 
     importance: Kernels
     bias_shift: Kernels | None = None
+    layers: Layers = NO_LAYERS
 
 
-def checked(scores: AnyScores) -> AnyScores:
-    """The same scores, of weights or of neurons.
+def checked(scores: Scores) -> Scores:
+    """The same scores.
 
     Raises:
         ValueError: an importance or what makes up for it is NaN or infinite: the params are, or squares overflow.
     """
-    for name, tree in zip(scores._fields, scores, strict=True):
-        checks.require_finite(tree, f"{name.replace('_', ' ')}s")
+    checks.require_finite(scores.importance, "importances")
+    checks.require_finite(scores.bias_shift, "bias shifts")
     return scores
 
 
@@ -49,11 +54,6 @@ def times_square(value: Float[Array, "..."], factor: Float[Array, "..."]) -> Flo
     """``value · factor²``, also where ``factor²`` alone is too small for the dtype and the product is not."""
     square = factor**2
     return jnp.where(square < jnp.finfo(square.dtype).tiny, factor * (factor * value), square * value)
-
-
-def as_kernels(params: Params, leaves: Mapping[str, Array]) -> Kernels:
-    """Kernels of ``params`` with the leaf for each kernel taken from ``leaves``, by path."""
-    return networks.replace(networks.kernels(params), leaves)
 
 
 def least(remainder: Callable[[Array], Array], zero: Array) -> tuple[Array, Array]:
@@ -68,19 +68,37 @@ def least(remainder: Callable[[Array], Array], zero: Array) -> tuple[Array, Arra
 
 
 def of_each_weight(
-    params: Params, importance_and_shift: Callable[[str, Array], tuple[Array, Array]], *, weights_at_once: int
+    params: Params,
+    layers: Layers,
+    importance_and_shift: Callable[[graph.Layer, Array], tuple[Array, Array]],
+    *,
+    weights_at_once: int,
 ) -> Scores:
-    """Scores from a function of one weight, given as the path of its kernel and its flat index there.
+    """Scores from a function of one weight, given as its layer and its flat index in the kernel as a matrix.
 
     So many weights at once go through ``vmap``; it bounds the memory.
     """
-    kernels = networks.by_path(networks.kernels(params))
-    found = {
-        path: of_each(functools.partial(importance_and_shift, path), kernel, kernel.size, at_once=weights_at_once)
-        for path, kernel in kernels.items()
-    }
-    importance, shift = ({path: found[path][part].reshape(kernels[path].shape) for path in kernels} for part in (0, 1))
-    return Scores(as_kernels(params, importance), as_kernels(params, shift))
+    leaves = _trees.by_path(params)
+    importance, shift = {}, {}
+    for layer in layers:
+        found = of_each(
+            functools.partial(importance_and_shift, layer),
+            leaves[layer.kernel],
+            layer.weights,
+            at_once=weights_at_once,
+        )
+        importance[layer.kernel], shift[layer.kernel] = (
+            graph.as_leaf(part.reshape(layer.layout.sizes), layer.layout) for part in found
+        )
+    return scores_of(params, layers, importance, shift)
+
+
+def scores_of(
+    params: Params, layers: Layers, importance: Mapping[str, Array], shift: Mapping[str, Array] | None = None
+) -> Scores:
+    """Scores from what each kernel has, by its path."""
+    shifts = None if shift is None else _trees.as_kernels(params, shift)
+    return Scores(_trees.as_kernels(params, importance), shifts, layers)
 
 
 def of_each(
@@ -92,6 +110,6 @@ def of_each(
 ) -> tuple[Float[Array, " count"], Float[Array, " count"]]:
     """A function of each index below ``count``, so many at once; without any, it is not even traced."""
     if count == 0:
-        nothing = jnp.zeros(0, capture.tap_dtype(kernel))
+        nothing = jnp.zeros(0, graph.tap_dtype(kernel))
         return nothing, nothing
     return lax.map(importance_and_shift, jnp.arange(count), batch_size=at_once)

@@ -20,8 +20,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Shaped
 
-from ecjax import checks, devices, networks, precision
-from ecjax.networks import Inputs, Kernels, Loss, Network, Params, Targets
+from ecjax import _door, _trees, checks, devices, precision
+from ecjax.networks import Inputs, Kernels, Loss, Network, Params, Patterns, Targets
 from ecjax.score import Scores
 
 
@@ -31,6 +31,8 @@ def loss_gradients(
     inputs: Inputs,
     targets: Targets,
     loss: Loss,
+    *,
+    exclude: Patterns = (),
 ) -> Kernels:
     """Per-sample gradients of the loss with respect to the kernels, the rows of G.
 
@@ -40,12 +42,13 @@ def loss_gradients(
         inputs: samples along the first axis; with W weights the result holds samples × W numbers.
         targets: one for each sample.
         loss: ``(outputs, targets) -> losses``, as optax's.
+        exclude: patterns of paths of kernels that are left alone: what the surgeons are not given, they don't touch.
 
     Returns:
         Kernels with a leading sample axis.
 
     Raises:
-        ValueError: bad inputs, not one target for each sample, or params without kernels.
+        ValueError: bad inputs, not one target for each sample, a network without kernels or that mixes samples.
 
     Example:
         >>> gradients = surgeon.loss_gradients(network, params, inputs, labels, loss)
@@ -54,21 +57,25 @@ def loss_gradients(
     """
     checks.require_inputs(inputs)
     checks.require_targets(inputs, targets)
-    checks.require_any_kernel(params)
+    network, params, _ = _trees.split(network, params)
+    layers = _door.layers(network, params, inputs, exclude=exclude, scored=False)
+    _door.require_one_product(layers)
+    leaves = _trees.by_path(params)
+    kernels = {path: leaves[path] for path in leaves if path in {layer.kernel for layer in layers}}
     inputs, targets = devices.automatic((inputs, targets))
-    return _loss_gradients(network, params, inputs, targets, loss=loss)
+    return _trees.as_kernels(params, _loss_gradients(network, params, kernels, inputs, targets, loss=loss))
 
 
 @functools.partial(jax.jit, static_argnames=("network", "loss"))
 @precision.in_full
-def _loss_gradients(network, params, inputs, targets, *, loss):
+def _loss_gradients(network, params, kernels, inputs, targets, *, loss):
     def of_sample(x, target):
         def mean_loss(kernels):
-            return loss(network(networks.replace(params, kernels), x[None]), target[None]).mean()
+            return loss(network(_trees.replace(params, kernels), x[None]), target[None]).mean()
 
-        return jax.grad(mean_loss)(networks.by_path(networks.kernels(params)))
+        return jax.grad(mean_loss)(kernels)
 
-    return networks.replace(networks.kernels(params), jax.vmap(of_sample)(inputs, targets))
+    return jax.vmap(of_sample)(inputs, targets)
 
 
 def brain_surgeon_saliency(params: Params, gradients: Kernels, *, damping: float | int = 1e-5) -> Scores:
@@ -96,9 +103,9 @@ def brain_surgeon_saliency(params: Params, gradients: Kernels, *, damping: float
     """
     require_gradients(params, gradients, damping)
     with jax.enable_x64(True):
-        weights, rows = flatten_weights(params), flatten_gradients(gradients)
+        weights, rows = flatten_weights(params, gradients), flatten_gradients(gradients)
         saliency = _saliency(weights, rows, damping)
-    saliencies = unflatten_weights(params, saliency)
+    saliencies = unflatten_weights(params, gradients, saliency)
     _require_solved(saliencies, "saliencies", damping)
     return Scores(saliencies)
 
@@ -155,14 +162,26 @@ def brain_surgeon_update(params: Params, masks: Kernels, gradients: Kernels, *, 
 
 def _moved(params, masks, gradients, damping, update) -> Params:
     """Checks, and runs an update of flat weights in double precision."""
-    checks.require_masks(params, masks)
     require_gradients(params, gradients, damping)
+    require_masks(params, masks, gradients)
     with jax.enable_x64(True):
-        weights, rows = flatten_weights(params), flatten_gradients(gradients)
-        moved = update(weights, flatten_masks(params, masks), rows, damping)
-    kernels = unflatten_weights(params, moved)
+        weights, rows = flatten_weights(params, gradients), flatten_gradients(gradients)
+        moved = update(weights, flatten_masks(masks), rows, damping)
+    kernels = unflatten_weights(params, gradients, moved)
     _require_solved(kernels, "updated kernels", damping)
-    return networks.replace(params, networks.by_path(kernels))
+    return _trees.replace(params, _trees.by_path(kernels))
+
+
+def require_masks(params: Params, masks: Kernels, gradients: Kernels) -> None:
+    """Raises a ValueError unless there is a mask for each kernel that has gradients, and no other."""
+    checks.require_masks(params, masks)
+    given, expected = set(_trees.by_path(masks)), set(_trees.by_path(gradients))
+    if given != expected:
+        path = min(given ^ expected)
+        lacking = "mask" if path in expected else "gradients"
+        raise ValueError(
+            f"masks and gradients are of different kernels: '{path}' has no {lacking}; give both the same exclude="
+        )
 
 
 def _require_solved(kernels: Kernels, name: str, damping: float | int) -> None:
@@ -192,9 +211,9 @@ def removal_cost(
         >>> float(surgeon.removal_cost(params, all_stay, gradients))
         0.0
     """
-    checks.require_masks(params, masks)
     require_gradients(params, gradients, damping)
-    removed = jnp.where(flatten_masks(params, masks), 0, flatten_weights(params))
+    require_masks(params, masks, gradients)
+    removed = jnp.where(flatten_masks(masks), 0, flatten_weights(params, gradients))
     rows = flatten_gradients(gradients)
     cost = quadratic(removed, rows @ removed, damping)
     checks.require_finite(cost, "the cost of the removal")
@@ -241,20 +260,22 @@ def _independent_updates(weights, kept, rows, damping):
 
 def require_gradients(params: Params, gradients: Kernels, damping: float | int) -> None:
     """Raises a ValueError unless the gradients are finite, one for each sample and weight, and the damping above 0."""
-    expected = {path: kernel.shape for path, kernel in networks.by_path(networks.kernels(params)).items()}
-    leaves = networks.by_path(gradients)
+    shapes = {path: np.shape(leaf) for path, leaf in _trees.by_path(params).items() if _trees.is_array(leaf)}
+    leaves = _trees.by_path(gradients)
     counts = {leaf.shape[0] for leaf in leaves.values() if leaf.ndim}
-    if {path: leaf.shape[1:] for path, leaf in leaves.items()} != expected or len(counts) != 1 or counts == {0}:
+    fitting = all(leaf.ndim and leaf.shape[1:] == shapes.get(path) for path, leaf in leaves.items())
+    if not leaves or not fitting or len(counts) != 1 or counts == {0}:
         given = {path: leaf.shape for path, leaf in leaves.items()}
-        raise ValueError(f"gradients must be Kernels with a leading sample axis for {expected}, got {given}")
+        raise ValueError(f"gradients must be Kernels with a leading sample axis for {shapes}, got {given}")
     checks.require_finite(gradients, "gradients")
     if not damping > 0:
         raise ValueError(f"damping is {damping}; it must be above 0, or the Fisher can't be inverted")
 
 
-def flatten_weights(params: Params) -> Float[Array, " weights"]:
-    """All kernels of ``params`` as one vector, in the order of the flattened tree."""
-    return jnp.concatenate([_at_least_float32(kernel).ravel() for kernel in jax.tree.leaves(networks.kernels(params))])
+def flatten_weights(params: Params, gradients: Kernels) -> Float[Array, " weights"]:
+    """All kernels that have gradients as one vector, in the order of the flattened tree."""
+    leaves = _trees.by_path(params)
+    return jnp.concatenate([_at_least_float32(leaves[path]).ravel() for path in _trees.by_path(gradients)])
 
 
 def flatten_gradients(gradients: Kernels) -> Float[Array, "samples weights"]:
@@ -262,22 +283,21 @@ def flatten_gradients(gradients: Kernels) -> Float[Array, "samples weights"]:
     return jnp.concatenate([_at_least_float32(g).reshape(g.shape[0], -1) for g in jax.tree.leaves(gradients)], axis=1)
 
 
-def flatten_masks(params: Params, masks: Kernels) -> Shaped[Array, " weights"]:
+def flatten_masks(masks: Kernels) -> Shaped[Array, " weights"]:
     """Masks as one vector, in the order of ``flatten_weights``."""
-    leaves = networks.by_path(masks)
-    return jnp.concatenate([leaves[path].ravel() for path in networks.by_path(networks.kernels(params))])
+    return jnp.concatenate([mask.ravel() for mask in _trees.by_path(masks).values()])
 
 
-def unflatten_weights(params: Params, flat: Shaped[Array, " weights"]) -> Kernels:
+def unflatten_weights(params: Params, gradients: Kernels, flat: Shaped[Array, " weights"]) -> Kernels:
     """Kernels of ``params`` from one vector; numbers take the dtype of the kernels, booleans stay."""
-    kernels, structure = jax.tree.flatten(networks.kernels(params))
-    ends = np.cumsum([kernel.size for kernel in kernels])[:-1]
-    parts = zip(jnp.split(flat, ends), kernels, strict=True)
-
-    def shaped(part, kernel):
-        return part.reshape(kernel.shape).astype(part.dtype if part.dtype == bool else kernel.dtype)
-
-    return jax.tree.unflatten(structure, [shaped(part, kernel) for part, kernel in parts])
+    leaves = _trees.by_path(params)
+    kernels = {path: leaves[path] for path in _trees.by_path(gradients)}
+    ends = np.cumsum([kernel.size for kernel in kernels.values()])[:-1]
+    found = {
+        path: part.reshape(kernel.shape).astype(part.dtype if part.dtype == bool else kernel.dtype)
+        for (path, kernel), part in zip(kernels.items(), jnp.split(flat, ends), strict=True)
+    }
+    return _trees.as_kernels(params, found)
 
 
 def _at_least_float32(array: Array) -> Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
-from ecjax import checks, networks
+from ecjax import checks
 from ecjax.networks import Kernels, Params
 from ecjax.prune import smallest
 from ecjax.surgeon.fisher import (
@@ -18,6 +18,7 @@ from ecjax.surgeon.fisher import (
     flatten_weights,
     quadratic,
     require_gradients,
+    require_masks,
     unflatten_weights,
 )
 
@@ -80,16 +81,16 @@ def combinatorial_selection(
     require_gradients(params, gradients, damping)
     for value, name in ((draws, "draws"), (window, "window")):
         checks.require_positive(value, name)
-    weights, rows = flatten_weights(params), flatten_gradients(gradients)
+    weights, rows = flatten_weights(params, gradients), flatten_gradients(gradients)
     checks.require_finite(_most(weights, rows, damping), "the cost of removing all weights")
     count = round(float(sparsity) * weights.size)
     if weights.size == 0:
-        return jax.tree.map(lambda kernel: jnp.ones(kernel.shape, bool), networks.kernels(params))
-    removed = _start(params, weights, rows, start, key, count=count, draws=draws, damping=damping)
+        return unflatten_weights(params, gradients, jnp.ones(0, bool))
+    removed = _start(params, gradients, weights, rows, start, key, count=count, draws=draws, damping=damping)
     removed = _search(
         weights, rows, removed, count, damping, threshold, patience, passes, window=min(int(window), weights.size)
     )
-    return unflatten_weights(params, ~removed)
+    return unflatten_weights(params, gradients, ~removed)
 
 
 @jax.jit
@@ -100,10 +101,10 @@ def _most(weights, rows, damping):
     return quadratic(largest, jnp.abs(rows) @ largest, damping) + jnp.sum(curvature)
 
 
-def _start(params, weights, rows, start, key, *, count, draws, damping) -> Bool[Array, " weights"]:
+def _start(params, gradients, weights, rows, start, key, *, count, draws, damping) -> Bool[Array, " weights"]:
     if not isinstance(start, str):
-        checks.require_masks(params, start)
-        removed = ~flatten_masks(params, start)
+        require_masks(params, start, gradients)
+        removed = ~flatten_masks(start)
         if removed.sum() != count:
             raise ValueError(f"the masks to start from remove {removed.sum()} weights, the sparsity asks for {count}")
         return removed
