@@ -143,7 +143,8 @@ def take_steps(
     Example:
         >>> sizes = {"products": 15, "batch_size": 1024, "curvature_samples": 2500}
         >>> problem = gauss_newton.Problem(network, "fisher", temperature=1.0, blocks=1, **sizes)
-        >>> start, free = gauss_newton.start(pruned.params, 0.01), compensate.every_bias(networks.layers(network, params, inputs), params)
+        >>> layers = networks.layers(network, params, inputs)
+        >>> start, free = gauss_newton.start(pruned.params, 0.01), compensate.every_bias(layers, params)
         >>> state = gauss_newton.take_steps(problem, start, free, inputs, network(params, inputs), steps=5)
         >>> int(state.steps), bool(state.objective < 0.1)
         (5, True)

@@ -64,13 +64,9 @@ def read(network: Callable, params: PyTree, inputs: Any, *, exclude: Iterable[st
     firsts = {}
     for number, product in enumerate(found.products):
         firsts.setdefault(product.path, number)
-    layers = [_layer(path, number, found, leaves, left_alone) for path, number in firsts.items()]
-    kernels_and_biases = {*firsts, *(layer.bias for layer in layers)}
-    others = {
-        path: "is excluded" if path in left_alone else "; ".join(found.others.get(path, [])) or "is not used"
-        for path in leaves
-        if path in left_alone or path not in kernels_and_biases
-    }
+    layers = [_layer(path, number, found, leaves) for path, number in firsts.items()]
+    named = {*firsts, *(layer.bias for layer in layers)}
+    others = {path: _role(path, left_alone, found) for path in leaves if path not in named}
     products = {path: found.products[number] for path, number in firsts.items()}
     first = lambda notes: notes[0] if notes else None  # noqa: E731
     return Reading(Layers(layers, others), products, jaxpr, first(found.mixed), first(found.unknown))
@@ -85,6 +81,11 @@ def _traced(network: Callable, params: PyTree, inputs: Any) -> core.ClosedJaxpr:
             f"params: {str(error).strip() or type(error).__name__}"
         ) from error
     samples = inputs.shape[0]
+    if getattr(shape, "dtype", None) is not None and not jnp.issubdtype(shape.dtype, jnp.floating):
+        raise ValueError(
+            f"the network returns {shape.dtype}; its outputs must be floating-point numbers, so that they can be "
+            "differentiated: logits, not classes"
+        )
     if getattr(shape, "ndim", None) != 2 or shape.shape[0] != samples:
         given = jax.tree.map(lambda leaf: leaf.shape, shape)
         kind = "" if isinstance(given, tuple) else f", a {type(shape).__name__}"
@@ -103,32 +104,19 @@ def _value(path: str, leaf: Any, left_alone: frozenset[str]) -> Value:
     return Value(leaf=Leaf(path, layouts.whole(shape)), uniform=uniform)
 
 
-def _layer(path: str, number: int, found: Found, leaves: dict[str, Any], left_alone: frozenset[str]) -> Layer:
+def _layer(path: str, number: int, found: Found, leaves: dict[str, Any]) -> Layer:
     """One layer, from all that was found about its kernel."""
     product, leaf = found.products[number], leaves[path]
-    uses = [other for other in found.products if other.path == path]
     added = found.added.get(number, [])
-    biases = [bias for bias in added if isinstance(bias, Added)]
-    bias = biases[0] if len(added) == 1 and biases else None
-    reason = product.what
-    if len(uses) > 1 and not _in_parts(uses):
-        reason = f"is used {len(uses)} times"
-    elif also := [*found.others.get(path, []), *(["is added as a bias"] if path in found.biases else [])]:
-        reason = f"also {also[0]}"
-    elif not jnp.issubdtype(leaf.dtype, jnp.floating):
-        reason = f"holds {leaf.dtype}, no floating-point numbers"
-    elif biases and bias is None:
-        reason = f"'{biases[0].path}' is added to its product, which is also used without it"
-    elif bias and (found.biases[bias.path] > 1 or bias.path in found.others or _is_kernel(bias.path, found)):
-        reason = f"its bias '{bias.path}' is also used elsewhere"
-    elif not reason and not product.reads:
-        reason = "the samples can't be followed to its product"
+    bias = added[0] if len(added) == 1 else None
+    unclear = _unclear(path, added, found)
     follows = found.products[product.follows] if product.follows is not None else None
     if follows is not None and found.read.get(product.follows) != [number]:
         follows = None
-    if bias is not None and not jnp.issubdtype(leaves[bias.path].dtype, jnp.floating):
+    if unclear or (bias and not jnp.issubdtype(leaves[bias.path].dtype, jnp.floating)):
         bias = None
-    of_kernel = product.layout if len(uses) == 1 else None
+    of_kernel = None if unclear else product.layout
+    untaken = "" if product.reads else "has a product in which the samples can't be followed"
     return Layer(
         kernel=path,
         bias=bias.path if bias else None,
@@ -136,16 +124,34 @@ def _layer(path: str, number: int, found: Found, leaves: dict[str, Any], left_al
         axes=of_kernel.axes if of_kernel else (),
         positions=product.positions,
         weights=int(np.prod(leaf.shape)),
-        reason=reason,
+        reason=unclear or product.what or untaken,
         follows=follows.path if follows else None,
         layout=of_kernel,
         bias_layout=bias.layout if bias else None,
     )
 
 
-def _in_parts(uses: list[Product]) -> bool:
-    return all(use.layout is None for use in uses)
+def _unclear(path: str, added: list[Added | None], found: Found) -> str:
+    """Why the role of a kernel, or of its bias, is not clear; "" if it is."""
+    uses = [product for product in found.products if product.path == path]
+    if len(uses) > 1 and any(use.layout is not None for use in uses):
+        return f"is used {len(uses)} times"
+    if path in found.others or path in found.biases:
+        return f"multiplies, and also {[*found.others.get(path, []), 'is added as a bias'][0]}"
+    for bias in added:
+        if bias is None:
+            continue
+        if len(added) > 1 or (bias.within and found.biased[bias.within] > 1):
+            return f"has a product that is used both with and without its bias '{bias.path}'"
+        elsewhere = found.biases[bias.path] > 1 or bias.path in found.others
+        if elsewhere or any(product.path == bias.path for product in found.products):
+            return f"has a bias, '{bias.path}', that is also used elsewhere"
+    return ""
 
 
-def _is_kernel(path: str, found: Found) -> bool:
-    return any(product.path == path for product in found.products)
+def _role(path: str, left_alone: frozenset[str], found: Found) -> str:
+    """What a leaf does that is neither a kernel nor the bias of one."""
+    if path in left_alone:
+        return "is excluded"
+    uses = [*found.others.get(path, []), *(["is added as a bias"] if path in found.biases else [])]
+    return "; ".join(uses) or "is not used"

@@ -70,6 +70,7 @@ class Units(NamedTuple):
     products: frozenset[int]
     axes: Axes
     bare: bool  # whether it is the product, or a sum of products, itself
+    bias: "Added | None" = None  # what was just added to it
 
 
 class Value(NamedTuple):
@@ -111,10 +112,17 @@ class Product(NamedTuple):
 
 
 class Added(NamedTuple):
-    """A leaf that was added to a product as its bias."""
+    """A leaf that was added to a product as its bias.
+
+    Attributes:
+        path: of the leaf.
+        layout: of the leaf.
+        within: the products to which it was added before this one was; empty if it was added to this one.
+    """
 
     path: str
     layout: Layout
+    within: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -127,6 +135,7 @@ class Found:
     added: dict[int, list[Added | None]] = field(default_factory=dict)  # by product; None: used without a bias
     read: dict[int, list[int | None]] = field(default_factory=dict)  # by product; None: its units go elsewhere
     biases: dict[str, int] = field(default_factory=dict)  # how many times a leaf was added as a bias
+    biased: dict[frozenset[int], int] = field(default_factory=dict)  # how many operations take products with a bias
     others: dict[str, list[str]] = field(default_factory=dict)  # what else each leaf does
     mixed: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
@@ -137,8 +146,14 @@ class Found:
             if what not in (known := self.others.setdefault(path, [])):
                 known.append(what)
 
+    def count(self, units: Units | None) -> None:
+        """Notes that an operation takes products whose bias was just added."""
+        if units and units.bias:
+            self.biased[units.products] = self.biased.get(units.products, 0) + 1
+
     def consume(self, units: Units | None) -> None:
         """Notes that units, or products, go where they are not followed."""
+        self.count(units)
         for product in units.products if units else ():
             self.read.setdefault(product, []).append(None)
             if units.bare:
@@ -285,8 +300,9 @@ def _otherwise(equation, operands: list[Value], results: list[Value], found: Fou
     for operand in operands:
         if units is None:
             found.consume(operand.units)
-        elif operand.units and operand.units.bare:
-            for product in operand.units.products:
+        else:
+            found.count(operand.units)
+            for product in operand.units.products if operand.units and operand.units.bare else ():
                 found.added.setdefault(product, []).append(None)
         if not parts and _leaves(operand):
             found.note(operand, _use(equation, depends))
@@ -318,7 +334,7 @@ def _use(equation, depends: bool) -> str:
 
 def _entrywise_units(operands: list[Value]) -> Units | None:
     """The units that go through an entrywise operation: those of one product, with numbers that are all the same."""
-    found = {operand.units._replace(bare=False) for operand in operands if operand.units is not None}
+    found = {operand.units._replace(bare=False, bias=None) for operand in operands if operand.units is not None}
     others = [operand for operand in operands if operand.units is None]
     if len(found) != 1 or not all(operand.uniform for operand in others):
         return None
@@ -335,9 +351,11 @@ def _multiplied(equation, operands, result: Value, found: Found, within: str, si
     is_product = equation.primitive.name == "dot_general"
     what = ""
     if kernel.leaf is None:
-        what = "only a part of it, or several leaves put together, enters a product"
-    elif not _is_float(equation.invars[side]) or not (is_product or side == 1):
-        what = "enters a product as whole numbers, or as what is convolved"
+        what = "enters a product only in part, or put together with other leaves"
+    elif not (is_product or side == 1):
+        what = "is what another value is convolved with"
+    elif not all(map(_is_float, (equation.invars[side], *equation.outvars))):
+        what = "enters a product of whole or complex numbers"
     if what:
         found.products += [Product(path, site, None, 1, what, side, (), (), None) for path in sorted(_leaves(kernel))]
         found.consume(other.units)
@@ -362,7 +380,7 @@ def _matrix_product(equation, side, leaf: Leaf, other: Value, result: Value, fou
     positions = max(rows // found.samples, 1)
     what = within
     if of_kernel is None:
-        what = "its entries don't enter the product one by one"
+        what = "has entries that don't enter the product one by one"
     elif of_kernel.stacked and not within:
         what = "is a stack of kernels"
     elif positions > 1 and not within:
@@ -370,12 +388,13 @@ def _matrix_product(equation, side, leaf: Leaf, other: Value, result: Value, fou
 
     first = len(own[1])
     gives = [first + (len(free_others) if side else 0) + i for i in range(len(free))]
-    of_product = _axes_of_product(equation, axes, own[1], stacked, free, gives)
+    of_product = _axes_of_product(equation, own[1], stacked, free, gives)
     reads, gives_samples = _samples_first(other.place, others[0], result.place, gives)
     follows = _followed(other.units, [*others[0]], found)
     found.products.append(Product(leaf.path, site, of_kernel, positions, what, side, reads, gives_samples, follows))
     number = len(found.products) - 1
     if follows is not None:
+        found.count(other.units)
         found.read.setdefault(follows, []).append(number)
         if other.units.bare:
             found.added.setdefault(follows, []).append(None)
@@ -388,7 +407,7 @@ def _joined(axes: Axes, chosen: Sequence[int]) -> Axis:
     return layouts.merged([factor for axis in chosen for factor in axes[axis]])
 
 
-def _axes_of_product(equation, axes: Axes, batched, stacked, free, gives) -> Axes:
+def _axes_of_product(equation, batched, stacked, free, gives) -> Axes:
     """The axes of a product: which are the neurons, which the members of a stack, and which come from the inputs."""
     (shape,) = shapes(equation.outvars)
     found = [layouts.repeated(length) for length in shape]
@@ -443,12 +462,19 @@ def _convolution(equation, side, leaf: Leaf, other: Value, result: Value, found:
 
 def _summed(equation, operands, result: Value, found: Found, within: str) -> Value | None:
     """A sum of products, or of a product and its bias; None for any other sum."""
-    (first, second), (shape,) = operands, shapes(equation.outvars)
+    (shape,) = shapes(equation.outvars)
     units = [operand.units for operand in operands]
-    if all(u is not None and u.bare for u in units) and units[0].axes == units[1].axes:
-        if units[0].products & units[1].products:
-            return None
-        return result._replace(units=units[0]._replace(products=units[0].products | units[1].products))
+    if all(units) and units[0].axes == units[1].axes and not units[0].products & units[1].products:
+        together = units[0].products | units[1].products
+        if all(u.bare for u in units):
+            return result._replace(units=units[0]._replace(products=together))
+        bare, biased = sorted(units, key=lambda u: not u.bare)
+        if bare.bare and biased.bias:
+            found.count(biased)
+            added = biased.bias._replace(within=biased.products)
+            for number in bare.products:
+                found.added.setdefault(number, []).append(added)
+            return result._replace(units=biased._replace(products=together))
     side = 0 if units[0] is not None else 1
     product, bias = units[side], operands[1 - side]
     if product is None or not product.bare or bias.leaf is None or "jax.custom" in within:
@@ -456,16 +482,18 @@ def _summed(equation, operands, result: Value, found: Found, within: str) -> Val
     of_bias = _bias_layout(product, bias.leaf, shape, found)
     if of_bias is None:
         return None
+    added = Added(bias.leaf.path, of_bias)
     for number in product.products:
-        found.added.setdefault(number, []).append(Added(bias.leaf.path, of_bias))
-    found.biases[bias.leaf.path] = found.biases.get(bias.leaf.path, 0) + 1
-    return result._replace(units=product._replace(bare=False))
+        found.added.setdefault(number, []).append(added)
+    found.biases[added.path] = found.biases.get(added.path, 0) + 1
+    return result._replace(units=product._replace(bare=False, bias=added))
 
 
 def _bias_layout(product: Units, bias: Leaf, shape: tuple[int, ...], found: Found) -> Layout | None:
     """The layout of a leaf that has one number for each neuron of a product; None if it has not."""
     parts: dict[int, list[tuple[int, Factor]]] = {_STACK: [], _OUT: []}
-    for length, of_product, of_bias in zip(shape, product.axes, bias.axes, strict=True):
+    axes = bias.axes or ((),) * len(shape)  # a scalar is added as it is
+    for length, of_product, of_bias in zip(shape, product.axes, axes, strict=True):
         size = math.prod(factor.size for factor in of_bias)
         pairs = layouts.pairs(of_product, of_bias if size == length else layouts.repeated(length))
         if pairs is None:
