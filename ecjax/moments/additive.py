@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from ecjax import _door, _trees, graph
 from ecjax.graph import Layer, Layers
@@ -61,8 +61,9 @@ class Moments:
     """The moments of every dense layer, by its kernel's path, and how many samples they are of.
 
     Attributes:
-        samples: how many.
-        layers: by the kernel's path; inputs and neurons as in the kernel as a matrix ``(in, out)``.
+        samples: how many, a number.
+        layers: ``LayerMoments``, or ``InputMoments``, by the kernel's path; inputs and neurons are those of the kernel
+            as a matrix ``(in, out)``.
         read: the layers of the network, which are static.
         exclude: patterns of what was left alone, which are static too.
 
@@ -72,8 +73,8 @@ class Moments:
         (200.0, ['Dense_0/kernel', 'Dense_1/kernel'])
     """
 
-    samples: Float[Array, ""]
-    layers: dict[str, LayerMoments] | dict[str, InputMoments]
+    samples: PyTree  # not checked here: a pytree is also mapped to what is no array
+    layers: dict
     read: Layers
     exclude: tuple[str, ...] = ()
 
