@@ -13,6 +13,8 @@ from jaxtyping import Float, PyTree
 
 from ecjax import _door, _trees, graph
 from ecjax.graph import Layer, Layers
+from ecjax.graph.layers import as_patterns
+from ecjax.graph.taps import tap_dtype
 from ecjax.networks import Inputs, Network, Params, Patterns
 
 
@@ -124,7 +126,7 @@ def start(
     """
     network, params, _ = _trees.split(network, params)
     read = _door.layers(network, params, inputs, exclude=exclude)
-    return nothing(params, read, graph.as_patterns(exclude), of_weights=of_weights)
+    return nothing(params, read, as_patterns(exclude), of_weights=of_weights)
 
 
 def nothing(params: Params, read: Layers, exclude: tuple[str, ...], *, of_weights: bool) -> Moments:
@@ -133,7 +135,7 @@ def nothing(params: Params, read: Layers, exclude: tuple[str, ...], *, of_weight
 
     def zeros(layer: Layer):
         kernel, (_, inputs, neurons) = leaves[layer.kernel], layer.layout.sizes
-        dtype = graph.tap_dtype(kernel)
+        dtype = tap_dtype(kernel)
         if not of_weights:
             return InputMoments(*(jnp.zeros(inputs, dtype) for _ in InputMoments._fields))
         like = graph.as_matrices(jnp.zeros_like(kernel, dtype), layer.layout)[0]

@@ -10,7 +10,9 @@ from jax import Array
 from jaxtyping import Float, PRNGKeyArray, PyTree
 
 from ecjax import _door, _trees, checks, devices, graph, metrics, moments, precision
-from ecjax.graph import NO_LAYERS, Layer, Layers
+from ecjax.graph import Layer, Layers
+from ecjax.graph.layers import NO_LAYERS
+from ecjax.graph.taps import tap_dtype
 from ecjax.moments import Moments
 from ecjax.moments.additive import require
 from ecjax.networks import Inputs, Network, Params, Patterns
@@ -194,7 +196,7 @@ def _all_neurons(network, params, inputs, *, layers, metric):
                 _, discrepancy = jax.jvp(layer, (kernel, bias), (removed, moved))
                 return metrics.squared_norm(metric, outputs, discrepancy).mean()
 
-            return least(remainder, jnp.zeros((), graph.tap_dtype(kernel)))
+            return least(remainder, jnp.zeros((), tap_dtype(kernel)))
 
         found = of_each(of_neuron, kernel, weights.shape[0], at_once=64)
         importance[own.kernel], constant[own.kernel] = found
