@@ -125,6 +125,7 @@ def test_no_samples_travel_in_what_is_compiled():
     of_moments = moments.stream._scan.lower(nothing, network, params, inputs, None, None, **options)
     problem = gauss_newton.Problem(network, "fisher", 1.0, 8, 2, 16, 128)
     start = gauss_newton.start(params, 0.01)
+    free = compensate.every_bias(networks.layers(network, params, inputs), params)
     rows = devices.shard_samples(jnp.log(jax.nn.one_hot(labels(), 4)), mesh(1))
     steps = gauss_newton.take_steps.lower(
         problem, start, compensate.every_bias(networks.layers(network, params, inputs), params), inputs, rows, 1

@@ -357,9 +357,7 @@ def test_a_layer_kept_out_by_infinity_is_not_pruned_all_the_same():
         {"Dense_1/kernel": jnp.full((4, 2), jnp.inf), "Dense_0/kernel": jnp.ones((3, 4))},
     )
     assert prune.sparsity(prune.one_shot(made.params, score.Scores(importance), 12 / 20).masks) == 12 / 20
-    with pytest.raises(
-        ValueError, match=r"more weights than there are of finite importance.*exclude=\('Dense_1/kernel',\)"
-    ):
+    with pytest.raises(ValueError, match=r"more weights than there are of finite importance.*exclude=\('Dense_1/ker"):
         prune.one_shot(made.params, score.Scores(importance), 0.99)
     masks = prune.one_shot(made.params, score.Scores(importance), 0.99, exclude="Dense_1/*").masks
     assert masks["Dense_1"]["kernel"] is None
