@@ -59,7 +59,10 @@ def layers(
     if isinstance(inputs, jax.ShapeDtypeStruct):
         facts = _read(params, _at_least_two(inputs), network=network, exclude=patterns)
     else:
-        facts = _traced(params, inputs, network=network, exclude=patterns)
+        try:
+            facts = _traced(params, inputs, network=network, exclude=patterns)
+        except ValueError as error:
+            raise ValueError(*error.args) from error.__cause__  # without what JAX adds about its frames
     if each_alone:
         _require_apart(network, params, inputs, facts)
     if not facts.layers:
