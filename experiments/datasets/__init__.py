@@ -1,4 +1,4 @@
-"""Data for the experiments: MNIST, the digits bundled with scikit-learn, and what both are handed on as."""
+"""Data for the experiments: what they are handed, and training samples held out for choices."""
 
 from typing import NamedTuple
 
@@ -6,19 +6,11 @@ import numpy as np
 
 
 class Dataset(NamedTuple):
-    """A supervised data set in memory.
+    """A supervised data set in memory: inputs of shape (samples, features), float32, and what to predict from them."""
 
-    Attributes:
-        name: what tables, figures and files call it.
-        train_inputs: float32, shape (samples, features).
-        train_targets: class labels, shape (samples,), or values of shape (samples, outputs).
-        test_inputs: as train_inputs.
-        test_targets: as train_targets.
-    """
-
-    name: str
+    name: str  # in tables, figures and files
     train_inputs: np.ndarray
-    train_targets: np.ndarray
+    train_targets: np.ndarray  # class labels, shape (samples,), or values of shape (samples, outputs)
     test_inputs: np.ndarray
     test_targets: np.ndarray
 
