@@ -40,30 +40,20 @@ class Config:
 
     base: tuple[int, ...] = (784, 300, 100, 10)
     """Widths of the network, inputs first, whose samples and outputs grow, and that is pruned."""
-    base_samples: int = 10_000
-    """Calibration samples wherever they don't grow."""
+    base_samples: int = 10_000  # Calibration samples wherever they don't grow.
     widths: tuple[int, ...] = (100, 300, 1000, 2048, 4096)
     """Widths of all but the last layer of a network of four layers and ten outputs."""
-    depths: tuple[int, ...] = (2, 4, 6, 8)
-    """Layers of a network of width 512."""
-    samples: tuple[int, ...] = (1_000, 10_000, 60_000)
-    """Calibration samples."""
-    outputs: tuple[int, ...] = (1, 10, 100, 1000)
-    """Outputs K."""
+    depths: tuple[int, ...] = (2, 4, 6, 8)  # Layers of a network of width 512.
+    samples: tuple[int, ...] = (1_000, 10_000, 60_000)  # Calibration samples.
+    outputs: tuple[int, ...] = (1, 10, 100, 1000)  # Outputs K.
     probes: tuple[int, ...] = (1, 4, 16, 64)
     """Probes whose ranking is compared with the exact one, for networks of 1,000 outputs."""
-    stages: int = 10
-    """Stages of staged pruning."""
-    gradients: int = 500
-    """Per-sample gradients that the brain surgeons see."""
-    rounds: int = 9
-    """How many times each call runs at most, by turns with a gradient pass."""
-    seconds: float = 5.0
-    """A call that has run for so long, the gradient passes included, is not run again."""
-    quick: bool = False
-    """Three networks, few samples, one stage: under a minute."""
-    output: Path = Path("results/benchmark")
-    """Folder for the results."""
+    stages: int = 10  # Stages of staged pruning.
+    gradients: int = 500  # Per-sample gradients that the brain surgeons see.
+    rounds: int = 9  # How many times each call runs at most, by turns with a gradient pass.
+    seconds: float = 5.0  # A call that has run for so long, the gradient passes included, is not run again.
+    quick: bool = False  # Three networks, few samples, one stage: under a minute.
+    output: Path = Path("results/benchmark")  # Folder for the results.
 
 
 class Case(NamedTuple):

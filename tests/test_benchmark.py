@@ -236,16 +236,13 @@ def test_more_probes_agree_better_with_the_exact_ranking():
 
 
 def test_a_surrogate_learns_the_equation():
-    few = {"concentrations": 2}
-    (network, params, inputs), (_, better, _) = (probes.surrogate(**few, epochs=epochs) for epochs in (1, 30))
+    network, params, inputs = probes.surrogate(concentrations=2, epochs=100)
     assert inputs.shape == (128, 2)
-    assert network(params, inputs).shape == (128, 1000)
-    histories = [
-        diffusion_sorption.solve(cells=64, times=np.linspace(0, 500, 1001)[1:], initial_concentration=u).T
-        for u in (0, 0.2)
-    ]
-    before, after = (np.mean((network(some, inputs) - np.concatenate(histories)) ** 2) for some in (params, better))
-    assert after < 0.5 * before
+    times = np.linspace(0, 500, 1001)[1:]
+    solutions = [diffusion_sorption.solve(cells=64, times=times, initial_concentration=u) for u in (0, 0.2)]
+    histories = np.concatenate([solution.T for solution in solutions])
+    error = np.mean((network(params, inputs) - histories) ** 2)
+    assert error < 0.3 * np.var(histories)  # of which the best constant leaves all
 
 
 def test_agreement_is_one_with_itself_and_nothing_with_chance():

@@ -84,5 +84,5 @@ def fetch(folder: Path, seconds: float) -> Path:
         try:
             idx.read(folder / f"{file.name}.gz", file)
         except ValueError as error:
-            raise UnavailableError(f"no {file.name}.gz from {URL}, tried for {seconds:g} s") from error
+            raise UnavailableError(f"no {file.name}.gz from {URL}") from error
     return folder
