@@ -50,8 +50,8 @@ def methods(network: Network, params: Params, config: Config) -> sweep.Methods:
     """By name: from what is seen and a sparsity to the pruned network."""
     damping = {"damping": config.damping}
 
-    def magnitude(_seen: Seen, sparsity: float) -> Kernels:
-        return prune.one_shot(params, score.magnitude(params), sparsity).masks
+    def magnitude(seen: Seen, sparsity: float) -> Kernels:
+        return prune.one_shot(params, score.magnitude(network, params, seen.inputs), sparsity).masks
 
     def saliency(seen: Seen, sparsity: float) -> Kernels:
         scores = surgeon.brain_surgeon_saliency(params, seen.gradients, **damping)

@@ -99,7 +99,9 @@ def methods(problem: Problem, config: Config) -> sweep.Methods:
         return prune.staged(network, params, enough, sparsity, repair=repair, metric=metric, targets=aim, **options)
 
     return {
-        "magnitude": lambda params, sparsity: prune.one_shot(params, score.magnitude(params), sparsity),
+        "magnitude": lambda params, sparsity: prune.one_shot(
+            params, score.magnitude(network, params, inputs), sparsity
+        ),
         "optimal brain damage": functools.partial(one_shot, criterion=score.optimal_brain_damage),
         "EC": functools.partial(one_shot, criterion=score.elimination_compensation),
         "CBS": combinatorial,
@@ -135,7 +137,8 @@ def main(config: Config) -> None:
             params = results.trained(folder, problem.name, sweep.train_seeds, *training)
 
             save = config.save and config.save / problem.name
-            kept = saved.Folder(save, problem.activation, config, **facts) if save else None
+            network, inputs = problem.task.network, problem.task.data.train_inputs
+            kept = saved.Folder(save, problem.activation, network, inputs, config, **facts) if save else None
             where, compared = {"data": problem.task.data.name, "layers": problem.name}, methods(problem, config)
             table, seen = sweep.Table(rows, where, kept), functools.partial(sweep.one_seed, params)
             found = sweep.timed(problem.task, params, compared, problem.sparsities, seen, config.seeds, table)

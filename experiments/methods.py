@@ -24,10 +24,10 @@ class Calibration(NamedTuple):
 
 # By the name that --methods takes, in tables and figures with spaces or as LABELS says.
 METHODS: dict[str, Callable[[Calibration, Params, PRNGKeyArray], score.Scores]] = {
-    "random": lambda seen, params, key: score.random(params, key),
-    "magnitude": lambda seen, params, key: score.magnitude(params),
+    "random": lambda seen, params, key: score.random(seen.network, params, seen.inputs, key=key),
+    "magnitude": lambda seen, params, key: score.magnitude(seen.network, params, seen.inputs),
     "gradient-magnitude": lambda seen, params, key: score.gradient_magnitude(
-        seen.network, params, seen.inputs, seen.targets, seen.loss
+        seen.network, params, seen.inputs, targets=seen.targets, loss=seen.loss
     ),
     "optimal-brain-damage": lambda seen, params, key: score.optimal_brain_damage(
         seen.network, params, seen.inputs, metric=seen.metric

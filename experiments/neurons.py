@@ -37,7 +37,7 @@ class Config(flags.Digits):
 def methods(network: Network, inputs: Array, stages: int) -> sweep.Methods:
     """By name: from trained params and a fraction of the hidden neurons to the pruned network."""
     return {
-        "weight norm": lambda params, part: prune.neurons(params, score.neuron_norm(params), part),
+        "weight norm": lambda params, part: prune.neurons(params, score.neuron_norm(network, params, inputs), part),
         "activation variance": lambda params, part: prune.neurons(
             params, score.neuron_variance(network, params, inputs), part
         ),

@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from rich.table import Table
 
 from ecjax import compact
-from ecjax.networks import Params
+from ecjax.networks import Network, Params
 from experiments import results
 
 
@@ -30,10 +30,13 @@ ACTIVATIONS = {
 class Folder:
     """Collects pruned networks in a folder; each and its rows of the report are written at once."""
 
-    def __init__(self, path: Path, activation: str, config: Any, **facts: Any):
+    def __init__(
+        self, path: Path, activation: str, network: Network, inputs: Array | np.ndarray, config: Any, **facts: Any
+    ):
         """Goes on where an earlier start with the same configuration was (see ``results.claim``)."""
         results.claim(path, config, **facts)
         self.path, self.activation, self.rows = path, activation, results.Rows(path / "report.csv")
+        self.network, self.inputs = network, jnp.asarray(inputs[:256])
 
     def has(self, method: str, sparsity: float, seed: int) -> bool:
         """Whether a network is saved, and reported if it is the first."""
@@ -43,11 +46,11 @@ class Folder:
     def add(self, params: Params, method: str, sparsity: float, seed: int) -> None:
         """Saves a network, and measures it if it is the first of its method and sparsity."""
         jax_form, numpy_form = ACTIVATIONS[self.activation]
-        params = jax.tree.map(np.asarray, params)
-        compact.save(self._place(method, sparsity, seed), compact.compact(params, jax_form), self.activation)
+        smaller, small = compact.compact(self.network, params, self.inputs)
+        compact.save(self._place(method, sparsity, seed), small, network=smaller, inputs=self.inputs)
         if seed or self.has(method, sparsity, seed):
             return
-        for form in compact.report(params, jax_form, numpy_activation=numpy_form):
+        for form in compact.report(self.network, params, self.inputs, jax_form, numpy_activation=numpy_form):
             row = {"method": method, "sparsity": sparsity, "seed": seed} | form._asdict()
             times = {f"microseconds_batch_{batch}": 1e6 * seconds for batch, seconds in row.pop("seconds").items()}
             if not self.rows.has(method=method, sparsity=sparsity, name=form.name, runtime=form.runtime):

@@ -249,7 +249,7 @@ def test_agreement_is_one_with_itself_and_nothing_with_chance():
     example = examples.mlp((200, 100), features=20)
     exact = score.elimination_compensation(*example)
     assert probes.agreement(example.params, exact, exact) == (pytest.approx(1), 1)
-    ranks, kept = probes.agreement(example.params, exact, score.random(example.params, jax.random.key(0)))
+    ranks, kept = probes.agreement(example.params, exact, score.random(*example, key=jax.random.key(0)))
     assert abs(ranks) < 0.05
     assert kept == pytest.approx(0.1, abs=0.03)
     few = score.elimination_compensation(*example, probes=4, key=jax.random.key(1))
