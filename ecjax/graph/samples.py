@@ -5,8 +5,8 @@ together (a mean over the batch, a product over it) mixes them; one that is not 
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, SupportsIndex
 
 
 class Place(NamedTuple):
@@ -33,90 +33,15 @@ class UnknownOperationError(Exception):
 
 # Operations entry by entry, of values of one shape (or with axes of length 1).
 ELEMENTWISE = frozenset(
-    [
-        "abs",
-        "acos",
-        "acosh",
-        "add",
-        "add_any",
-        "and",
-        "asin",
-        "asinh",
-        "atan",
-        "atan2",
-        "atanh",
-        "bessel_i0e",
-        "bessel_i1e",
-        "bitcast_convert_type",
-        "cbrt",
-        "ceil",
-        "clamp",
-        "complex",
-        "conj",
-        "convert_element_type",
-        "copy",
-        "copy_p",
-        "cos",
-        "cosh",
-        "device_put",
-        "digamma",
-        "div",
-        "eq",
-        "erf",
-        "erf_inv",
-        "erfc",
-        "exp",
-        "exp2",
-        "expm1",
-        "floor",
-        "ge",
-        "gt",
-        "igamma",
-        "igammac",
-        "imag",
-        "integer_pow",
-        "is_finite",
-        "le",
-        "lgamma",
-        "log",
-        "log1p",
-        "logistic",
-        "lt",
-        "max",
-        "min",
-        "mul",
-        "ne",
-        "neg",
-        "nextafter",
-        "not",
-        "optimization_barrier",
-        "or",
-        "polygamma",
-        "population_count",
-        "pow",
-        "pvary",
-        "real",
-        "reduce_precision",
-        "rem",
-        "round",
-        "rsqrt",
-        "select_n",
-        "sharding_constraint",
-        "shift_left",
-        "shift_right_arithmetic",
-        "shift_right_logical",
-        "sign",
-        "sin",
-        "sinh",
-        "sqrt",
-        "square",
-        "stop_gradient",
-        "sub",
-        "tan",
-        "tanh",
-        "xor",
-        "zeta",
-    ]
+    """
+    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt
+    ceil clamp clz complex conj convert_element_type copy copy_p cos cosh device_put digamma div eq erf erf_inv
+    erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac imag integer_pow is_finite layout_constraint le
+    lgamma log log1p logistic lt max min mul mulhi name ne neg nextafter not optimization_barrier or polygamma
+    population_count pow pvary real reduce_precision regularized_incomplete_beta rem reshard round rsqrt select_n
+    sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square
+    stop_gradient sub tan tanh xor zeros_like zeta
+    """.split()  # noqa: SIM905
 )
 # Operations over some axes of one value, and the parameter that names them.
 _OVER_AXES = {
@@ -133,8 +58,21 @@ _ALONG_AXIS = {
 }
 # Operations on the matrices of the last two axes.
 _MATRICES = frozenset(
-    ["cholesky", "eigh", "lu", "qr", "svd", "triangular_solve", "householder_product", "tridiagonal_solve"]
+    "cholesky eigh lu qr svd triangular_solve householder_product tridiagonal_solve".split()  # noqa: SIM905
 )
+_SCATTERS = [
+    "scatter",
+    "scatter-add",
+    "scatter_add",
+    "scatter-mul",
+    "scatter_mul",
+    "scatter-sub",
+    "scatter_sub",
+    "scatter-min",
+    "scatter_min",
+    "scatter-max",
+    "scatter_max",
+]
 _WINDOWS = frozenset(
     ("reduce_window_sum", "reduce_window_max", "reduce_window_min", "reduce_window", "cumred_reduce_window")
 )
@@ -143,6 +81,11 @@ _WINDOWS = frozenset(
 def shapes(variables: Sequence) -> list[tuple[int, ...]]:
     """The shapes of an equation's operands or results."""
     return [tuple(variable.aval.shape) for variable in variables]
+
+
+def whole_numbers(axes: Iterable | SupportsIndex) -> tuple[int, ...]:
+    """Axes as an equation names them, where ``vmap`` leaves NumPy's whole numbers among Python's."""
+    return tuple(map(int, axes)) if isinstance(axes, Iterable) else (int(axes),)
 
 
 def places(equation, operands: Sequence[Place | None], samples: int) -> list[Place | None]:
@@ -173,9 +116,11 @@ def places(equation, operands: Sequence[Place | None], samples: int) -> list[Pla
 
 def _rule_of_kind(name: str) -> Callable:
     if name in _OVER_AXES:
-        return lambda equation, operands, _: _without_axes(operands[0], equation.params[_OVER_AXES[name]])
+        return lambda equation, operands, _: _without_axes(
+            operands[0], whole_numbers(equation.params[_OVER_AXES[name]])
+        )
     if name in _ALONG_AXIS:
-        return lambda equation, operands, _: _along(_one(operands), equation.params[_ALONG_AXIS[name]])
+        return lambda equation, operands, _: _along(_one(operands), whole_numbers(equation.params[_ALONG_AXIS[name]]))
     return _matrices if name in _MATRICES else _window
 
 
@@ -197,8 +142,8 @@ def _without_axes(place: Place, axes: Sequence[int]) -> Place:
     return place._replace(axis=place.axis - sum(axis < place.axis for axis in axes))
 
 
-def _along(place: Place, axes: int | Sequence[int]) -> Place:
-    if place.axis in (axes if isinstance(axes, Sequence) else (axes,)):
+def _along(place: Place, axes: Sequence[int]) -> Place:
+    if place.axis in axes:
         raise MixedSamplesError
     return place
 
@@ -218,7 +163,7 @@ def _fft(equation, operands, _samples) -> Place:
 
 def _top_k(equation, operands, _samples) -> list[Place]:
     rank = len(equation.invars[0].aval.shape)
-    return [_along(operands[0], equation.params.get("axis", rank - 1) % rank)] * 2
+    return [_along(operands[0], whole_numbers(equation.params.get("axis", rank - 1) % rank))] * 2
 
 
 def _window(equation, operands, _samples) -> Place:
@@ -235,15 +180,15 @@ def _is_of_axes(value, equation) -> bool:
 
 
 def _broadcast_in_dim(equation, operands, _samples) -> Place:
-    return operands[0]._replace(axis=equation.params["broadcast_dimensions"][operands[0].axis])
+    return operands[0]._replace(axis=whole_numbers(equation.params["broadcast_dimensions"])[operands[0].axis])
 
 
 def _transpose(equation, operands, _samples) -> Place:
-    return operands[0]._replace(axis=tuple(equation.params["permutation"]).index(operands[0].axis))
+    return operands[0]._replace(axis=whole_numbers(equation.params["permutation"]).index(operands[0].axis))
 
 
 def _squeeze(equation, operands, _samples) -> Place:
-    return _without_axes(operands[0], equation.params["dimensions"])
+    return _without_axes(operands[0], whole_numbers(equation.params["dimensions"]))
 
 
 def _reshape(equation, operands, samples) -> Place:
@@ -265,6 +210,22 @@ def _concatenate(equation, operands, _samples) -> Place:
     if place.axis == equation.params["dimension"]:
         raise UnknownOperationError
     return place
+
+
+def _stack(equation, operands, _samples) -> Place:
+    place = _one(operands)
+    return place._replace(axis=place.axis + (equation.params["axis"] <= place.axis))
+
+
+def _unstack(equation, operands, _samples) -> Place:
+    return _without_axes(operands[0], whole_numbers(equation.params["axis"]))
+
+
+def _tile(equation, operands, _samples) -> Place:
+    repeats = whole_numbers(equation.params["reps"])
+    if len(repeats) != len(equation.invars[0].aval.shape) or repeats[operands[0].axis] != 1:
+        raise UnknownOperationError
+    return operands[0]
 
 
 def _pad(equation, operands, _samples) -> Place:
@@ -366,13 +327,16 @@ _RULES: dict[str, Callable] = {
     "reshape": _reshape,
     "concatenate": _concatenate,
     "pad": _pad,
+    "stack": _stack,
+    "unstack": _unstack,
+    "tile": _tile,
     "slice": _same_length,
     "dynamic_slice": _same_length,
     "dynamic_update_slice": _dynamic_update_slice,
     "dot_general": _dot_general,
     "conv_general_dilated": _conv_general_dilated,
     "gather": _gather,
-    **dict.fromkeys(("scatter", "scatter-add", "scatter_add", "scatter-mul", "scatter_mul"), _scatter),
+    **dict.fromkeys(_SCATTERS, _scatter),
     "fft": _fft,
     "top_k": _top_k,
 }

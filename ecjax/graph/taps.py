@@ -15,7 +15,8 @@ from jaxtyping import Float, PyTree
 from ecjax import _trees
 from ecjax.graph.layers import Layers
 from ecjax.graph.reading import Reading
-from ecjax.graph.roles import CALLS, Product
+from ecjax.graph.roles import CALLS
+from ecjax.graph.values import Product
 
 
 def tapped(
@@ -104,12 +105,7 @@ def _evaluate(equation, operands: list) -> list:
 
 
 def tap_dtype(kernel: Array | np.ndarray) -> jnp.dtype:
-    """What a kernel's taps and moments are held in: at least float32, whatever the layer computes in.
-
-    Example:
-        >>> graph.tap_dtype(jnp.ones((4, 8), jnp.bfloat16))
-        dtype('float32')
-    """
+    """What a kernel's taps and moments are held in: at least float32, whatever the layer computes in."""
     return jnp.promote_types(kernel.dtype, jnp.float32)
 
 
