@@ -14,7 +14,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import PyTree
 
-from ecjax.graph import Layers, read
+from ecjax._trees import WithStatic
+from ecjax.graph import Layers, as_patterns, read
 
 _COMPARED = 4
 
@@ -23,8 +24,8 @@ _COMPARED = 4
 @dataclasses.dataclass(frozen=True)
 class _Facts:
     layers: Layers
-    mixed: str | None
-    unknown: str | None
+    mixed: str
+    unknown: str
 
 
 def layers(
@@ -52,7 +53,8 @@ def layers(
     if len(getattr(inputs, "shape", ())) < 1:
         kind = f"shape {inputs.shape}" if hasattr(inputs, "shape") else f"type {type(inputs).__name__}"
         raise ValueError(f"inputs must be one array of shape (samples, features), got one of {kind}")
-    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    patterns = as_patterns(exclude)
+    _require_hashable(network)
     if isinstance(inputs, jax.ShapeDtypeStruct):
         facts = _read(params, _at_least_two(inputs), network=network, exclude=patterns)
     else:
@@ -99,6 +101,21 @@ def _read(params, inputs, *, network, exclude) -> _Facts:
 def _traced(params, inputs, *, network, exclude) -> _Facts:
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     return _read(shapes, _at_least_two(inputs), network=network, exclude=exclude)
+
+
+def _require_hashable(network: Callable) -> None:
+    """Raises a ValueError unless ``jit`` can tell the network from others."""
+    try:
+        hash(network)
+    except TypeError as error:
+        if isinstance(network, WithStatic):
+            parts = ", ".join(f"'{path}' ({type(leaf).__name__})" for path, leaf in network.static)
+            what = f"the network, or one of the leaves of the params that are no arrays, can't be hashed: {parts}"
+        else:
+            what = f"the network, of type {type(network).__name__}, can't be hashed"
+        raise ValueError(
+            f"{what}. Pass a function such as `lambda module, inputs: module(inputs)` with the module as params"
+        ) from error
 
 
 def _at_least_two(inputs) -> jax.ShapeDtypeStruct:

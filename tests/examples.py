@@ -16,6 +16,17 @@ from jax import Array
 from ecjax import networks
 
 
+def kernels(params):
+    """Kernels of params whose kernels are called so: None in place of every other leaf."""
+    called = lambda path: jax.tree_util.keystr(path, simple=True, separator="/").split("/")[-1]  # noqa: E731
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf if called(path) == "kernel" else None, params)
+
+
+def bias_path(path):
+    """Where the bias of a kernel lies, in params that name them so."""
+    return path.removesuffix("kernel") + "bias"
+
+
 class Example(NamedTuple):
     network: networks.Network
     params: networks.Params

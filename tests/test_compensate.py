@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 def pruned_example(seed=0, sparsity=0.6, **options):
     """A small network, its outputs, and random masks for it."""
     example = examples.mlp(seed=seed, **options)
-    masks = prune.one_shot(example.params, score.random(example.params, jax.random.key(seed)), sparsity).masks
+    masks = prune.one_shot(example.params, score.random(*example, key=jax.random.key(seed)), sparsity).masks
     return example, example.network(example.params, example.inputs), masks
 
 
@@ -146,7 +146,7 @@ def test_labels_outputs_and_mixtures_of_them():
 
 def test_any_network_with_other_parameters_in_it():
     example = examples.residual()
-    masks = prune.one_shot(example.params, score.magnitude(example.params), 0.5).masks
+    masks = prune.one_shot(example.params, score.magnitude(*example), 0.5).masks
     targets = example.network(example.params, example.inputs)
     moved = compensate.survivors(example.network, example.params, masks, example.inputs, targets)
     assert not np.array_equal(moved["LayerNorm_0"]["scale"], example.params["LayerNorm_0"]["scale"])

@@ -353,8 +353,8 @@ def test_what_was_removed_stays_removed_whatever_the_criterion_says():
     seen = []
 
     def negative(_, params, inputs):  # noqa: ARG001
-        seen.append(networks.kernels(params))
-        return score.Scores(jax.tree.map(lambda leaf: -5 - jnp.abs(leaf), networks.kernels(params)))
+        seen.append(examples.kernels(params))
+        return score.Scores(jax.tree.map(lambda leaf: -5 - jnp.abs(leaf), examples.kernels(params)))
 
     masks = prune.staged(network, params, inputs, 0.8, stages=3, repair=None, criterion=negative).masks
     assert _removed(masks) == 16

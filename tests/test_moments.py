@@ -50,7 +50,7 @@ def test_merging_parts_gives_the_whole(split, seed):
     whole = moments.of_inputs(*example)
     assert_equal(moments.merge(first, second), whole)
     assert_equal(moments.merge(second, first), whole)
-    assert_equal(moments.merge(moments.start(example.params), whole), whole)
+    assert_equal(moments.merge(moments.start(*example), whole), whole)
 
 
 def test_one_sample_has_no_scatter():

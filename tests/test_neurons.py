@@ -16,7 +16,7 @@ def reference(example, metric, path):
     found = jacobians.jacobians(example, metric)
     kernel = np.asarray(networks.by_path(example.params)[path])
     by_row = np.einsum("nkji,ji->nkj", found.of(path), kernel)
-    by_biases = np.einsum("nki,ji->nkj", found.of(networks.bias_path(path)), kernel)
+    by_biases = np.einsum("nki,ji->nkj", found.of(examples.bias_path(path)), kernel)
     importance, constant = np.zeros(len(kernel)), np.zeros(len(kernel))
     for neuron in range(len(kernel)):
         removal, shift = by_row[..., neuron].ravel(), by_biases[..., neuron].ravel()
@@ -55,7 +55,7 @@ def test_a_constant_neuron_costs_nothing_and_its_constant_takes_its_place():
 @given(fraction=st.floats(0, 1), seed=st.integers(0, 99), scope=st.sampled_from(["network", "layer"]))
 def test_exact_counts_and_all_weights_of_a_neuron(fraction, seed, scope):
     example = examples.mlp(seed=seed % 5)
-    scores = score.neuron_norm(example.params)
+    scores = score.neuron_norm(*example)
     pruned = prune.neurons(example.params, scores, fraction, scope=scope)
     masks = networks.by_path(pruned.masks)
     read = [np.asarray(masks[f"Dense_{layer}/kernel"]).any(0) for layer in (0, 1)]
@@ -76,7 +76,7 @@ def test_exact_counts_and_all_weights_of_a_neuron(fraction, seed, scope):
 
 def test_the_baselines_by_their_definitions():
     example = examples.mlp(activation=nn.relu)
-    norm = score.neuron_norm(example.params).importance["Dense_1/kernel"]
+    norm = score.neuron_norm(*example).importance["Dense_1/kernel"]
     np.testing.assert_allclose(norm, np.sqrt((np.asarray(example.params["Dense_1"]["kernel"]) ** 2).sum(0)))
     hidden = np.asarray(
         nn.relu(example.inputs @ example.params["Dense_0"]["kernel"] + example.params["Dense_0"]["bias"])
@@ -109,7 +109,7 @@ def _alive(pruned):
 
 def test_every_neuron_may_go():
     example = examples.mlp()
-    pruned = prune.neurons(example.params, score.neuron_norm(example.params), 1.0)
+    pruned = prune.neurons(example.params, score.neuron_norm(*example), 1.0)
     assert compact.widths(compact.compact(pruned.params, nn.gelu)) == (0, 0, 3)
 
 
@@ -124,7 +124,7 @@ def test_every_neuron_may_go():
 )
 def test_what_is_refused(change, message):
     example = examples.mlp()
-    arguments = {"params": example.params, "scores": score.neuron_norm(example.params), "fraction": 0.5} | change
+    arguments = {"params": example.params, "scores": score.neuron_norm(*example), "fraction": 0.5} | change
     with pytest.raises(ValueError, match=message):
         prune.neurons(**arguments)
 

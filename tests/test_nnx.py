@@ -116,7 +116,7 @@ def test_stages_repair_what_a_module_loses():
 def test_a_compacted_or_loaded_network_becomes_a_module(tmp_path):
     module, network, params = plain()
     inputs = examples.inputs()
-    masks = jax.tree.map(lambda kernel: jnp.ones(kernel.shape, bool), networks.kernels(params))
+    masks = jax.tree.map(lambda kernel: jnp.ones(kernel.shape, bool), examples.kernels(params))
     masks["layers"][0]["layers"][0]["kernel"] = masks["layers"][0]["layers"][0]["kernel"].at[:, 2:5].set(False)
     pruned = prune.apply_masks(params, masks)
     smaller = compact.compact(pruned, nnx.gelu)

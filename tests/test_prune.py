@@ -21,7 +21,8 @@ def random_scores(example, seed=0, levels=None):
         values = generator.random(leaf.shape) if levels is None else generator.integers(levels, size=leaf.shape)
         return jnp.asarray(values, jnp.float32)
 
-    return score.Scores(jax.tree.map(draw, networks.kernels(example.params)))
+    layers = networks.layers(*example)
+    return score.Scores(jax.tree.map(draw, examples.kernels(example.params)), layers=layers)
 
 
 @given(sparsity=st.floats(0, 1), seed=st.integers(0, 99), levels=st.sampled_from([None, 1, 2]))
@@ -57,7 +58,7 @@ def test_the_least_important_go(sparsity, seed, scope):
 
 def test_ties_go_by_position():
     params = {"a": {"kernel": jnp.ones((2, 3))}, "b": {"kernel": jnp.ones((2, 2))}}
-    masks = prune.one_shot(params, score.magnitude(params), 0.4).masks
+    masks = prune.one_shot(params, score.Scores(params), 0.4).masks
     np.testing.assert_array_equal(masks["a"]["kernel"], [[False] * 3, [False, True, True]])
     assert masks["b"]["kernel"].all()
 
@@ -70,7 +71,7 @@ def test_removed_weights_are_zero_and_the_rest_is_untouched():
         kernel, old = networks.by_path(pruned.params)[path], networks.by_path(before)[path]
         np.testing.assert_array_equal(kernel, np.where(mask, old, 0))
         assert kernel.dtype == old.dtype
-        bias = networks.bias_path(path)
+        bias = examples.bias_path(path)
         np.testing.assert_array_equal(networks.by_path(pruned.params)[bias], networks.by_path(before)[bias])
     jax.tree.map(np.testing.assert_array_equal, example.params, before)  # nothing happened in place
 
@@ -81,7 +82,7 @@ def test_shifts_of_removed_weights_are_added_to_their_biases():
     pruned = prune.one_shot(example.params, scores, 0.5)
     for path, mask in networks.by_path(pruned.masks).items():
         shift = networks.by_path(scores.bias_shift)[path]
-        bias = networks.bias_path(path)
+        bias = examples.bias_path(path)
         expected = networks.by_path(example.params)[bias] + np.where(mask, 0, shift).sum(0)
         np.testing.assert_allclose(networks.by_path(pruned.params)[bias], expected, rtol=1e-5, atol=1e-6)
 
@@ -121,7 +122,7 @@ def test_under_jit_and_vmap_with_a_traced_sparsity():
 
 def test_masks_of_a_plain_dict_fit_frozen_params():
     example, plain = examples.frozen(), examples.mlp()
-    pruned = prune.one_shot(example.params, score.magnitude(plain.params), 0.5)
+    pruned = prune.one_shot(example.params, score.magnitude(*plain), 0.5)
     assert isinstance(pruned.params, type(example.params))
     assert prune.sparsity(pruned.masks) == pytest.approx(0.5, abs=0.01)
 

@@ -114,7 +114,7 @@ def test_survivors_of_any_other_masks(trained):
     options = {"damping": 1e-2, "start": "magnitude", "key": jax.random.key(0)}
     targets = NETWORK(trained, INPUTS)
     for masks in (
-        jax.tree.map(two_of_four, networks.kernels(trained)),
+        jax.tree.map(two_of_four, examples.kernels(trained)),
         surgeon.combinatorial_selection(trained, gradients, 0.9, **options),
     ):
         before = accuracy(prune.apply_masks(trained, masks))

@@ -27,7 +27,7 @@ class Problem:
         self.params = examples.with_random_biases(module.init(jax.random.key(seed), self.inputs)["params"])
         self.network = networks.pure(module)
         self.gradients = surgeon.loss_gradients(self.network, self.params, self.inputs, self.labels, cross_entropy)
-        self.kernels = networks.kernels(self.params)
+        self.kernels = examples.kernels(self.params)
         self.weights = self.flat(self.kernels)
         self.rows = np.concatenate([np.reshape(g, (samples, -1)) for g in jax.tree.leaves(self.gradients)], 1)
         self.fisher = self.rows.T @ self.rows / samples + DAMPING * np.eye(self.weights.size)
@@ -60,7 +60,7 @@ def test_gradients_are_those_of_each_sample(use_bias):
         def loss(params, n=n):
             return cross_entropy(problem.network(params, problem.inputs[n : n + 1]), problem.labels[n : n + 1])[0]
 
-        expected = networks.kernels(jax.grad(loss)(problem.params))
+        expected = examples.kernels(jax.grad(loss)(problem.params))
         jax.tree.map(
             lambda rows, g, n=n: np.testing.assert_allclose(rows[n], g, rtol=1e-12), problem.gradients, expected
         )
@@ -81,7 +81,7 @@ def test_the_update_minimises_the_quadratic_over_the_survivors(seed, sparsity):
     problem = Problem(seed=seed)
     removed = np.random.default_rng(seed).random(problem.weights.size) < sparsity
     moved = problem.flat(
-        networks.kernels(
+        examples.kernels(
             surgeon.combinatorial_update(problem.params, problem.masks(removed), problem.gradients, damping=DAMPING)
         )
     )
@@ -102,7 +102,7 @@ def test_one_removal_is_the_textbook_step(seed, weight):
     expected = problem.weights - problem.weights[weight] / inverse[weight, weight] * inverse[weight]
     for update in (surgeon.combinatorial_update, surgeon.brain_surgeon_update):
         moved = update(problem.params, problem.masks(removed), problem.gradients, damping=DAMPING)
-        np.testing.assert_allclose(problem.flat(networks.kernels(moved)), expected, rtol=1e-7, atol=1e-9)
+        np.testing.assert_allclose(problem.flat(examples.kernels(moved)), expected, rtol=1e-7, atol=1e-9)
 
 
 def test_independent_steps_add_up():
@@ -112,7 +112,7 @@ def test_independent_steps_add_up():
     steps = sum(problem.weights[q] / inverse[q, q] * inverse[q] for q in np.flatnonzero(removed))
     moved = surgeon.brain_surgeon_update(problem.params, problem.masks(removed), problem.gradients, damping=DAMPING)
     expected = np.where(removed, 0, problem.weights - steps)
-    np.testing.assert_allclose(problem.flat(networks.kernels(moved)), expected, rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(problem.flat(examples.kernels(moved)), expected, rtol=1e-7, atol=1e-9)
 
 
 def test_biases_are_left_alone():
@@ -175,7 +175,7 @@ def test_selection_against_all_subsets(record_property):
 
 def test_selection_starts_from_masks_of_the_callers():
     problem = Problem()
-    masks = prune.one_shot(problem.params, score.magnitude(problem.params), 0.5).masks
+    masks = prune.one_shot(problem.params, score.magnitude(problem.network, problem.params, problem.inputs), 0.5).masks
     from_masks, from_magnitude = (select(problem, 0.5, start=start) for start in (masks, "magnitude"))
     jax.tree.map(np.testing.assert_array_equal, from_masks, from_magnitude)
     jax.tree.map(np.testing.assert_array_equal, select(problem, 0.5, start=masks, passes=0), masks)

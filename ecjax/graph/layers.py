@@ -92,6 +92,20 @@ def _html(tag: str, cells: Sequence[str]) -> str:
     return f"<tr>{''.join(f'<{tag}>{cell}</{tag}>' for cell in escaped)}</tr>"
 
 
+def as_patterns(exclude: Iterable[str] | str) -> tuple[str, ...]:
+    """Patterns as a tuple: of one, or of several.
+
+    Raises:
+        ValueError: something that is no pattern.
+    """
+    if isinstance(exclude, str):
+        return (exclude,)
+    found = tuple(exclude) if isinstance(exclude, Iterable) and not isinstance(exclude, bytes) else (exclude,)
+    if not all(isinstance(pattern, str) for pattern in found):
+        raise ValueError(f"exclude is {exclude!r}; it must be one or several patterns of paths, such as 'head/*'")
+    return found
+
+
 def chosen(patterns: Iterable[str] | str, paths: Sequence[str]) -> frozenset[str]:
     """The paths that any of the patterns matches.
 
@@ -102,7 +116,7 @@ def chosen(patterns: Iterable[str] | str, paths: Sequence[str]) -> frozenset[str
     Raises:
         ValueError: a pattern that matches nothing.
     """
-    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    patterns = as_patterns(patterns)
     found = set()
     for pattern in patterns:
         here = fnmatch.filter(paths, pattern) if pattern not in paths else [pattern]

@@ -5,7 +5,7 @@ factors; a transpose moves axes. What a factor is of says where each entry of an
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def is_repeated(axis: Axis) -> bool:
     return all(factor.of is None for factor in axis)
 
 
-def merged(factors: Sequence[Factor]) -> Axis:
+def merged(factors: Iterable[Factor]) -> Axis:
     """The same axis in as few factors as possible; factors of size 1 say nothing and are left out."""
     found: list[Factor] = []
     for factor in factors:

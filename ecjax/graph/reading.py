@@ -23,15 +23,15 @@ class Reading(NamedTuple):
         layers: in order of execution, without excluded ones.
         products: of each layer, by its kernel's path: the first one.
         jaxpr: of the network, for params and inputs of these shapes.
-        mixed: the first operation that takes samples together, in words; None if there is none.
-        unknown: the first operation of which it is not known whether it does; None if there is none.
+        mixed: an operation that takes samples together on the way to the outputs, in words; "" if there is none.
+        unknown: an operation on that way of which it is not known whether it does; "" if there is none.
     """
 
     layers: Layers
     products: dict[str, Product]
     jaxpr: core.ClosedJaxpr
-    mixed: str | None
-    unknown: str | None
+    mixed: str
+    unknown: str
 
 
 def read(network: Callable, params: PyTree, inputs: Any, *, exclude: Iterable[str] | str = ()) -> Reading:
@@ -52,11 +52,12 @@ def read(network: Callable, params: PyTree, inputs: Any, *, exclude: Iterable[st
     jaxpr = _traced(network, params, inputs)
     samples = inputs.shape[0]
     found = Found(samples, leaves)
-    arguments = [_value(path, leaf, left_alone) for path, leaf in leaves.items()]
+    arguments = [_value(path, leaf) for path, leaf in leaves.items()]
     (outputs,) = walk(jaxpr, [*arguments, Value(depends=True, place=Place(0))], found)
     found.consume(outputs.units)
+    unknown = outputs.unknown
     if outputs.place not in (None, Place(0)):
-        found.mixed.append("its outputs, whose first axis is not that of the samples")
+        unknown = unknown or "outputs whose first axis is not that of the samples"
     if not outputs.depends:
         raise ValueError("the outputs of the network do not depend on its inputs")
     if outputs.leaf is not None:
@@ -64,21 +65,22 @@ def read(network: Callable, params: PyTree, inputs: Any, *, exclude: Iterable[st
     firsts = {}
     for number, product in enumerate(found.products):
         firsts.setdefault(product.path, number)
-    layers = [_layer(path, number, found, leaves) for path, number in firsts.items()]
+    firsts = {path: number for path, number in firsts.items() if path not in left_alone}
+    layers = [_layer(path, number, found, leaves, left_alone) for path, number in firsts.items()]
     named = {*firsts, *(layer.bias for layer in layers)}
     others = {path: _role(path, left_alone, found) for path in leaves if path not in named}
     products = {path: found.products[number] for path, number in firsts.items()}
-    first = lambda notes: notes[0] if notes else None  # noqa: E731
-    return Reading(Layers(layers, others), products, jaxpr, first(found.mixed), first(found.unknown))
+    return Reading(Layers(layers, others), products, jaxpr, outputs.mixed, unknown)
 
 
 def _traced(network: Callable, params: PyTree, inputs: Any) -> core.ClosedJaxpr:
     try:
         jaxpr, shape = jax.make_jaxpr(network, return_shape=True)(params, inputs)
     except Exception as error:
+        hint = " (any number of samples must do; it is read with two)" if inputs.shape[0] == 2 else ""
         raise ValueError(
-            f"the network does not take inputs of shape {tuple(inputs.shape)} and dtype {inputs.dtype} with these "
-            f"params: {str(error).strip() or type(error).__name__}"
+            f"the network does not take inputs of shape {tuple(inputs.shape)}{hint} and dtype {inputs.dtype} with "
+            f"these params: {str(error).strip() or type(error).__name__}"
         ) from error
     samples = inputs.shape[0]
     if getattr(shape, "dtype", None) is not None and not jnp.issubdtype(shape.dtype, jnp.floating):
@@ -96,19 +98,20 @@ def _traced(network: Callable, params: PyTree, inputs: Any) -> core.ClosedJaxpr:
     return jaxpr
 
 
-def _value(path: str, leaf: Any, left_alone: frozenset[str]) -> Value:
+def _value(path: str, leaf: Any) -> Value:
     shape = np.shape(leaf)
-    uniform = int(np.prod(shape)) == 1
-    if path in left_alone:
-        return Value(uniform=uniform)
-    return Value(leaf=Leaf(path, layouts.whole(shape)), uniform=uniform)
+    return Value(leaf=Leaf(path, layouts.whole(shape)), uniform=int(np.prod(shape)) == 1)
 
 
-def _layer(path: str, number: int, found: Found, leaves: dict[str, Any]) -> Layer:
+def _layer(path: str, number: int, found: Found, leaves: dict[str, Any], left_alone: frozenset[str]) -> Layer:
     """One layer, from all that was found about its kernel."""
     product, leaf = found.products[number], leaves[path]
     added = found.added.get(number, [])
     bias = added[0] if len(added) == 1 else None
+    if bias and bias.within and found.biased[bias.within] > 1:
+        added, bias = [], None  # it is added to something else as well
+    if bias and bias.path in left_alone:
+        added, bias = [], None
     unclear = _unclear(path, added, found)
     follows = found.products[product.follows] if product.follows is not None else None
     if follows is not None and found.read.get(product.follows) != [number]:
@@ -141,7 +144,7 @@ def _unclear(path: str, added: list[Added | None], found: Found) -> str:
     for bias in added:
         if bias is None:
             continue
-        if len(added) > 1 or (bias.within and found.biased[bias.within] > 1):
+        if len(added) > 1:
             return f"has a product that is used both with and without its bias '{bias.path}'"
         elsewhere = found.biases[bias.path] > 1 or bias.path in found.others
         if elsewhere or any(product.path == bias.path for product in found.products):

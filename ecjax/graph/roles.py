@@ -83,6 +83,8 @@ class Value(NamedTuple):
     units: Units | None = None
     uniform: bool = False  # the same number in every entry
     sources: frozenset[str] = frozenset()  # leaves that it was computed from, without the inputs
+    mixed: str = ""  # the operation that has taken samples together on the way to it
+    unknown: str = ""  # an operation on the way to it of which that is not known
 
 
 class Product(NamedTuple):
@@ -137,8 +139,6 @@ class Found:
     biases: dict[str, int] = field(default_factory=dict)  # how many times a leaf was added as a bias
     biased: dict[frozenset[int], int] = field(default_factory=dict)  # how many operations take products with a bias
     others: dict[str, list[str]] = field(default_factory=dict)  # what else each leaf does
-    mixed: list[str] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)
 
     def note(self, value: Value, what: str) -> None:
         """Notes that the leaves in a value are used for something else."""
@@ -188,9 +188,9 @@ def walk(closed, arguments: Sequence[Value], found: Found, *, within: str = "", 
 def _equation(equation, operands: list[Value], found: Found, within: str, site: tuple[int, ...]) -> list[Value]:
     name = equation.primitive.name
     if name in CALLS:
-        inside = f"inside {_CUSTOM[name]}, whose derivative is its own" if name in _CUSTOM else within
-        inner = equation.params[CALLS[name]]
-        return walk(inner, operands, found, within=inside, site=site)
+        inside = f"is used inside {_CUSTOM[name]}, whose derivative is its own" if name in _CUSTOM else within
+        results = walk(equation.params[CALLS[name]], operands, found, within=inside, site=site)
+        return [_after_custom(result, _CUSTOM[name], found) for result in results] if name in _CUSTOM else results
     if name == "scan":
         return _scan(equation, operands, found, site)
     if name == "while":
@@ -213,29 +213,44 @@ def _equation(equation, operands: list[Value], found: Found, within: str, site: 
     return _otherwise(equation, operands, results, found)
 
 
+def _after_custom(value: Value, name: str, found: Found) -> Value:
+    """What comes out of a function with a derivative of its own: no leaf, and no bare product, whatever it computes."""
+    if _leaves(value):
+        found.note(value, f"goes through {name}")
+    units = value.units
+    if units is not None and units.bare:
+        for product in units.products:
+            found.added.setdefault(product, []).append(None)
+    found.count(units)
+    units = units and units._replace(bare=False, bias=None)
+    return value._replace(leaf=None, parts=frozenset(), units=units, sources=value.sources | _leaves(value))
+
+
 def _samples(equation, operands: list[Value], found: Found) -> list[Value]:
     """The results with nothing but the place of the samples."""
     count = len(equation.outvars)
     if not any(operand.depends for operand in operands):
         return [Value()] * count
-    if any(operand.depends and operand.place is None for operand in operands):
-        return [Value(depends=True)] * count
+    mixed = next((operand.mixed for operand in operands if operand.mixed), "")
+    unknown = next((operand.unknown for operand in operands if operand.unknown), "")
     given = [operand.place for operand in operands]
-    try:
-        places_after = places(equation, given, found.samples)
-    except MixedSamplesError:
-        found.mixed.append(describe(equation))
-        places_after = [None] * count
-    except UnknownOperationError:
-        found.unknown.append(describe(equation))
-        places_after = [_guessed(given, shape) for shape in shapes(equation.outvars)]
-    return [Value(depends=True, place=place) for place in places_after]
+    places_after = [None] * count
+    if not any(operand.depends and operand.place is None for operand in operands):
+        try:
+            places_after = places(equation, given, found.samples)
+        except MixedSamplesError:
+            mixed = mixed or describe(equation)
+        except UnknownOperationError:
+            unknown = unknown or describe(equation)
+            places_after = [_guessed(given, shape, found.samples) for shape in shapes(equation.outvars)]
+    return [Value(depends=True, place=place, mixed=mixed, unknown=unknown) for place in places_after]
 
 
-def _guessed(given: Sequence[Place | None], shape: tuple[int, ...]) -> Place | None:
+def _guessed(given: Sequence[Place | None], shape: tuple[int, ...], samples: int) -> Place | None:
     """Where samples most likely lie after an operation that is not known; whether they are mixed is then compared."""
     place = next(place for place in given if place is not None)
-    return place if place.axis < len(shape) else None
+    fitting = place.axis < len(shape) and shape[place.axis] == place.before * samples * place.after
+    return place if fitting else None
 
 
 def describe(equation) -> str:
@@ -462,6 +477,8 @@ def _convolution(equation, side, leaf: Leaf, other: Value, result: Value, found:
 
 def _summed(equation, operands, result: Value, found: Found, within: str) -> Value | None:
     """A sum of products, or of a product and its bias; None for any other sum."""
+    if "jax.custom" in within:
+        return None
     (shape,) = shapes(equation.outvars)
     units = [operand.units for operand in operands]
     if all(units) and units[0].axes == units[1].axes and not units[0].products & units[1].products:
@@ -477,7 +494,7 @@ def _summed(equation, operands, result: Value, found: Found, within: str) -> Val
             return result._replace(units=biased._replace(products=together))
     side = 0 if units[0] is not None else 1
     product, bias = units[side], operands[1 - side]
-    if product is None or not product.bare or bias.leaf is None or "jax.custom" in within:
+    if product is None or not product.bare or bias.leaf is None:
         return None
     of_bias = _bias_layout(product, bias.leaf, shape, found)
     if of_bias is None:
@@ -526,7 +543,7 @@ def _scan(equation, operands: list[Value], found: Found, site) -> list[Value]:
     results = walk(body, [*operands[:consts], *carry, *slices], found, within=inside, site=site)
     left = [_carried(result, found) for result in results]
     stacked = [_unsliced(result) for result in left[carried:]]
-    return [*map(_joint, carry, left[:carried], [found] * carried), *stacked]
+    return [*map(_joint, carry, left[:carried]), *stacked]
 
 
 def _slice(value: Value, found: Found) -> Value:
@@ -536,8 +553,7 @@ def _slice(value: Value, found: Found) -> Value:
         return Value(leaf=Leaf(value.leaf.path, tuple(others), (*value.leaf.stacked, *first)))
     found.consume(value.units)
     if value.place is not None and value.place.axis == 0:
-        found.mixed.append("'scan' over the samples")
-        return Value(depends=True)
+        return Value(depends=True, mixed=value.mixed, unknown=value.unknown or "'scan' over the samples")
     place = value.place and value.place._replace(axis=value.place.axis - 1)
     return value._replace(place=place, units=None)
 
@@ -551,7 +567,8 @@ def _carried(value: Value, found: Found) -> Value:
     found.consume(value.units)
     if _leaves(value):
         found.note(value, "is carried through a loop or a branch")
-    return Value(value.depends, value.place, sources=value.sources | _leaves(value))
+    sources = value.sources | _leaves(value)
+    return Value(value.depends, value.place, sources=sources, mixed=value.mixed, unknown=value.unknown)
 
 
 def _fixed(step, carry: list[Value], found: Found) -> list[Value]:
@@ -559,21 +576,22 @@ def _fixed(step, carry: list[Value], found: Found) -> list[Value]:
     for _ in range(len(carry) + 1):
         scratch = Found(found.samples, found.leaves, list(found.products))
         after = [_carried(result, scratch) for result in step(carry, scratch)[: len(carry)]]
-        joint = [_joint(*pair, scratch) for pair in zip(carry, after, strict=True)]
+        joint = [_joint(*pair) for pair in zip(carry, after, strict=True)]
         if joint == carry:
             break
         carry = joint
     return carry
 
 
-def _joint(first: Value, second: Value, found: Found) -> Value:
+def _joint(first: Value, second: Value) -> Value:
     """What is known of a value that is one or the other."""
     depends = first.depends or second.depends
     known = {value.place for value in (first, second) if value.depends}
+    mixed, unknown = first.mixed or second.mixed, first.unknown or second.unknown
     if len(known) > 1 and None not in known:
-        found.mixed.append("a loop or a branch that moves the samples to another axis")
+        unknown = unknown or "a loop or a branch that moves the samples to another axis"
     place = known.pop() if len(known) == 1 else None
-    return Value(depends, place, sources=first.sources | second.sources)
+    return Value(depends, place, sources=first.sources | second.sources, mixed=mixed, unknown=unknown)
 
 
 def _while(equation, operands: list[Value], found: Found, site) -> list[Value]:
@@ -585,7 +603,7 @@ def _while(equation, operands: list[Value], found: Found, site) -> list[Value]:
     inside = "is used inside a while loop"
     walk(test, [*condition, *carry], found, within=inside, site=(*site, 0))
     left = [_carried(result, found) for result in walk(turn, [*body, *carry], found, within=inside, site=(*site, 1))]
-    return [_joint(*pair, found) for pair in zip(carry, left, strict=True)]
+    return [_joint(*pair) for pair in zip(carry, left, strict=True)]
 
 
 def _cond(equation, operands: list[Value], found: Found, site) -> list[Value]:
@@ -594,7 +612,8 @@ def _cond(equation, operands: list[Value], found: Found, site) -> list[Value]:
         inside = "is used inside a branch"
         found_here = walk(branch, operands[1:], found, within=inside, site=(*site, number))
         found_here = [_carried(result, found) for result in found_here]
-        results = found_here if results is None else [_joint(*p, found) for p in zip(results, found_here, strict=True)]
-    if operands[0].depends:
-        results = [value._replace(depends=True) for value in results]
+        results = found_here if results is None else [_joint(*p) for p in zip(results, found_here, strict=True)]
+    if operands[0].depends:  # a scalar that depends on the inputs has taken the samples together
+        mixed, unknown = operands[0].mixed, operands[0].unknown
+        results = [v._replace(depends=True, place=None, mixed=mixed, unknown=unknown) for v in results]
     return results

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import NamedTuple
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,6 +83,18 @@ class Moments:
         return any(isinstance(layer, LayerMoments) for layer in self.layers.values())
 
 
+def _to_state(seen: Moments) -> dict:
+    return flax.serialization.to_state_dict({"samples": seen.samples, "layers": seen.layers})
+
+
+def _from_state(seen: Moments, state: dict) -> Moments:
+    found = flax.serialization.from_state_dict({"samples": seen.samples, "layers": seen.layers}, state)
+    return dataclasses.replace(seen, **found)
+
+
+flax.serialization.register_serialization_state(Moments, _to_state, _from_state)
+
+
 def start(
     network: Network,
     params: Params,
@@ -110,8 +123,7 @@ def start(
     """
     network, params, _ = _trees.split(network, params)
     read = _door.layers(network, params, inputs, exclude=exclude)
-    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    return nothing(params, read, patterns, of_weights=of_weights)
+    return nothing(params, read, graph.as_patterns(exclude), of_weights=of_weights)
 
 
 def nothing(params: Params, read: Layers, exclude: tuple[str, ...], *, of_weights: bool) -> Moments:

@@ -98,6 +98,10 @@ def update(
     """
     _require(inputs, metric, probes, key, batch_size)
     network, params, _ = _trees.split(network, params)
+    inputs = devices.automatic(inputs)
+    blocks, samples = batches.blocks(inputs), None
+    if blocks == 1:
+        samples, inputs = jnp.int32(inputs.shape[0]), batches.filled_up(inputs, int(batch_size))
     here = _door.layers(network, params, inputs, exclude=seen.exclude)
     if here != seen.read:
         raise ValueError(
@@ -105,10 +109,6 @@ def update(
             f"{', '.join(str(layer[:5]) for layer in seen.read)} and {', '.join(str(layer[:5]) for layer in here)}"
         )
     options = {"metric": metric, "probes": probes, "batch_size": int(batch_size)}
-    inputs = devices.automatic(inputs)
-    blocks, samples = batches.blocks(inputs), None
-    if blocks == 1:
-        samples, inputs = jnp.int32(inputs.shape[0]), batches.filled_up(inputs, int(batch_size))
     return _scan(seen, network, params, inputs, samples, key, blocks=blocks, **options)
 
 
