@@ -15,7 +15,8 @@ from jax import Array
 from jaxtyping import PyTree
 
 from ecjax._trees import WithStatic
-from ecjax.graph import Layers, as_patterns, read
+from ecjax.graph import Layers, read
+from ecjax.graph.layers import as_patterns
 
 _COMPARED = 4
 

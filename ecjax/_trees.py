@@ -71,7 +71,9 @@ class WithStatic:
 
 def is_array(leaf: Any) -> bool:
     """Whether a leaf holds numbers that a network computes with: an array, or the shape of one."""
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+    if isinstance(leaf, np.ndarray | np.generic):
+        return leaf.dtype.kind not in "OSUMm"  # objects, text and times
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
 
 
 def arrays(params: PyTree) -> PyTree:

@@ -71,9 +71,7 @@ def test_a_convolution_is_refused_by_name(criterion):
 
 @pytest.mark.parametrize("criterion", [name for name in EVERY_CRITERION if name != "gradient_magnitude"])
 def test_a_pattern_that_matches_nothing(criterion):
-    with pytest.raises(
-        ValueError, match=r"'head/\*' matches no leaf of the params; they are Dense_0/bias, "
-    ):
+    with pytest.raises(ValueError, match=r"'head/\*' matches no leaf of the params; they are Dense_0/bias, "):
         EVERY_CRITERION[criterion](NETWORK, PARAMS, INPUTS, exclude=("head/*",))
 
 

@@ -223,6 +223,6 @@ def test_other_errors():
         compensate.survivors(example.network, example.params, integers, example.inputs, targets)
     with pytest.raises(ValueError, match="share is 2; it must be in"):
         compensate.mixture(targets, jnp.zeros(23, int), 2)
-    without = {name: {"kernel": layer["kernel"]} for name, layer in example.params.items()}
-    with pytest.raises(ValueError, match="needs a sibling bias"):
-        compensate.joint_biases(lambda params, x: x, without, example.inputs, targets)
+    without = {"kernel": jnp.ones((5, 3))}
+    with pytest.raises(ValueError, match="no kernel of the network has a bias that could move"):
+        compensate.joint_biases(lambda params, x: x @ params["kernel"], without, example.inputs, targets)

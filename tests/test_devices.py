@@ -15,7 +15,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ecjax import batches, compensate, devices, gauss_newton, moments, prune, score, surgeon
+from ecjax import batches, compensate, devices, gauss_newton, moments, networks, prune, score, surgeon
 from tests import examples, two_processes
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -40,7 +40,7 @@ def mesh(model):
 
 def sharded(model):
     """The example's params, inputs and labels on eight devices."""
-    params = devices.shard_params(example().params, mesh(model))
+    params = devices.shard_params(*example(), mesh(model))
     inputs, targets = (devices.shard_samples(array, mesh(model)) for array in (example().inputs, labels()))
     return params, inputs, targets
 
@@ -73,7 +73,7 @@ ENTRY_POINTS = {
         network, params, inputs, steps=1
     ),
     "gradient_magnitude": lambda network, params, inputs, targets: score.gradient_magnitude(
-        network, params, inputs, targets, cross_entropy
+        network, params, inputs, targets=targets, loss=cross_entropy
     ),
     "neurons": lambda network, params, inputs, _: score.neuron_elimination_compensation(
         network, params, inputs, batch_size=16
@@ -82,7 +82,9 @@ ENTRY_POINTS = {
     "loss_gradients": lambda network, params, inputs, targets: surgeon.loss_gradients(
         network, params, inputs, targets, cross_entropy
     ),
-    "update": lambda network, params, inputs, _: moments.update(moments.start(params), network, params, inputs),
+    "update": lambda network, params, inputs, _: moments.update(
+        moments.start(network, params, inputs), network, params, inputs
+    ),
     "joint_biases": lambda network, params, inputs, targets: compensate.joint_biases(
         network, params, inputs, targets, **REPAIR
     ),
@@ -118,19 +120,23 @@ def test_no_samples_travel_in_what_is_compiled():
     params, inputs, _ = sharded(1)
     network = example().network
     assert batches.blocks(inputs) == 8
-    options = {"metric": "fisher", "probes": None, "biased": True, "batch_size": 16, "blocks": 8}
-    of_moments = moments.stream._scan.lower(moments.start(params), network, params, inputs, None, None, **options)
+    options = {"metric": "fisher", "probes": None, "batch_size": 16, "blocks": 8}
+    nothing = moments.start(network, params, inputs)
+    of_moments = moments.stream._scan.lower(nothing, network, params, inputs, None, None, **options)
     problem = gauss_newton.Problem(network, "fisher", 1.0, 8, 2, 16, 128)
     start = gauss_newton.start(params, 0.01)
+    free = compensate.every_bias(networks.layers(network, params, inputs), params)
     rows = devices.shard_samples(jnp.log(jax.nn.one_hot(labels(), 4)), mesh(1))
-    steps = gauss_newton.take_steps.lower(problem, start, compensate.every_bias(params), inputs, rows, 1)
+    steps = gauss_newton.take_steps.lower(
+        problem, start, compensate.every_bias(networks.layers(network, params, inputs), params), inputs, rows, 1
+    )
     for lowered in (of_moments, steps):
         compiled = lowered.compile()
         assert "all-reduce" in compiled.as_text()  # the sums over devices
         assert gathered(compiled) == []
     # The same without what is known of the devices does gather: the test sees what it looks for.
     blind = moments.stream._scan.lower(
-        moments.start(params), network, params, inputs, None, None, **options | {"blocks": 1}
+        nothing, network, params, inputs, None, None, **options | {"blocks": 1}
     ).compile()
     assert (1, SAMPLES, FEATURES) in gathered(blind)
 
@@ -154,8 +160,9 @@ def test_what_does_not_divide_evenly():
         devices.mesh(3, jax.devices("cpu"))
     with pytest.raises(ValueError, match="510 samples can't be shared out equally to 8 devices; give 504 of them"):
         devices.shard_samples(example().inputs[:510], mesh(1))
-    odd = {f"Dense_{i}": {"kernel": jnp.ones((5, i + 6)), "bias": jnp.ones(i + 6)} for i in range(2)}
-    params = devices.shard_params(odd, mesh(2))
+    mlp = networks.pure(networks.MLP((6, 7)))
+    odd = {f"Dense_{i}": {"kernel": jnp.ones((i + 5, i + 6)), "bias": jnp.ones(i + 6)} for i in range(2)}
+    params = devices.shard_params(mlp, odd, jnp.ones((2, 5)), mesh(2))
     assert params["Dense_0"]["kernel"].sharding.spec == PartitionSpec(None, "model")
     assert params["Dense_1"]["bias"].sharding.is_fully_replicated
 

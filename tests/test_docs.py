@@ -13,6 +13,7 @@ import ecjax
 
 ROOT = Path(__file__).parent.parent
 MODULES = [importlib.import_module(f"ecjax.{module.name}") for module in pkgutil.iter_modules(ecjax.__path__)]
+MODULES = [module for module in MODULES if not module.__name__.startswith("ecjax._")]
 
 
 def public_names(module):

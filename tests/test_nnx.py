@@ -108,7 +108,7 @@ def test_stages_repair_what_a_module_loses():
     inputs = examples.inputs()
     dense = network(params, inputs)
     pruned = prune.staged(network, params, inputs, 0.5, stages=3)
-    once = prune.one_shot(params, score.magnitude(params), 0.5)
+    once = prune.one_shot(params, score.magnitude(network, params, inputs), 0.5)
     lost = [float(jnp.mean((network(found.params, inputs) - dense) ** 2)) for found in (pruned, once)]
     assert lost[0] < lost[1] / 10
 

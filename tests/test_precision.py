@@ -34,7 +34,7 @@ FUNCTIONS = {
     "optimal_brain_damage": score.optimal_brain_damage,
     "neurons": score.neuron_elimination_compensation,
     "gradient_magnitude": lambda network, params, x: score.gradient_magnitude(
-        network, params, x, labels(x), cross_entropy
+        network, params, x, targets=labels(x), loss=cross_entropy
     ),
     "loss_gradients": lambda network, params, x: surgeon.loss_gradients(network, params, x, labels(x), cross_entropy),
     "joint_biases": lambda network, params, x: compensate.joint_biases(

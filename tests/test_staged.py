@@ -91,7 +91,7 @@ def test_compiled_once_for_all_stages_and_sparsities(trained, compilations, repa
 @pytest.mark.parametrize(
     "criterion",
     [
-        lambda network, params, inputs: score.magnitude(params),
+        score.magnitude,
         functools.partial(score.optimal_brain_damage, metric="fisher"),
     ],
 )

@@ -61,7 +61,7 @@ def test_pruned_weights_stay_exactly_zero(name):
 
 def test_keep_pruned_ends_a_chain_of_the_callers():
     network, params, inputs, labels = blobs()
-    pruned = prune.one_shot(params, score.magnitude(params), 0.5)
+    pruned = prune.one_shot(params, score.magnitude(network, params, inputs), 0.5)
     # Momentum from before the pruning, and weights that were not even set to zero: all of it is overruled.
     optimizer = optax.chain(optax.adamw(1e-2, weight_decay=0.1), train.keep_pruned(pruned.masks))
     state = optimizer.init(params)

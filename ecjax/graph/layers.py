@@ -23,6 +23,11 @@ class Layer(NamedTuple):
         follows: the path of the kernel whose units, entry by entry and used for nothing else, are what this one reads.
         layout: how the entries of the kernel are those of a matrix ``(in, out)``.
         bias_layout: how the entries of the bias are those of a row of neurons.
+
+    Example:
+        >>> layer = networks.layers(network, params, inputs)[1]
+        >>> layer.kernel, layer.bias, layer.axes, layer.follows
+        ('Dense_1/kernel', 'Dense_1/bias', ('in', 'out'), 'Dense_0/kernel')
     """
 
     kernel: str
@@ -42,6 +47,11 @@ class Layers(tuple[Layer, ...]):
 
     Attributes:
         others: the leaves that are not pruned, by path, and what each of them does.
+
+    Example:
+        >>> layers = networks.layers(network, params, inputs, exclude="Dense_1/*")
+        >>> [layer.kernel for layer in layers], layers.others
+        (['Dense_0/kernel'], {'Dense_1/bias': 'is excluded', 'Dense_1/kernel': 'is excluded'})
     """
 
     others: dict[str, str]
@@ -129,8 +139,15 @@ def chosen(patterns: Iterable[str] | str, paths: Sequence[str]) -> frozenset[str
 def chain(layers: Sequence[Layer]) -> Sequence[Layer]:
     """The layers, if each reads the neurons of the one before and nothing else does: a multilayer perceptron.
 
+    Args:
+        layers: of a network.
+
     Raises:
         ValueError: another network, with the first layer that breaks the chain by name.
+
+    Example:
+        >>> [layer.kernel for layer in graph.chain(networks.layers(network, params, inputs))]
+        ['Dense_0/kernel', 'Dense_1/kernel']
     """
     if not layers:
         raise ValueError("the network has no kernel, so no neurons")

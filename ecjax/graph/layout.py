@@ -117,6 +117,11 @@ class Layout(NamedTuple):
         stacked: which of these tell the members of the stack apart, in order.
         inputs: which of these are the inputs of a neuron.
         outputs: which of these are the neurons.
+
+    Example:
+        >>> layout = networks.layers(network, params, inputs)[0].layout
+        >>> layout.shape, layout.axes, layout.sizes
+        ((4, 8), ('in', 'out'), (1, 4, 8))
     """
 
     shape: tuple[int, ...]
@@ -162,13 +167,33 @@ def layout(shape: Sequence[int], stacked: Axis, inputs: Axis, outputs: Axis) -> 
 
 
 def as_matrices(leaf: Shaped[Array, "..."], layout: Layout) -> Shaped[Array, "stack in out"]:
-    """The entries of a leaf as matrices, inputs by neurons."""
+    """The entries of a leaf as matrices, inputs by neurons.
+
+    Args:
+        leaf: a kernel, or a bias, which has no inputs.
+        layout: its own.
+
+    Example:
+        >>> transposed = networks.layers(lambda kernel, x: x @ kernel.T, jnp.ones((3, 4)), inputs)[0].layout
+        >>> graph.as_matrices(jnp.arange(12).reshape(3, 4), transposed)[0, 1].tolist()  # of the second input
+        [1, 5, 9]
+    """
     order = (*layout.stacked, *layout.inputs, *layout.outputs)
     return jnp.reshape(leaf, layout.split).transpose(order).reshape(layout.sizes)
 
 
 def as_leaf(matrices: Shaped[Array, "stack in out"], layout: Layout) -> Shaped[Array, "..."]:
-    """The leaf whose entries as matrices are these: the inverse of ``as_matrices``."""
+    """The leaf whose entries as matrices are these: the inverse of ``as_matrices``.
+
+    Args:
+        matrices: one for each member of the stack, of which there is one in most layers.
+        layout: of the leaf.
+
+    Example:
+        >>> layout = networks.layers(lambda kernel, x: x @ kernel.T, jnp.ones((3, 4)), inputs)[0].layout
+        >>> graph.as_leaf(jnp.zeros((1, 4, 3)), layout).shape
+        (3, 4)
+    """
     order = (*layout.stacked, *layout.inputs, *layout.outputs)
     back = sorted(range(len(order)), key=order.__getitem__)
     return jnp.reshape(matrices, [layout.split[i] for i in order]).transpose(back).reshape(layout.shape)

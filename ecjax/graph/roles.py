@@ -15,7 +15,15 @@ from jax.extend import core
 
 from ecjax.graph import layout as layouts
 from ecjax.graph.layout import Axes, Axis, Factor, Layout
-from ecjax.graph.samples import ELEMENTWISE, MixedSamplesError, Place, UnknownOperationError, places, shapes
+from ecjax.graph.samples import (
+    ELEMENTWISE,
+    MixedSamplesError,
+    Place,
+    UnknownOperationError,
+    places,
+    shapes,
+    whole_numbers,
+)
 
 # Calls that only run the jaxpr they hold, on the same arguments, and the parameter that holds it.
 CALLS = {
@@ -274,7 +282,7 @@ def _rearranged(equation, operand: Value, result: Value) -> Value | None:
     elif name in ("reshape", "squeeze", "expand_dims"):
         change = lambda axes: layouts.reshaped(axes, shape)  # noqa: E731
     elif name == "broadcast_in_dim":
-        change = lambda axes: _broadcast(axes, equation.params["broadcast_dimensions"], shape)  # noqa: E731
+        change = lambda axes: _broadcast(axes, whole_numbers(equation.params["broadcast_dimensions"]), shape)  # noqa: E731
     if change is None:
         return None
     if operand.leaf is not None:
@@ -380,7 +388,7 @@ def _multiplied(equation, operands, result: Value, found: Found, within: str, si
 
 
 def _matrix_product(equation, side, leaf: Leaf, other: Value, result: Value, found: Found, within, site) -> Value:
-    contracted, batched = equation.params["dimension_numbers"]
+    contracted, batched = (tuple(map(whole_numbers, pair)) for pair in equation.params["dimension_numbers"])
     own, others = (contracted[side], batched[side]), (contracted[1 - side], batched[1 - side])
     axes, shape = leaf.axes, equation.invars[1 - side].aval.shape
     free = [axis for axis in range(len(axes)) if axis not in (*own[0], *own[1])]

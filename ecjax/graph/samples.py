@@ -5,8 +5,8 @@ together (a mean over the batch, a product over it) mixes them; one that is not 
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, SupportsIndex
 
 
 class Place(NamedTuple):
@@ -145,6 +145,11 @@ def shapes(variables: Sequence) -> list[tuple[int, ...]]:
     return [tuple(variable.aval.shape) for variable in variables]
 
 
+def whole_numbers(axes: Iterable | SupportsIndex) -> tuple[int, ...]:
+    """Axes as an equation names them, where ``vmap`` leaves NumPy's whole numbers among Python's."""
+    return tuple(map(int, axes)) if isinstance(axes, Iterable) else (int(axes),)
+
+
 def places(equation, operands: Sequence[Place | None], samples: int) -> list[Place | None]:
     """Where the samples lie in the results of an operation, given where they lie in its operands.
 
@@ -173,9 +178,11 @@ def places(equation, operands: Sequence[Place | None], samples: int) -> list[Pla
 
 def _rule_of_kind(name: str) -> Callable:
     if name in _OVER_AXES:
-        return lambda equation, operands, _: _without_axes(operands[0], equation.params[_OVER_AXES[name]])
+        return lambda equation, operands, _: _without_axes(
+            operands[0], whole_numbers(equation.params[_OVER_AXES[name]])
+        )
     if name in _ALONG_AXIS:
-        return lambda equation, operands, _: _along(_one(operands), equation.params[_ALONG_AXIS[name]])
+        return lambda equation, operands, _: _along(_one(operands), whole_numbers(equation.params[_ALONG_AXIS[name]]))
     return _matrices if name in _MATRICES else _window
 
 
@@ -197,8 +204,8 @@ def _without_axes(place: Place, axes: Sequence[int]) -> Place:
     return place._replace(axis=place.axis - sum(axis < place.axis for axis in axes))
 
 
-def _along(place: Place, axes: int | Sequence[int]) -> Place:
-    if place.axis in (axes if isinstance(axes, Sequence) else (axes,)):
+def _along(place: Place, axes: Sequence[int]) -> Place:
+    if place.axis in axes:
         raise MixedSamplesError
     return place
 
@@ -218,7 +225,7 @@ def _fft(equation, operands, _samples) -> Place:
 
 def _top_k(equation, operands, _samples) -> list[Place]:
     rank = len(equation.invars[0].aval.shape)
-    return [_along(operands[0], equation.params.get("axis", rank - 1) % rank)] * 2
+    return [_along(operands[0], whole_numbers(equation.params.get("axis", rank - 1) % rank))] * 2
 
 
 def _window(equation, operands, _samples) -> Place:
@@ -235,15 +242,15 @@ def _is_of_axes(value, equation) -> bool:
 
 
 def _broadcast_in_dim(equation, operands, _samples) -> Place:
-    return operands[0]._replace(axis=equation.params["broadcast_dimensions"][operands[0].axis])
+    return operands[0]._replace(axis=whole_numbers(equation.params["broadcast_dimensions"])[operands[0].axis])
 
 
 def _transpose(equation, operands, _samples) -> Place:
-    return operands[0]._replace(axis=tuple(equation.params["permutation"]).index(operands[0].axis))
+    return operands[0]._replace(axis=whole_numbers(equation.params["permutation"]).index(operands[0].axis))
 
 
 def _squeeze(equation, operands, _samples) -> Place:
-    return _without_axes(operands[0], equation.params["dimensions"])
+    return _without_axes(operands[0], whole_numbers(equation.params["dimensions"]))
 
 
 def _reshape(equation, operands, samples) -> Place:

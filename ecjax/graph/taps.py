@@ -104,12 +104,7 @@ def _evaluate(equation, operands: list) -> list:
 
 
 def tap_dtype(kernel: Array | np.ndarray) -> jnp.dtype:
-    """What a kernel's taps and moments are held in: at least float32, whatever the layer computes in.
-
-    Example:
-        >>> graph.tap_dtype(jnp.ones((4, 8), jnp.bfloat16))
-        dtype('float32')
-    """
+    """What a kernel's taps and moments are held in: at least float32, whatever the layer computes in."""
     return jnp.promote_types(kernel.dtype, jnp.float32)
 
 

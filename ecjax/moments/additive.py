@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from ecjax import _door, _trees, graph
 from ecjax.graph import Layer, Layers
+from ecjax.graph.layers import as_patterns
+from ecjax.graph.taps import tap_dtype
 from ecjax.networks import Inputs, Network, Params, Patterns
 
 
@@ -61,8 +63,9 @@ class Moments:
     """The moments of every dense layer, by its kernel's path, and how many samples they are of.
 
     Attributes:
-        samples: how many.
-        layers: by the kernel's path; inputs and neurons as in the kernel as a matrix ``(in, out)``.
+        samples: how many, a number.
+        layers: ``LayerMoments``, or ``InputMoments``, by the kernel's path; inputs and neurons are those of the kernel
+            as a matrix ``(in, out)``.
         read: the layers of the network, which are static.
         exclude: patterns of what was left alone, which are static too.
 
@@ -72,8 +75,8 @@ class Moments:
         (200.0, ['Dense_0/kernel', 'Dense_1/kernel'])
     """
 
-    samples: Float[Array, ""]
-    layers: dict[str, LayerMoments] | dict[str, InputMoments]
+    samples: PyTree  # not checked here: a pytree is also mapped to what is no array
+    layers: dict
     read: Layers
     exclude: tuple[str, ...] = ()
 
@@ -123,7 +126,7 @@ def start(
     """
     network, params, _ = _trees.split(network, params)
     read = _door.layers(network, params, inputs, exclude=exclude)
-    return nothing(params, read, graph.as_patterns(exclude), of_weights=of_weights)
+    return nothing(params, read, as_patterns(exclude), of_weights=of_weights)
 
 
 def nothing(params: Params, read: Layers, exclude: tuple[str, ...], *, of_weights: bool) -> Moments:
@@ -132,7 +135,7 @@ def nothing(params: Params, read: Layers, exclude: tuple[str, ...], *, of_weight
 
     def zeros(layer: Layer):
         kernel, (_, inputs, neurons) = leaves[layer.kernel], layer.layout.sizes
-        dtype = graph.tap_dtype(kernel)
+        dtype = tap_dtype(kernel)
         if not of_weights:
             return InputMoments(*(jnp.zeros(inputs, dtype) for _ in InputMoments._fields))
         like = graph.as_matrices(jnp.zeros_like(kernel, dtype), layer.layout)[0]

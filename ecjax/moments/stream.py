@@ -105,8 +105,8 @@ def update(
     here = _door.layers(network, params, inputs, exclude=seen.exclude)
     if here != seen.read:
         raise ValueError(
-            "these moments are of other layers than those of this network, params and inputs: "
-            f"{', '.join(str(layer[:5]) for layer in seen.read)} and {', '.join(str(layer[:5]) for layer in here)}"
+            f"moments of other layers: {', '.join(f'{layer.kernel} {layer.shape}' for layer in seen.read)} given, "
+            f"{', '.join(f'{layer.kernel} {layer.shape}' for layer in here)} in this network"
         )
     options = {"metric": metric, "probes": probes, "batch_size": int(batch_size)}
     return _scan(seen, network, params, inputs, samples, key, blocks=blocks, **options)

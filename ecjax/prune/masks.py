@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Real
 from ecjax import _trees, checks, graph
 from ecjax.checks import Sparsity
 from ecjax.graph import Layer, Layers
+from ecjax.graph.layers import chosen
 from ecjax.networks import Kernels, Params, Patterns
 from ecjax.score import Scores
 
@@ -98,7 +99,7 @@ def one_shot(
 
 def _left(kernels: dict[str, Array], params: Params, exclude: Patterns) -> dict[str, Array]:
     """What is not excluded, by path."""
-    excluded = graph.chosen(exclude, list(_trees.by_path(params)))
+    excluded = chosen(exclude, list(_trees.by_path(params)))
     left = {path: leaf for path, leaf in kernels.items() if path not in excluded}
     if not left:
         raise ValueError("every kernel is excluded; there is nothing to prune")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ecjax import _door, _trees, checks, devices, graph, metrics, precision
+from ecjax.graph.taps import tap_dtype
 from ecjax.networks import Inputs, Network, Params, Patterns
 from ecjax.score.scores import Scores, checked, least, of_each_weight
 
@@ -80,7 +81,7 @@ def _importance_and_shift(network, params, inputs, outputs, layer, index, *, met
     weight = graph.as_matrices(kernel, layer.layout)[member, source, neuron]
     removed = jnp.zeros(layer.layout.sizes, kernel.dtype).at[member, source, neuron].set(weight)
     removed = graph.as_leaf(removed, layer.layout)
-    zero = jnp.zeros((), graph.tap_dtype(kernel))
+    zero = jnp.zeros((), tap_dtype(kernel))
 
     def change(moved, by):
         paths = list(moved)

@@ -7,6 +7,7 @@ from jaxtyping import Float, PRNGKeyArray
 
 from ecjax import _trees, graph, moments
 from ecjax.graph import Layer
+from ecjax.graph.taps import tap_dtype
 from ecjax.moments import Moments
 from ecjax.moments.additive import require
 from ecjax.networks import Inputs, Network, Params, Patterns
@@ -178,7 +179,7 @@ def _second_moment(found: moments.LayerMoments) -> Float[Array, "in out"]:
 def _matrix(params: Params, layer: Layer) -> Float[Array, "in out"]:
     """A kernel as a matrix, in the precision of the moments."""
     kernel = _trees.by_path(params)[layer.kernel]
-    return graph.as_matrices(jnp.asarray(kernel, graph.tap_dtype(kernel)), layer.layout)[0]
+    return graph.as_matrices(jnp.asarray(kernel, tap_dtype(kernel)), layer.layout)[0]
 
 
 def _as_leaf(matrix: Float[Array, "in out"], layer: Layer) -> Float[Array, "..."]:

@@ -7,10 +7,12 @@ import itertools
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, PRNGKeyArray
+from jaxtyping import Float, PRNGKeyArray, PyTree
 
 from ecjax import _door, _trees, checks, devices, graph, metrics, moments, precision
-from ecjax.graph import NO_LAYERS, Layer, Layers
+from ecjax.graph import Layer, Layers
+from ecjax.graph.layers import NO_LAYERS
+from ecjax.graph.taps import tap_dtype
 from ecjax.moments import Moments
 from ecjax.moments.additive import require
 from ecjax.networks import Inputs, Network, Params, Patterns
@@ -23,7 +25,8 @@ class NeuronScores:
     """What removing each hidden neuron costs, and what to put in its place.
 
     Attributes:
-        importance: by the path of its own kernel, one number for each neuron of a hidden layer; the smallest go first.
+        importance: by the path of their own kernel, one number for each neuron of a hidden layer, of shape (neurons,);
+            the smallest go first.
         constant: for each neuron, the constant that takes the place of its output: the biases of the next layer gain
             ``constant_j · W_j`` when it is removed. None for a criterion that compensates nothing.
         layers: of the network, a multilayer perceptron, in order of execution (``networks.layers``). Static.
@@ -35,8 +38,8 @@ class NeuronScores:
         [False, False, True, True, True, True, True, True]
     """
 
-    importance: dict[str, Float[Array, " neurons"]]
-    constant: dict[str, Float[Array, " neurons"]] | None = None
+    importance: PyTree  # not checked here: a pytree is also mapped to what is no array
+    constant: PyTree | None = None
     layers: Layers = NO_LAYERS
 
 
@@ -193,7 +196,7 @@ def _all_neurons(network, params, inputs, *, layers, metric):
                 _, discrepancy = jax.jvp(layer, (kernel, bias), (removed, moved))
                 return metrics.squared_norm(metric, outputs, discrepancy).mean()
 
-            return least(remainder, jnp.zeros((), graph.tap_dtype(kernel)))
+            return least(remainder, jnp.zeros((), tap_dtype(kernel)))
 
         found = of_each(of_neuron, kernel, weights.shape[0], at_once=64)
         importance[own.kernel], constant[own.kernel] = found

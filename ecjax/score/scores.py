@@ -11,7 +11,9 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from ecjax import _trees, checks, graph
-from ecjax.graph import NO_LAYERS, Layers
+from ecjax.graph import Layers
+from ecjax.graph.layers import NO_LAYERS
+from ecjax.graph.taps import tap_dtype
 from ecjax.networks import Kernels, Params
 
 
@@ -110,6 +112,6 @@ def of_each(
 ) -> tuple[Float[Array, " count"], Float[Array, " count"]]:
     """A function of each index below ``count``, so many at once; without any, it is not even traced."""
     if count == 0:
-        nothing = jnp.zeros(0, graph.tap_dtype(kernel))
+        nothing = jnp.zeros(0, tap_dtype(kernel))
         return nothing, nothing
     return lax.map(importance_and_shift, jnp.arange(count), batch_size=at_once)
