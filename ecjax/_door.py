@@ -59,7 +59,10 @@ def layers(
     if isinstance(inputs, jax.ShapeDtypeStruct):
         facts = _read(params, _at_least_two(inputs), network=network, exclude=patterns)
     else:
-        facts = _traced(params, inputs, network=network, exclude=patterns)
+        try:
+            facts = _traced(params, inputs, network=network, exclude=patterns)
+        except ValueError as error:
+            raise ValueError(*error.args) from error.__cause__  # without what JAX adds about its frames
     if each_alone:
         _require_apart(network, params, inputs, facts)
     if not facts.layers:
@@ -124,6 +127,26 @@ def _at_least_two(inputs) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((max(inputs.shape[0], 2), *inputs.shape[1:]), inputs.dtype)
 
 
+def _called(network: Callable, params: PyTree, inputs: Array) -> np.ndarray:
+    """The outputs of a few samples.
+
+    Raises:
+        ValueError: a network that does not take so many, or does not give each a row.
+    """
+    try:
+        outputs = np.asarray(network(params, inputs), np.float64)
+    except Exception as error:
+        raise ValueError(
+            f"the network does not take {inputs.shape[0]} samples, and must take any number of them: {error}"
+        ) from error
+    if outputs.shape[:1] != inputs.shape[:1]:
+        raise ValueError(
+            f"the network must return one array of shape (samples, outputs), here ({inputs.shape[0]}, K); "
+            f"it returns one of shape {outputs.shape}"
+        )
+    return outputs
+
+
 def _require_apart(network: Callable, params: PyTree, inputs, facts: _Facts) -> None:
     """Raises a ValueError if samples are mixed, or if that can't be found out."""
     if facts.mixed:
@@ -143,8 +166,8 @@ def _require_apart(network: Callable, params: PyTree, inputs, facts: _Facts) -> 
     if inputs.shape[0] < 2:
         return
     few = jnp.asarray(inputs)[:: max(inputs.shape[0] // _COMPARED, 1)][:_COMPARED]
-    together = np.asarray(network(params, few), np.float64)
-    alone = np.concatenate([np.asarray(network(params, few[i : i + 1]), np.float64) for i in range(len(few))])
+    together = _called(network, params, few)
+    alone = np.concatenate([_called(network, params, few[i : i + 1]) for i in range(len(few))])
     scale = np.nanmax(np.abs(alone), initial=0)
     if not np.allclose(together, alone, rtol=0, atol=1e-3 * scale, equal_nan=True):
         raise ValueError(

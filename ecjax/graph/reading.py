@@ -98,10 +98,10 @@ def _traced(network: Callable, params: PyTree, inputs: Any) -> core.ClosedJaxpr:
         )
     if getattr(shape, "ndim", None) != 2 or shape.shape[0] != samples:
         given = jax.tree.map(lambda leaf: leaf.shape, shape)
-        kind = "" if isinstance(given, tuple) else f", a {type(shape).__name__}"
+        kind = "one of shape" if hasattr(shape, "ndim") else f"a {type(shape).__name__} of shapes"
         raise ValueError(
-            f"the network must return one array of shape (samples, outputs), here ({samples}, K); it returns "
-            f"{given}{kind}"
+            f"the network must return one array of shape (samples, outputs), here ({samples}, K); "
+            f"it returns {kind} {given}"
         )
     return jaxpr
 
