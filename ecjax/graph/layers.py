@@ -92,7 +92,7 @@ def _cells(layers: Layers) -> list[tuple[str, ...]]:
     for layer in layers:
         shape = " × ".join(map(str, layer.shape))
         facts = (shape, ", ".join(layer.axes), layer.bias or "none", f"{layer.positions:,}", f"{layer.weights:,}")
-        rows.append((layer.kernel, *facts, f"not yet: {layer.reason}" if layer.reason else "yes"))
+        rows.append((layer.kernel or "(params)", *facts, f"not yet: {layer.reason}" if layer.reason else "yes"))
     rows += [(path, "", "", "", "", "", f"no: {what}") for path, what in layers.others.items()]
     return rows
 

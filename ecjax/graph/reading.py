@@ -12,8 +12,9 @@ from jaxtyping import PyTree
 from ecjax import _trees
 from ecjax.graph import layout as layouts
 from ecjax.graph.layers import Layer, Layers, chosen
-from ecjax.graph.roles import Added, Found, Leaf, Product, Value, walk
+from ecjax.graph.roles import walk
 from ecjax.graph.samples import Place
+from ecjax.graph.values import Added, Found, Leaf, Product, Value
 
 
 class Reading(NamedTuple):

@@ -33,90 +33,15 @@ class UnknownOperationError(Exception):
 
 # Operations entry by entry, of values of one shape (or with axes of length 1).
 ELEMENTWISE = frozenset(
-    [
-        "abs",
-        "acos",
-        "acosh",
-        "add",
-        "add_any",
-        "and",
-        "asin",
-        "asinh",
-        "atan",
-        "atan2",
-        "atanh",
-        "bessel_i0e",
-        "bessel_i1e",
-        "bitcast_convert_type",
-        "cbrt",
-        "ceil",
-        "clamp",
-        "complex",
-        "conj",
-        "convert_element_type",
-        "copy",
-        "copy_p",
-        "cos",
-        "cosh",
-        "device_put",
-        "digamma",
-        "div",
-        "eq",
-        "erf",
-        "erf_inv",
-        "erfc",
-        "exp",
-        "exp2",
-        "expm1",
-        "floor",
-        "ge",
-        "gt",
-        "igamma",
-        "igammac",
-        "imag",
-        "integer_pow",
-        "is_finite",
-        "le",
-        "lgamma",
-        "log",
-        "log1p",
-        "logistic",
-        "lt",
-        "max",
-        "min",
-        "mul",
-        "ne",
-        "neg",
-        "nextafter",
-        "not",
-        "optimization_barrier",
-        "or",
-        "polygamma",
-        "population_count",
-        "pow",
-        "pvary",
-        "real",
-        "reduce_precision",
-        "rem",
-        "round",
-        "rsqrt",
-        "select_n",
-        "sharding_constraint",
-        "shift_left",
-        "shift_right_arithmetic",
-        "shift_right_logical",
-        "sign",
-        "sin",
-        "sinh",
-        "sqrt",
-        "square",
-        "stop_gradient",
-        "sub",
-        "tan",
-        "tanh",
-        "xor",
-        "zeta",
-    ]
+    """
+    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt
+    ceil clamp clz complex conj convert_element_type copy copy_p cos cosh device_put digamma div eq erf erf_inv
+    erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac imag integer_pow is_finite layout_constraint le
+    lgamma log log1p logistic lt max min mul mulhi name ne neg nextafter not optimization_barrier or polygamma
+    population_count pow pvary real reduce_precision regularized_incomplete_beta rem reshard round rsqrt select_n
+    sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square
+    stop_gradient sub tan tanh xor zeros_like zeta
+    """.split()  # noqa: SIM905
 )
 # Operations over some axes of one value, and the parameter that names them.
 _OVER_AXES = {
@@ -133,8 +58,21 @@ _ALONG_AXIS = {
 }
 # Operations on the matrices of the last two axes.
 _MATRICES = frozenset(
-    ["cholesky", "eigh", "lu", "qr", "svd", "triangular_solve", "householder_product", "tridiagonal_solve"]
+    "cholesky eigh lu qr svd triangular_solve householder_product tridiagonal_solve".split()  # noqa: SIM905
 )
+_SCATTERS = [
+    "scatter",
+    "scatter-add",
+    "scatter_add",
+    "scatter-mul",
+    "scatter_mul",
+    "scatter-sub",
+    "scatter_sub",
+    "scatter-min",
+    "scatter_min",
+    "scatter-max",
+    "scatter_max",
+]
 _WINDOWS = frozenset(
     ("reduce_window_sum", "reduce_window_max", "reduce_window_min", "reduce_window", "cumred_reduce_window")
 )
@@ -274,6 +212,22 @@ def _concatenate(equation, operands, _samples) -> Place:
     return place
 
 
+def _stack(equation, operands, _samples) -> Place:
+    place = _one(operands)
+    return place._replace(axis=place.axis + (equation.params["axis"] <= place.axis))
+
+
+def _unstack(equation, operands, _samples) -> Place:
+    return _without_axes(operands[0], whole_numbers(equation.params["axis"]))
+
+
+def _tile(equation, operands, _samples) -> Place:
+    repeats = whole_numbers(equation.params["reps"])
+    if len(repeats) != len(equation.invars[0].aval.shape) or repeats[operands[0].axis] != 1:
+        raise UnknownOperationError
+    return operands[0]
+
+
 def _pad(equation, operands, _samples) -> Place:
     place = _one(operands)
     if tuple(equation.params["padding_config"][place.axis]) != (0, 0, 0):
@@ -373,13 +327,16 @@ _RULES: dict[str, Callable] = {
     "reshape": _reshape,
     "concatenate": _concatenate,
     "pad": _pad,
+    "stack": _stack,
+    "unstack": _unstack,
+    "tile": _tile,
     "slice": _same_length,
     "dynamic_slice": _same_length,
     "dynamic_update_slice": _dynamic_update_slice,
     "dot_general": _dot_general,
     "conv_general_dilated": _conv_general_dilated,
     "gather": _gather,
-    **dict.fromkeys(("scatter", "scatter-add", "scatter_add", "scatter-mul", "scatter_mul"), _scatter),
+    **dict.fromkeys(_SCATTERS, _scatter),
     "fft": _fft,
     "top_k": _top_k,
 }

@@ -15,7 +15,8 @@ from jaxtyping import Float, PyTree
 from ecjax import _trees
 from ecjax.graph.layers import Layers
 from ecjax.graph.reading import Reading
-from ecjax.graph.roles import CALLS, Product
+from ecjax.graph.roles import CALLS
+from ecjax.graph.values import Product
 
 
 def tapped(

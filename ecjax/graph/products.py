@@ -1,0 +1,188 @@
+"""Products of kernels, sums of products, and the biases that are added to them."""
+
+import math
+from collections.abc import Sequence
+
+from ecjax.graph import layout as layouts
+from ecjax.graph.layout import Axes, Axis, Factor, Layout
+from ecjax.graph.samples import Place, shapes, whole_numbers
+from ecjax.graph.values import Added, Found, Leaf, Product, Units, Value, is_float, leaves_of
+
+# The origins of a product's axes: members of a stack, and neurons.
+_STACK, _OUT = 0, 1
+
+
+def multiplied(equation, operands, result: Value, found: Found, within: str, site) -> Value | None:
+    """A product of a leaf with something that depends on the inputs; None for any other product."""
+    sides = [i for i, operand in enumerate(operands) if leaves_of(operand) and operands[1 - i].depends]
+    if not sides:
+        return None
+    side = sides[0]
+    kernel, other = operands[side], operands[1 - side]
+    is_product = equation.primitive.name == "dot_general"
+    what = ""
+    if kernel.leaf is None:
+        what = "enters a product only in part, or put together with other leaves"
+    elif not (is_product or side == 1):
+        what = "is what another value is convolved with"
+    elif not all(map(is_float, (equation.invars[side], *equation.outvars))):
+        what = "enters a product of whole or complex numbers"
+    if what:
+        found.products += [Product(path, site, None, 1, what, side, (), (), None) for path in sorted(leaves_of(kernel))]
+        found.consume(other.units)
+        return result
+    describe_product = _matrix_product if is_product else _convolution
+    return describe_product(equation, side, kernel.leaf, other, result, found, within, site)
+
+
+def _matrix_product(equation, side, leaf: Leaf, other: Value, result: Value, found: Found, within, site) -> Value:
+    contracted, batched = (tuple(map(whole_numbers, pair)) for pair in equation.params["dimension_numbers"])
+    own, others = (contracted[side], batched[side]), (contracted[1 - side], batched[1 - side])
+    axes, shape = leaf.axes, equation.invars[1 - side].aval.shape
+    free = [axis for axis in range(len(axes)) if axis not in (*own[0], *own[1])]
+    free_others = [axis for axis in range(len(shape)) if axis not in (*others[0], *others[1])]
+    stacked = [axis for axis in own[1] if not layouts.is_repeated(axes[axis])]
+    inputs, outputs = (_joined(axes, chosen) for chosen in (own[0], free))
+    of_kernel = layouts.layout(
+        found.leaves[leaf.path].shape, layouts.merged((*leaf.stacked, *_joined(axes, stacked))), inputs, outputs
+    )
+    rows = math.prod(shape[axis] for axis in free_others)
+    rows *= math.prod(shape[o] for a, o in zip(own[1], others[1], strict=True) if a not in stacked)
+    positions = max(rows // found.samples, 1)
+    what = within
+    if of_kernel is None:
+        what = "has entries that don't enter the product one by one"
+    elif of_kernel.stacked and not within:
+        what = "is a stack of kernels"
+    elif positions > 1 and not within:
+        what = f"is applied at {positions} positions of each sample"
+
+    first = len(own[1])
+    gives = [first + (len(free_others) if side else 0) + i for i in range(len(free))]
+    of_product = _axes_of_product(equation, own[1], stacked, free, gives)
+    reads, gives_samples = _samples_first(other.place, others[0], result.place, gives)
+    follows = _followed(other.units, [*others[0]], found)
+    found.products.append(Product(leaf.path, site, of_kernel, positions, what, side, reads, gives_samples, follows))
+    number = len(found.products) - 1
+    if follows is not None:
+        found.count(other.units)
+        found.read.setdefault(follows, []).append(number)
+        if other.units.bare:
+            found.added.setdefault(follows, []).append(None)
+    else:
+        found.consume(other.units)
+    return result._replace(units=Units(frozenset({number}), of_product, bare=True))
+
+
+def _joined(axes: Axes, chosen: Sequence[int]) -> Axis:
+    return layouts.merged([factor for axis in chosen for factor in axes[axis]])
+
+
+def _axes_of_product(equation, batched, stacked, free, gives) -> Axes:
+    """The axes of a product: which are the neurons, which the members of a stack, and which come from the inputs."""
+    (shape,) = shapes(equation.outvars)
+    found = [layouts.repeated(length) for length in shape]
+    for origin, places_after, chosen in (
+        (_STACK, range(len(batched)), [axis if axis in stacked else None for axis in batched]),
+        (_OUT, gives, free),
+    ):
+        stride = 1
+        for place, axis in reversed(list(zip(places_after, chosen, strict=True))):
+            if axis is not None:
+                found[place] = layouts.merged((Factor(origin, stride, shape[place]),))
+                stride *= shape[place]
+    return tuple(found)
+
+
+def _samples_first(of_inputs: Place | None, contracted, of_product: Place | None, gives):
+    """The axes of a product's operand and of its result, those of the samples before all others."""
+    if of_inputs is None or of_product is None:
+        return (), ()
+    return (of_inputs.axis, *contracted), (of_product.axis, *gives)
+
+
+def _followed(units: Units | None, contracted: Sequence[int], found: Found) -> int | None:
+    """The product whose units, all of them in order, are what is contracted."""
+    if units is None or len(units.products) != 1:
+        return None
+    (product,) = units.products
+    of_kernel = found.products[product].layout
+    joined = _joined(units.axes, contracted)
+    if of_kernel is None or of_kernel.stacked:
+        return None
+    neurons = of_kernel.sizes[2]
+    return product if joined == layouts.merged((Factor(_OUT, 1, neurons),)) else None
+
+
+def _convolution(equation, side, leaf: Leaf, other: Value, result: Value, found: Found, within, site) -> Value:
+    numbers = equation.params["dimension_numbers"]
+    outputs, *inputs = numbers.rhs_spec
+    of_kernel = layouts.layout(
+        found.leaves[leaf.path].shape, leaf.stacked, _joined(leaf.axes, inputs), _joined(leaf.axes, [outputs])
+    )
+    (shape,) = shapes(equation.outvars)
+    channel = numbers.out_spec[1]
+    positions = math.prod(shape[axis] for axis in numbers.out_spec[2:])
+    what = within or f"is convolved, {positions} positions a sample"
+    found.products.append(Product(leaf.path, site, of_kernel, positions, what, side, (), (), None))
+    found.consume(other.units)
+    axes = [layouts.repeated(length) for length in shape]
+    axes[channel] = layouts.merged((Factor(_OUT, 1, shape[channel]),))
+    return result._replace(units=Units(frozenset({len(found.products) - 1}), tuple(axes), bare=True))
+
+
+def summed(equation, operands, result: Value, found: Found, within: str) -> Value | None:
+    """A sum of products, or of a product and its bias; None for any other sum."""
+    if "jax.custom" in within:
+        return None
+    (shape,) = shapes(equation.outvars)
+    units = [operand.units for operand in operands]
+    if all(units) and units[0].axes == units[1].axes and not units[0].products & units[1].products:
+        together = units[0].products | units[1].products
+        if all(u.bare for u in units):
+            return result._replace(units=units[0]._replace(products=together))
+        bare, biased = sorted(units, key=lambda u: not u.bare)
+        if bare.bare and biased.bias:
+            found.count(biased)
+            added = biased.bias._replace(within=biased.products)
+            for number in bare.products:
+                found.added.setdefault(number, []).append(added)
+            return result._replace(units=biased._replace(products=together))
+    side = 0 if units[0] is not None else 1
+    product, bias = units[side], operands[1 - side]
+    if product is None or not product.bare or bias.leaf is None:
+        return None
+    of_bias = _bias_layout(product, bias.leaf, shape, found)
+    if of_bias is None:
+        return None
+    added = Added(bias.leaf.path, of_bias)
+    for number in product.products:
+        found.added.setdefault(number, []).append(added)
+    found.biases[added.path] = found.biases.get(added.path, 0) + 1
+    return result._replace(units=product._replace(bare=False, bias=added))
+
+
+def _bias_layout(product: Units, bias: Leaf, shape: tuple[int, ...], found: Found) -> Layout | None:
+    """The layout of a leaf that has one number for each neuron of a product; None if it has not."""
+    parts: dict[int, list[tuple[int, Factor]]] = {_STACK: [], _OUT: []}
+    axes = bias.axes or ((),) * len(shape)  # a scalar is added as it is
+    for length, of_product, of_bias in zip(shape, product.axes, axes, strict=True):
+        size = math.prod(factor.size for factor in of_bias)
+        pairs = layouts.pairs(of_product, of_bias if size == length else layouts.repeated(length))
+        if pairs is None:
+            return None
+        for neurons, entries in pairs:
+            if (neurons.of is None) != (entries.of is None):
+                return None
+            if neurons.of is not None:
+                parts[neurons.of].append((neurons.stride, entries))
+    stacked, outputs = (
+        layouts.merged([entries for _, entries in sorted(parts[origin], key=lambda pair: -pair[0])])
+        for origin in (_STACK, _OUT)
+    )
+    of_bias = layouts.layout(found.leaves[bias.path].shape, (*bias.stacked, *stacked), (), outputs)
+    for number in product.products:
+        of_kernel = found.products[number].layout
+        if of_kernel is None or of_bias is None or of_kernel.sizes[::2] != of_bias.sizes[::2]:
+            return None
+    return of_bias

@@ -1,0 +1,123 @@
+"""What is known of a value in a jaxpr, and what a walk over the jaxpr has found."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from ecjax.graph.layout import Axes, Axis, Layout
+from ecjax.graph.samples import Place
+
+
+class Leaf(NamedTuple):
+    """A leaf of the params, cast and rearranged."""
+
+    path: str
+    axes: Axes
+    stacked: Axis = ()  # the axes that a scan has taken apart
+
+
+class Units(NamedTuple):
+    """What the products of some kernels have become, entry by entry."""
+
+    products: frozenset[int]
+    axes: Axes
+    bare: bool  # whether it is the product, or a sum of products, itself
+    bias: "Added | None" = None  # what was just added to it
+
+
+class Value(NamedTuple):
+    """What is known of a value in the jaxpr."""
+
+    depends: bool = False  # on the inputs
+    place: Place | None = None  # of the samples; None also where they were lost
+    leaf: Leaf | None = None
+    parts: frozenset[str] = frozenset()  # leaves of which parts were cut out or put together
+    units: Units | None = None
+    uniform: bool = False  # the same number in every entry
+    sources: frozenset[str] = frozenset()  # leaves that it was computed from, without the inputs
+    mixed: str = ""  # the operation that has taken samples together on the way to it
+    unknown: str = ""  # an operation on the way to it of which that is not known
+
+
+class Product(NamedTuple):
+    """One product of a kernel with something that depends on the inputs.
+
+    Attributes:
+        path: of the kernel.
+        site: which equation it is: its index in the jaxpr, after the indices of the calls that it is in.
+        layout: of the kernel; None if its entries don't enter this product one by one.
+        positions: how many rows a sample has in it.
+        what: "" for a product of matrices; or why it can't be scored.
+        side: which operand the kernel is.
+        reads: the axes (samples, inputs…) of the other operand, the inputs in the order of the layout.
+        gives: the axes (samples, neurons…) of the product, likewise.
+        follows: the product whose units are exactly what this one reads.
+    """
+
+    path: str
+    site: tuple[int, ...]
+    layout: Layout | None
+    positions: int
+    what: str
+    side: int
+    reads: tuple[int, ...]
+    gives: tuple[int, ...]
+    follows: int | None
+
+
+class Added(NamedTuple):
+    """A leaf that was added to a product as its bias.
+
+    Attributes:
+        path: of the leaf.
+        layout: of the leaf.
+        within: the products to which it was added before this one was; empty if it was added to this one.
+    """
+
+    path: str
+    layout: Layout
+    within: frozenset[int] = frozenset()
+
+
+@dataclass
+class Found:
+    """What the walk has found so far."""
+
+    samples: int
+    leaves: dict[str, Any]
+    products: list[Product] = field(default_factory=list)
+    added: dict[int, list[Added | None]] = field(default_factory=dict)  # by product; None: used without a bias
+    read: dict[int, list[int | None]] = field(default_factory=dict)  # by product; None: its units go elsewhere
+    biases: dict[str, int] = field(default_factory=dict)  # how many times a leaf was added as a bias
+    biased: dict[frozenset[int], int] = field(default_factory=dict)  # how many operations take products with a bias
+    others: dict[str, list[str]] = field(default_factory=dict)  # what else each leaf does
+
+    def note(self, value: Value, what: str) -> None:
+        """Notes that the leaves in a value are used for something else."""
+        for path in (value.leaf.path,) if value.leaf else sorted(value.parts | value.sources):
+            if what not in (known := self.others.setdefault(path, [])):
+                known.append(what)
+
+    def count(self, units: Units | None) -> None:
+        """Notes that an operation takes products whose bias was just added."""
+        if units and units.bias:
+            self.biased[units.products] = self.biased.get(units.products, 0) + 1
+
+    def consume(self, units: Units | None) -> None:
+        """Notes that units, or products, go where they are not followed."""
+        self.count(units)
+        for product in units.products if units else ():
+            self.read.setdefault(product, []).append(None)
+            if units.bare:
+                self.added.setdefault(product, []).append(None)
+
+
+def leaves_of(value: Value) -> frozenset[str]:
+    """The leaves that a value is, or is put together of."""
+    return frozenset({value.leaf.path}) if value.leaf else value.parts
+
+
+def is_float(var) -> bool:
+    """Whether a variable of a jaxpr holds floating-point numbers."""
+    return jnp.issubdtype(var.aval.dtype, jnp.floating)
