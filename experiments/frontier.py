@@ -1,15 +1,16 @@
 """How much can be removed without training again: ``python -m experiments.frontier``.
 
-Two classifiers of handwritten digits and a surrogate of a partial differential equation are pruned in one shot, by the
-combinatorial brain surgeon, and in stages of elimination-compensation with each repair, from 0.8 to 0.995. Only
-"labels" sees labels, and nothing is fine-tuned.
+It shows the accuracy of two classifiers of handwritten digits, and the error of a surrogate of a partial differential
+equation, pruned to high sparsity in one shot, by the combinatorial brain surgeon, and in stages of
+elimination-compensation with each repair. Only "labels" sees labels, and nothing is fine-tuned. It takes half an hour
+on two cores; on the digits with --quick two minutes. It writes results.csv, config.json and frontier.png, and prints a
+table for each network with the seconds of each method.
 """
 
 import functools
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,288 +19,178 @@ import optax
 
 from ecjax import networks, prune, score, surgeon
 from ecjax.networks import Params
-from experiments import report, runs, saved, sweep
-from experiments.datasets import Dataset, choose, diffusion_sorption
+from experiments import flags, report, results, saved, sweep
+from experiments.datasets import Dataset, diffusion_sorption
 
-SECONDS = report.Measure("seconds", ".1f")
-ACCURACY = report.CLASSIFIER_MEASURES["test_accuracy"]._replace(lowest=80.0)
 ERROR = report.Measure("relative error", ".1e", logarithmic=True)
-cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+# By the output metric: what the table shows, and first the figure.
+MEASURES = {
+    "fisher": {
+        "test_accuracy": report.CLASSIFIER_MEASURES["test_accuracy"]._replace(lowest=80.0),
+        "test_loss": report.CLASSIFIER_MEASURES["test_loss"],
+    },
+    "euclidean": {"test_error": ERROR, "test_loss": ERROR._replace(words="mean squared error")},
+}
+SECONDS = {"seconds": report.Measure("seconds", ".1f")}
 
 
 @dataclass(frozen=True)
-class Config:
-    """Prune three networks to high sparsity without fine-tuning, by methods from magnitude to staged survivors.
-
-    Writes results.csv, config.json and frontier.png, and prints a table for each network with the time of each method.
-
-    """
+class Config(flags.Digits):
+    """Prune three networks to high sparsity without fine-tuning, by methods from magnitude to staged survivors."""
 
     networks: tuple[Literal["large", "modest", "surrogate"], ...] = ("large", "modest", "surrogate")
     """784-300-100-10 by Adam, 784-40-20-10 by plain SGD (both ReLU), and 2-64-64-64-1 (tanh) on diffusion-sorption."""
-    data: Literal["mnist", "digits"] = "mnist"
-    """What the classifiers see: MNIST, or the 8x8 digits bundled with scikit-learn."""
-    data_dir: Path | None = None
-    """Folder with the four idx files of MNIST, gzipped or not. Default: $ECJAX_DATA_DIR, else they are downloaded."""
-    seeds: int = 3
-    """How many networks to train, prune and average over."""
     sparsities: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98, 0.995)
     """Fractions of the weights to remove from the classifiers."""
     surrogate_sparsities: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95, 0.98)
     """Fractions of the weights to remove from the surrogate."""
-    calibration: int = 10_000
-    """Calibration inputs; the modest network takes six times as many."""
-    stages: int = 10
-    """Stages of the staged methods; the modest network and the surrogate take twice as many."""
-    surrogate_epochs: int = 300
-    """Epochs of training of the surrogate."""
-    quick: bool = False
-    """One seed, three sparsities and 2,000 calibration inputs."""
-    output: Path | None = None
-    """Folder for the results. Default: results/frontier and the name of the data."""
+    calibration: int = 10_000  # Calibration inputs; the modest network takes six times as many.
+    stages: int = 10  # Stages of the staged methods; the modest network and the surrogate take twice as many.
+    temperature: float | None = None
+    """Of the survivors without labels. Default: 4 for the large network, 2 for the modest one."""
+    products: int | None = None
+    """With the curvature, in each step of a repair. Default: 15 for the large network, 20, and 30 for the surrogate."""
+    damping: float = 1e-2  # λ of the combinatorial brain surgeon.
+    surrogate_epochs: int = 300  # Epochs of training of the surrogate.
+    quick: bool = False  # One seed, three sparsities and 2,000 calibration inputs.
     save: Path | None = None
     """Folder for each pruned network, as one small file, and report.csv with its size and speed. Takes minutes more."""
 
 
 class Problem(NamedTuple):
-    """A network to train and prune, and how.
-
-    Attributes:
-        name: of the network in tables.
-        task: its data, and how it is judged.
-        train: gives the trained params of every seed, stacked.
-        metric: output metric of the criteria.
-        sparsities: to prune it to.
-        calibration: how many training samples the methods see.
-        gradients: how many per-sample gradients the combinatorial brain surgeon sees.
-        options: of the staged methods.
-        activation: its name.
-        few: how many of the calibration inputs are enough for what moves no weights.
-    """
+    """A network to train and prune, and how."""
 
     name: str
+    activation: str
+    mlp: networks.MLP
     task: sweep.Task
-    train: Callable[[], Params]
-    metric: str
+    metric: str  # of the criteria
     sparsities: tuple[float, ...]
-    calibration: int
-    gradients: int
-    options: dict[str, int]
-    activation: str = "relu"
-    few: int | None = None
+    optimizer: optax.GradientTransformation
+    epochs: int
+    calibration: int  # how many training samples the methods see
+    gradients: int  # of so many of these the combinatorial brain surgeon sees the gradients
+    options: dict[str, Any]  # of the staged methods
 
 
-class Given(NamedTuple):
-    """What a method sees: the problem, one seed's params, calibration inputs and their labels."""
+def methods(problem: Problem, config: Config) -> sweep.Methods:
+    """By name: from trained params and a sparsity to the pruned network."""
+    network, metric = problem.task.network, problem.metric
+    inputs, targets = (jnp.asarray(array[: problem.calibration]) for array in problem.task.data[1:3])
 
-    problem: Problem
-    params: Params
-    inputs: jax.Array
-    targets: jax.Array
+    def one_shot(params: Params, sparsity: float, criterion) -> prune.Pruned:
+        return prune.one_shot(params, criterion(network, params, inputs, metric=metric), sparsity)
 
+    def combinatorial(params: Params, sparsity: float) -> prune.Pruned:
+        """CBS-S from magnitude, then CBS-U; for a regression that fits, with gradients of the output, not the loss."""
+        loss = sweep.cross_entropy if metric == "fisher" else lambda outputs, _: outputs[..., 0]
+        few, damping = slice(problem.gradients), config.damping
+        gradients = surgeon.loss_gradients(network, params, inputs[few], targets[few], loss)
+        options = {"damping": damping, "start": "magnitude", "key": jax.random.key(0)}
+        masks = surgeon.combinatorial_selection(params, gradients, sparsity, **options)
+        return prune.Pruned(surgeon.combinatorial_update(params, masks, gradients, damping=damping), masks)
 
-def _one_shot(given: Given, sparsity: float, criterion: prune.Criterion) -> prune.Pruned:
-    scores = criterion(given.problem.task.network, given.params, given.inputs)
-    return prune.one_shot(given.params, scores, sparsity)
+    def staged(params: Params, sparsity: float, repair: str | None, labels: bool = False) -> prune.Pruned:
+        options = problem.options if repair else {"stages": problem.options["stages"]}
+        if repair == "biases" or labels:
+            options = options | {"temperature": 1}  # few parameters: the first choice is what they can save
+        enough = inputs if repair == "survivors" else inputs[: config.calibration]
+        aim = targets if labels else None
+        return prune.staged(network, params, enough, sparsity, repair=repair, metric=metric, targets=aim, **options)
 
-
-def _magnitude(given: Given, sparsity: float) -> prune.Pruned:
-    return _one_shot(given, sparsity, lambda network, params, inputs: score.magnitude(params))
-
-
-def _brain_damage(given: Given, sparsity: float) -> prune.Pruned:
-    criterion = functools.partial(score.optimal_brain_damage, metric=given.problem.metric)
-    return _one_shot(given, sparsity, criterion)
-
-
-def _elimination(given: Given, sparsity: float) -> prune.Pruned:
-    criterion = functools.partial(score.elimination_compensation, metric=given.problem.metric)
-    return _one_shot(given, sparsity, criterion)
-
-
-def _combinatorial(given: Given, sparsity: float) -> prune.Pruned:
-    """CBS-S from magnitude, then CBS-U; for a regression that fits, with gradients of the output, not of the loss."""
-    few = slice(given.problem.gradients)
-    loss = cross_entropy if given.problem.metric == "fisher" else _first_output
-    network = given.problem.task.network
-    gradients = surgeon.loss_gradients(network, given.params, given.inputs[few], given.targets[few], loss)
-    options = {"damping": 1e-2}
-    chosen = {"start": "magnitude", "key": jax.random.key(0)}
-    masks = surgeon.combinatorial_selection(given.params, gradients, sparsity, **chosen, **options)
-    return prune.Pruned(surgeon.combinatorial_update(given.params, masks, gradients, **options), masks)
-
-
-def _first_output(outputs, _targets):
-    return outputs[..., 0]
-
-
-def _staged(given: Given, sparsity: float, repair: str | None) -> prune.Pruned:
-    options = given.problem.options if repair else {"stages": given.problem.options["stages"]}
-    if repair == "biases":
-        options = options | {"temperature": 1}  # few parameters: the first choice is what they can save
-    network, metric = given.problem.task.network, given.problem.metric
-    inputs = given.inputs if repair == "survivors" else given.inputs[: given.problem.few]
-    return prune.staged(network, given.params, inputs, sparsity, repair=repair, metric=metric, **options)
-
-
-def _with_labels(given: Given, sparsity: float) -> prune.Pruned:
-    network, metric = given.problem.task.network, given.problem.metric
-    options = given.problem.options | {"targets": given.targets, "temperature": 1}
-    return prune.staged(network, given.params, given.inputs, sparsity, metric=metric, **options)
-
-
-METHODS: dict[str, Callable[[Given, float], prune.Pruned]] = {
-    "magnitude": _magnitude,
-    "optimal brain damage": _brain_damage,
-    "EC": _elimination,
-    "CBS": _combinatorial,
-    "EC, staged": functools.partial(_staged, repair=None),
-    "EC, staged, biases": functools.partial(_staged, repair="biases"),
-    "EC, staged, survivors": functools.partial(_staged, repair="survivors"),
-    "EC, staged, survivors, labels": _with_labels,
-}
+    return {
+        "magnitude": lambda params, sparsity: prune.one_shot(
+            params, score.magnitude(network, params, inputs), sparsity
+        ),
+        "optimal brain damage": functools.partial(one_shot, criterion=score.optimal_brain_damage),
+        "EC": functools.partial(one_shot, criterion=score.elimination_compensation),
+        "CBS": combinatorial,
+        "EC, staged": functools.partial(staged, repair=None),
+        "EC, staged, biases": functools.partial(staged, repair="biases"),
+        "EC, staged, survivors": functools.partial(staged, repair="survivors"),
+        "EC, staged, survivors, labels": functools.partial(staged, repair="survivors", labels=True),
+    }
 
 
 def main(config: Config) -> None:
     """Runs the experiment from data to figures."""
-    report.require_flags(
-        config,
-        fractions=("sparsities", "surrogate_sparsities"),
-        counts=("seeds", "calibration", "stages", "surrogate_epochs"),
-        distinct=("networks",),
-    )
+    counts = ("seeds", "calibration", "stages", "products", "surrogate_epochs")
+    fractions = ("sparsities", "surrogate_sparsities")
+    report.require_flags(config, fractions=fractions, counts=counts, distinct=("networks",))
     if config.quick:
         small = {"sparsities": (0.8, 0.95, 0.98), "surrogate_sparsities": (0.5, 0.8, 0.95)}
         config = replace(config, seeds=1, calibration=min(config.calibration, 2000), surrogate_epochs=60, **small)
-    classifiers = set(config.networks) - {"surrogate"}
-    data = choose.load_or_exit(config.data, config.data_dir) if classifiers else None
-    name = data.name if data else "diffusion-sorption"
-    folder = config.output or Path("results") / f"frontier-{name.lower()}"
+    data = config.load() if set(config.networks) - {"surrogate"} else None
     problems = [PROBLEMS[chosen](config, data) for chosen in config.networks]
-    plan = [
-        sweep.lines(unit, data=problem.task.data.name, layers=problem.name)
-        for problem in problems
-        for unit in sweep.plan_timed(config.seeds, METHODS, problem.sparsities)
-    ]
-    values = {column: float for problem in problems for column in (*problem.task.measures, "seconds")}
-    facts = {"data": name, "data_sha256": runs.digest(data) if data else None, "output": folder}
-    kept = [_kept(problem, config, **facts) for problem in problems]
-    with runs.opened(folder, config, plan, values, **facts) as rows, report.progress() as bar:
-        for problem, its_folder in zip(problems, kept, strict=True):
-            here = {"total": rows.planned(layers=problem.name), "completed": rows.count(layers=problem.name)}
-            step = bar.add_task(f"{problem.name}: training", **here)
-            params = runs.trained(folder, problem.name, problem.activation, config.seeds, problem.train)
-            for unit in _measured(problem, params, its_folder, functools.partial(rows.has, layers=problem.name)):
-                rows.add(sweep.lines(unit, data=problem.task.data.name, layers=problem.name))
-                description = f"{problem.name}: {unit[0].method}, {unit[0].sparsity:g}"
-                bar.update(step, description=description, completed=rows.count(layers=problem.name))
+    name = data.name if data else problems[0].task.data.name
+    folder = config.output or Path("results") / f"frontier-{name.lower()}"
+    facts = {"data": name, "data_sha256": results.digest(data or ()), "output": folder}
+    measures = [measure for problem in problems for measure in (*problem.task.measures, "seconds")]
+    columns = ("data", "layers", "method", "sparsity", "seed", "phase", *dict.fromkeys(measures))
 
     tables, panels = [], []
-    for problem, its_folder in zip(problems, kept, strict=True):
-        frame = rows.frame().query("layers == @problem.name")
-        shown, where = _measures(problem), problem.task.data.name
-        title = f"{where}, MLP {problem.name}, {config.seeds} seeds, no fine-tuning"
-        tables.append(report.table(frame, shown | {"seconds": SECONDS}, title))
-        tables += [its_folder.finish()] if its_folder else []
-        column = next(iter(shown))
-        panels.append(report.Panel(f"{where}, {problem.name}", frame, sweep.PRUNED, column, shown[column]))
-    report.figure([panels], "", ACCURACY, f"pruned without fine-tuning, {config.seeds} seeds", folder / "frontier.png")
-    console = report.console()
-    for table in tables:
-        console.print(table)
-    console.print(f"results.csv, config.json and frontier.png are in {folder}/")
+    with results.opened(folder, config, **facts) as rows, report.progress() as bar:
+        rows.columns = rows.columns or list(columns)
+        for problem in problems:
+            passes = bar.track(range(problem.epochs), description=f"{problem.name}: training")
+            training = problem.task, problem.mlp, config.seeds, problem.optimizer, passes
+            params = results.trained(folder, problem.name, sweep.train_seeds, *training)
 
+            save = config.save and config.save / problem.name
+            network, inputs = problem.task.network, problem.task.data.train_inputs
+            kept = saved.Folder(save, problem.activation, network, inputs, config, **facts) if save else None
+            where, compared = {"data": problem.task.data.name, "layers": problem.name}, methods(problem, config)
+            table, seen = sweep.Table(rows, where, kept), functools.partial(sweep.one_seed, params)
+            found = sweep.timed(problem.task, params, compared, problem.sparsities, seen, config.seeds, table)
+            total = config.seeds * (1 + len(compared) * len(problem.sparsities))
+            report.follow(bar, found, table, total, f"{problem.name}: ")
 
-def _kept(problem: Problem, config: Config, **facts) -> saved.Folder | None:
-    if config.save is None:
-        return None
-    return saved.Folder(config.save / problem.name, problem.activation, METHODS, problem.sparsities, config, **facts)
+            frame, shown = rows.frame().query("layers == @problem.name"), MEASURES[problem.metric]
+            title = f"{where['data']}, MLP {problem.name}, {config.seeds} seeds, no fine-tuning"
+            tables += [report.table(frame, shown | SECONDS, title)] + ([kept.finish()] if kept else [])
+            panels += report.panels(frame, *next(iter(shown.items())), f"{where['data']}, {problem.name}")
+    report.figure([panels], f"pruned without fine-tuning, {config.seeds} seeds", folder / "frontier.png")
+    report.console().print(*tables, f"results.csv, config.json and frontier.png are in {folder}/")
 
 
 def _large(config: Config, data: Dataset) -> Problem:
     """784-300-100-10, trained by Adam at a constant rate, as the papers do."""
-    epochs = 10 if data.name == "MNIST" else 60
-    problem = _classifier((300, 100), optax.adam(1e-3), epochs, config, data)
-    return problem._replace(gradients=500, options={"stages": config.stages})
+    epochs = 10 if len(data.train_inputs) >= 10_000 else 60
+    options = {"stages": config.stages, "products": config.products or 15, "temperature": config.temperature or 4}
+    return _classifier(config, data, (300, 100), optax.adam(1e-3), epochs, config.calibration, 500, options)
 
 
 def _modest(config: Config, data: Dataset) -> Problem:
     """784-40-20-10, trained by plain SGD to about 94 %."""
-    epochs = 5 if data.name == "MNIST" else 100
-    problem = _classifier((40, 20), optax.sgd(0.05), epochs, config, data)
-    options = {"stages": 2 * config.stages, "products": 20, "temperature": 2}
-    return problem._replace(calibration=6 * config.calibration, few=config.calibration, options=options)
+    epochs = 5 if len(data.train_inputs) >= 10_000 else 100
+    options = {"stages": 2 * config.stages, "products": config.products or 20, "temperature": config.temperature or 2}
+    return _classifier(config, data, (40, 20), optax.sgd(0.05), epochs, 6 * config.calibration, 2000, options)
 
 
-def _classifier(widths: tuple[int, ...], optimizer, epochs: int, config: Config, data: Dataset) -> Problem:
-    classes = int(data.train_targets.max()) + 1
-    mlp = networks.MLP((*widths, classes), nn.relu)
-    task = sweep.Task(networks.pure(mlp), data, cross_entropy, sweep.CLASSIFIER_MEASURES, 128)
-    train = functools.partial(_train, task, mlp, optimizer, epochs, config)
-    name = "-".join(map(str, (data.train_inputs.shape[1], *widths, classes)))
-    return Problem(name, task, train, "fisher", config.sparsities, config.calibration, 2000, {})
+def _classifier(config: Config, data: Dataset, hidden: tuple[int, ...], *how: Any) -> Problem:
+    features, name = flags.widths(data, hidden)
+    mlp = networks.MLP(features, nn.relu)
+    task = sweep.Task(networks.pure(mlp), data, sweep.cross_entropy, sweep.CLASSIFIER_MEASURES)
+    return Problem(name, "relu", mlp, task, "fisher", config.sparsities, *how)
 
 
 def _surrogate(config: Config, _data: Dataset | None) -> Problem:
     """2-64-64-64-1 with tanh on the noise-free solution of diffusion-sorption."""
-    solution = diffusion_sorption.load(noise=0.0, cells=256, times=101, initial_concentration=0.1)
+    data = diffusion_sorption.load(noise=0.0, cells=256, times=101, initial_concentration=0.1)
     mlp = networks.MLP((64, 64, 64, 1), jnp.tanh)
-    measures = {"test_error": _relative_error, "test_loss": lambda outputs, targets: ((outputs - targets) ** 2).mean()}
-    task = sweep.Task(networks.pure(mlp), solution, optax.squared_error, measures, 256)
-    optimizer = sweep.decaying_adam(task, 5e-3, config.surrogate_epochs)
-    train = functools.partial(_train, task, mlp, optimizer, config.surrogate_epochs, config)
-    options = {"stages": 2 * config.stages, "products": 30}
-    sizes = config.surrogate_sparsities, config.calibration, 2000
-    return Problem("2-64-64-64-1", task, train, "euclidean", *sizes, options, "tanh")
-
-
-def _relative_error(outputs, targets):
-    return jnp.linalg.norm(outputs - targets) / jnp.linalg.norm(targets)
+    measures = {
+        "test_error": lambda outputs, targets: jnp.linalg.norm(outputs - targets) / jnp.linalg.norm(targets),
+        "test_loss": lambda outputs, targets: ((outputs - targets) ** 2).mean(),
+    }
+    data = flags.held_out(data) if config.validation else data
+    task = sweep.Task(networks.pure(mlp), data, optax.squared_error, measures, batch_size=256)
+    options = {"stages": 2 * config.stages, "products": config.products or 30}
+    epochs = config.surrogate_epochs
+    how = sweep.decaying_adam(task, 5e-3, epochs), epochs, config.calibration, 2000, options
+    return Problem("2-64-64-64-1", "tanh", mlp, task, "euclidean", config.surrogate_sparsities, *how)
 
 
 PROBLEMS = {"large": _large, "modest": _modest, "surrogate": _surrogate}
 
-
-def _train(task: sweep.Task, mlp: networks.MLP, optimizer, epochs: int, config: Config) -> Params:
-    initial = jnp.asarray(task.data.train_inputs[:1])
-    return sweep.train_seeds(
-        task,
-        lambda key: mlp.init(key, initial)["params"],
-        config.seeds,
-        optimizer=optimizer,
-        epochs=epochs,
-        advance=lambda _: None,
-    )
-
-
-def _measures(problem: Problem) -> dict[str, report.Measure]:
-    """What the figure shows first, and what else is in the table."""
-    if problem.metric == "fisher":
-        return {"test_accuracy": ACCURACY, "test_loss": report.CLASSIFIER_MEASURES["test_loss"]}
-    return {"test_error": ERROR, "test_loss": ERROR._replace(words="mean squared error")}
-
-
-def _measured(
-    problem: Problem, params: Params, kept: saved.Folder | None, done: Callable[..., bool]
-) -> Iterator[list[sweep.Row]]:
-    """The rows of the dense networks, then one for each seed, method and sparsity, with the seconds it took."""
-    yield sweep.measure(problem.task, params, sweep.DENSE, 0.0, sweep.TRAINED)
-    inputs = jnp.asarray(problem.task.data.train_inputs[: problem.calibration])
-    targets = jnp.asarray(problem.task.data.train_targets[: problem.calibration])
-    seeds = len(jax.tree.leaves(params)[0])
-
-    def give(seed: int) -> Given:
-        return Given(problem, jax.tree.map(lambda leaf: leaf[seed], params), inputs, targets)
-
-    def both(**keys) -> bool:
-        return done(**keys) and (kept is None or kept.has(**keys))
-
-    for timed in sweep.time_methods(METHODS, give, problem.sparsities, seeds=seeds, done=both):
-        if kept is not None:
-            stacked = jax.tree.map(lambda leaf: leaf[None], timed.result.params)
-            kept.add(timed.method, timed.sparsity, stacked, first_seed=timed.seed)
-        yield [sweep.measure_timed(problem.task, timed.result.params, timed)]
-
-
 if __name__ == "__main__":
-    runs.command(Config, main, __doc__)
+    results.command(Config, main, __doc__)

@@ -1,4 +1,4 @@
-"""The pruning criteria that the experiments compare, each under one name in flags, tables and figures."""
+"""The pruning criteria that the experiments compare. Another one is one more entry of METHODS."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -22,39 +22,23 @@ class Calibration(NamedTuple):
     metric: str
 
 
-class Method(NamedTuple):
-    """A criterion: its name in tables and figures, and its scores for given params and key."""
-
-    label: str
-    scores: Callable[[Calibration, Params, PRNGKeyArray], score.Scores]
-
-
-METHODS = {
-    "random": Method("random", lambda given, params, key: score.random(params, key)),
-    "magnitude": Method("magnitude", lambda given, params, key: score.magnitude(params)),
-    "gradient-magnitude": Method(
-        "gradient magnitude",
-        lambda given, params, key: score.gradient_magnitude(
-            given.network, params, given.inputs, given.targets, given.loss
-        ),
+# By the name that --methods takes, in tables and figures with spaces or as LABELS says.
+METHODS: dict[str, Callable[[Calibration, Params, PRNGKeyArray], score.Scores]] = {
+    "random": lambda seen, params, key: score.random(seen.network, params, seen.inputs, key=key),
+    "magnitude": lambda seen, params, key: score.magnitude(seen.network, params, seen.inputs),
+    "gradient-magnitude": lambda seen, params, key: score.gradient_magnitude(
+        seen.network, params, seen.inputs, targets=seen.targets, loss=seen.loss
     ),
-    "optimal-brain-damage": Method(
-        "optimal brain damage",
-        lambda given, params, key: score.optimal_brain_damage(given.network, params, given.inputs, metric=given.metric),
+    "optimal-brain-damage": lambda seen, params, key: score.optimal_brain_damage(
+        seen.network, params, seen.inputs, metric=seen.metric
     ),
-    "ec-euclidean": Method(
-        "EC (Euclidean)",
-        lambda given, params, key: score.elimination_compensation(given.network, params, given.inputs),
+    "ec-euclidean": lambda seen, params, key: score.elimination_compensation(seen.network, params, seen.inputs),
+    "ec-fisher": lambda seen, params, key: score.elimination_compensation(
+        seen.network, params, seen.inputs, metric="fisher"
     ),
-    "ec-fisher": Method(
-        "EC (Fisher)",
-        lambda given, params, key: score.elimination_compensation(given.network, params, given.inputs, metric="fisher"),
-    ),
-    "nonlinear-ec": Method(
-        "nonlinear EC",
-        lambda given, params, key: score.nonlinear_elimination_compensation(
-            given.network, params, given.few_inputs, metric=given.metric
-        ),
+    "nonlinear-ec": lambda seen, params, key: score.nonlinear_elimination_compensation(
+        seen.network, params, seen.few_inputs, metric=seen.metric
     ),
 }
+LABELS = {"ec-euclidean": "EC (Euclidean)", "ec-fisher": "EC (Fisher)", "nonlinear-ec": "nonlinear EC"}
 MethodName = Literal[tuple(METHODS)]

@@ -1,21 +1,17 @@
 """Pruned networks on disk: each as one safetensors file, and what it saves as ``report.csv``."""
 
-import itertools
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from rich.table import Table
 
 from ecjax import compact
-from ecjax.compact.measure import BATCHES
-from ecjax.networks import Params
-from experiments import runs
-from experiments.rows import Rows
+from ecjax.networks import Network, Params
+from experiments import results
 
 
 def _numpy_gelu(z: np.ndarray) -> np.ndarray:
@@ -31,51 +27,34 @@ ACTIVATIONS = {
 }
 
 
-FORMS = ("dense", "compacted", "sparse")
-_FACTS = {"parameters": int, "nonzeros": int, "bytes": int, "multiply_adds": int}
-_TIMES = {f"microseconds_batch_{batch}": float for batch in BATCHES}
-
-
 class Folder:
     """Collects pruned networks in a folder; each and its rows of the report are written at once."""
 
     def __init__(
-        self,
-        path: Path,
-        activation: str,
-        methods: Iterable[str],
-        sparsities: Iterable[float],
-        config: Any,
-        **facts: Any,
+        self, path: Path, activation: str, network: Network, inputs: Array | np.ndarray, config: Any, **facts: Any
     ):
-        """Goes on where an earlier start with the same configuration was (see ``runs.claim``)."""
-        runs.claim(path, config, **facts)
-        self.path, self.activation = path, activation
-        forms = [{"name": name, "runtime": runtime} for runtime in ("JAX", "NumPy") for name in FORMS]
-        plan = [
-            [{"method": method, "sparsity": float(sparsity), "seed": 0} | form for form in forms]
-            for method, sparsity in itertools.product(methods, sparsities)
-        ]
-        self.rows = Rows(path / "report.csv", plan, _FACTS | _TIMES)
+        """Goes on where an earlier start with the same configuration was (see ``results.claim``)."""
+        results.claim(path, config, **facts)
+        self.path, self.activation, self.rows = path, activation, results.Rows(path / "report.csv")
+        self.network, self.inputs = network, jnp.asarray(inputs[:256])
 
-    def has(self, method: str, sparsity: float, seed: int = 0) -> bool:
+    def has(self, method: str, sparsity: float, seed: int) -> bool:
         """Whether a network is saved, and reported if it is the first."""
-        return self._place(method, sparsity, seed).exists() and self.rows.has(method=method, sparsity=sparsity)
+        last = {"method": method, "sparsity": sparsity, "name": "sparse", "runtime": "NumPy"}
+        return self._place(method, sparsity, seed).exists() and (seed > 0 or self.rows.has(**last))
 
-    def add(self, method: str, sparsity: float, params: Params, first_seed: int = 0) -> None:
-        """Saves the networks stacked along the leading axis of ``params``, and measures the first of them."""
+    def add(self, params: Params, method: str, sparsity: float, seed: int) -> None:
+        """Saves a network, and measures it if it is the first of its method and sparsity."""
         jax_form, numpy_form = ACTIVATIONS[self.activation]
-        for offset in range(len(jax.tree.leaves(params)[0])):
-            one = jax.tree.map(lambda leaf, offset=offset: np.asarray(leaf[offset]), params)
-            seed = first_seed + offset
-            compact.save(self._place(method, sparsity, seed), compact.compact(one, jax_form), self.activation)
-            if seed or self.rows.has(method=method, sparsity=sparsity):
-                continue
-            unit = []
-            for form in compact.report(one, jax_form, numpy_activation=numpy_form):
-                times = {f"microseconds_batch_{batch}": 1e6 * seconds for batch, seconds in form.seconds.items()}
-                unit.append({"method": method, "sparsity": sparsity, "seed": seed} | form._asdict() | times)
-            self.rows.add(unit)
+        smaller, small = compact.compact(self.network, params, self.inputs)
+        compact.save(self._place(method, sparsity, seed), small, network=smaller, inputs=self.inputs)
+        if seed or self.has(method, sparsity, seed):
+            return
+        for form in compact.report(self.network, params, self.inputs, jax_form, numpy_activation=numpy_form):
+            row = {"method": method, "sparsity": sparsity, "seed": seed} | form._asdict()
+            times = {f"microseconds_batch_{batch}": 1e6 * seconds for batch, seconds in row.pop("seconds").items()}
+            if not self.rows.has(method=method, sparsity=sparsity, name=form.name, runtime=form.runtime):
+                self.rows.add([row | times])
 
     def _place(self, method: str, sparsity: float, seed: int) -> Path:
         return self.path / f"{method.replace(' ', '-').replace(',', '')}-{sparsity:g}-{seed}.safetensors"
@@ -83,14 +62,15 @@ class Folder:
     def finish(self) -> Table:
         """The report of the highest sparsity as a table."""
         frame = self.rows.frame()
-        highest = frame[frame["sparsity"] == frame["sparsity"].max()]
-        table = Table(title=f"sparsity {frame['sparsity'].max():g}; every network and report.csv are in {self.path}/")
-        for column in ("method", "form", "parameters", "non-zeros", "bytes", "multiply-adds", "µs, batch 1", "µs, 256"):
-            table.add_column(column, justify="left" if column in ("method", "form") else "right")
-        for row in highest.itertuples():
+        highest = frame["sparsity"].max()
+        names = ("method", "form", "parameters", "non-zeros", "bytes", "multiply-adds", "µs, batch 1", "µs, 256")
+        table = Table(*names, title=f"sparsity {highest:g}; every network and report.csv are in {self.path}/")
+        for column in table.columns[2:]:
+            column.justify = "right"
+        for row in frame[frame["sparsity"] == highest].itertuples():
             numbers = (row.parameters, row.nonzeros, row.bytes, row.multiply_adds)
-            times = (row.microseconds_batch_1, row.microseconds_batch_256)
+            times = (f"{row.microseconds_batch_1:.0f}", f"{row.microseconds_batch_256:.0f}")
             last = row.runtime == "NumPy" and row.name == "sparse"
-            cells = [f"{number:,}" for number in numbers] + [f"{time:.0f}" for time in times]
-            table.add_row(row.method, f"{row.name}, {row.runtime}", *cells, end_section=last)
+            form = f"{row.name}, {row.runtime}"
+            table.add_row(row.method, form, *(f"{number:,}" for number in numbers), *times, end_section=last)
         return table

@@ -1,4 +1,11 @@
+import contextlib
+import dataclasses
+import functools
+import io
 import re
+import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +15,23 @@ import pytest
 
 from ecjax import moments, networks, score
 from experiments import benchmark, cost, probes
+from experiments.datasets import diffusion_sorption
 from tests import examples
 
 WIDTHS = (40, 30, 20, 7)
+TIMINGS = ["seconds", "gradient_passes", "process_bytes"]
+SMALL = benchmark.Config(
+    base=WIDTHS,
+    base_samples=64,
+    widths=(),
+    depths=(),
+    samples=(32,),
+    outputs=(),
+    probes=(1, 3),
+    stages=1,
+    gradients=10,
+    rounds=1,
+)
 
 
 def test_the_usual_way_gives_the_same_scores():
@@ -18,33 +39,54 @@ def test_the_usual_way_gives_the_same_scores():
         example = examples.mlp()
         found = benchmark.jacobian_scores(*example, at_once=5)  # 23 samples: a rest of 3
         expected = score.elimination_compensation(*example)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-9, 1e-12), found, expected)
+        for leaf, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(leaf, other, 1e-9, 1e-12)
 
 
 def counted(function, *arguments):
-    """Multiply-adds by XLA, which counts each as two operations."""
-    return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"] / 2
+    """Multiply-adds by XLA for each of 256 samples; it counts each as two operations."""
+    return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"] / 2 / 256
 
 
 def test_multiply_adds_are_those_that_are_compiled():
-    made = benchmark.problem(WIDTHS, 256)
-    network, params, inputs, labels = made
-    gradient = benchmark.gradient_pass(WIDTHS, made).call
-    assert counted(network, params, inputs) == pytest.approx(cost.forward_pass(WIDTHS, 256), rel=0.1)
-    assert counted(gradient, params, inputs, labels) == pytest.approx(cost.gradient_pass(WIDTHS, 256), rel=0.1)
-    found = counted(lambda params, inputs: moments.of_inputs(network, params, inputs), params, inputs)
-    assert found == pytest.approx(cost.moments(WIDTHS, 256, 7), rel=0.15)
+    network, *given = benchmark.problem(WIDTHS, 256)
+    methods = {method.name: method for method in benchmark.scoring(WIDTHS, (1,))}
+    for name in ("forward pass", benchmark.GRADIENT):
+        found = counted(functools.partial(methods[name].call, network), *given)
+        assert found == pytest.approx(methods[name].multiply_adds, rel=0.1)
+    # The scores themselves run in batches, which XLA counts once.
+    found = counted(lambda params, inputs: moments.of_inputs(network, params, inputs), *given[:2])
+    assert found == pytest.approx(methods["EC"].multiply_adds, rel=0.15)
 
 
 def test_memory_is_what_a_call_takes():
-    def fill(array):
-        return np.ones(30_000_000).sum() + array
+    zero = jnp.zeros(())
+    *_, risen = cost.by_turns(lambda: np.ones(30_000_000).sum() + zero, lambda: zero, rounds=1, seconds=1.0)
+    assert np.isnan(risen) or 230e6 < risen < 300e6
+    assert cost.compiler_bytes(lambda array: jnp.concatenate([array, array]), jnp.zeros(1000)) >= 8000
 
-    candidate = cost.Candidate(fill, (jnp.zeros(()),), 0.0, traceable=False)
-    found = cost.measure({"fill": candidate}, rounds=1, seconds=1.0, advance=lambda _: None)["fill"]
-    assert found.process_bytes is None or 230e6 < found.process_bytes < 300e6
-    double = cost.Candidate(lambda array: jnp.concatenate([array, array]), (jnp.zeros(1000),), 0.0)
-    assert cost.compiler_bytes(double) >= 8000
+
+def test_calls_take_turns_and_stop_at_their_limits(monkeypatch):
+    clock, turns = [0.0], []
+
+    def lasting(name, seconds):
+        def call():
+            turns.append(name)
+            clock[0] += seconds
+
+        return call
+
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: clock[0])
+    call, reference = lasting("call", 3.0), lasting("reference", 2.0)
+    assert cost.by_turns(call, reference, rounds=4, seconds=100)[:2] == (3, 2)
+    assert turns == ["call", "reference"] * 5  # once to be compiled
+    turns.clear()
+    cost.by_turns(call, reference, rounds=9, seconds=9)
+    assert turns == ["call", "reference"] * 3
+    turns.clear()
+    cost.by_turns(call, reference, rounds=9, seconds=0)
+    assert turns == ["call", "reference"] * 2
+    assert cost.by_turns(call, call, rounds=2, seconds=100)[:2] == (3, 3)
 
 
 def test_each_axis_has_its_cases():
@@ -59,18 +101,62 @@ def test_each_axis_has_its_cases():
     ]
 
 
-def test_every_case_is_in_the_results(tmp_path, capsys):
-    sizes = {"base": WIDTHS, "base_samples": 64, "widths": (), "depths": (), "samples": (32,), "outputs": ()}
-    few = {"probes": (), "stages": 1, "gradients": 10, "rounds": 1}
-    benchmark.main(benchmark.Config(**sizes, **few, output=tmp_path))
-    frame = pd.read_csv(tmp_path / "results.csv")
-    assert set(zip(frame["axis"], frame["value"], strict=True)) == {
-        ("samples", 32),
-        ("pruning", 0),
+def test_slow_ways_run_on_as_many_samples_as_they_bear():
+    def names(*widths):
+        return [method.name for method in benchmark.scoring(widths, (1, 4))]
+
+    assert names(784, 300, 100, 10)[-2:] == ["EC, 1 probe", benchmark.JACOBIANS]
+    assert names(784, 300, 100, 1000)[-2:] == ["EC, 1 probe", "EC, 4 probes"]
+    *_, jacobians, definition = benchmark.scoring((100, 100, 100, 100, 10), (1,))
+    assert (jacobians.name, jacobians.samples) == (benchmark.JACOBIANS, 2e8 // (10 * 31_000))
+    assert (definition.name, definition.samples) == (benchmark.DEFINITION, 1e10 // 31_000**2)
+
+
+def test_what_ran_on_a_part_is_scaled_up(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cost, "by_turns", lambda call, reference, **_: (call() or 0.5, 2.0, 7))
+    monkeypatch.setattr(cost, "compiler_bytes", lambda *_: 11)
+    method = benchmark.Method("some", lambda network, params, inputs, labels: seen.append(inputs.shape), 100, 16)
+    found = benchmark.measured(benchmark.Case("samples", 64, WIDTHS, 64), method, rounds=1, seconds=1.0)
+    assert seen == [(16, 40)]
+    assert found == {
+        "seconds": 2.0,
+        "gradient_passes": 1.0,
+        "multiply_adds": 6400,
+        "compiler_bytes": 11,
+        "process_bytes": 7,
     }
+
+
+def cheap(_network, _params, _inputs, numbers):
+    """Rows in place of probes.agreements, which has a test of its own."""
+    yield from ({"probes": number, "spearman": 1 - 0.1 / number, "overlap": 1 - 0.3 / number} for number in numbers)
+
+
+def ran(folder, agreements=cheap):
+    """A small run, in which no surrogate learns first; what it prints."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(probes, "surrogate", lambda **_: examples.mlp())
+        patch.setattr(probes, "agreements", agreements)
+        benchmark.main(dataclasses.replace(SMALL, output=folder))
+    return printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    return folder, ran(folder)
+
+
+def test_every_case_is_in_the_results(whole):
+    folder, printed = whole
+    frame = pd.read_csv(folder / "results.csv")
+    assert set(zip(frame["axis"], frame["value"], strict=True)) == {("samples", 32), ("pruning", 0)}
     assert (frame["seconds"] > 0).all()
-    printed = capsys.readouterr().out
-    assert re.search(r"gradient pass +│ +[\d.]+ │ +1\.00 │", printed)
+    assert (frame.loc[frame["method"] == benchmark.GRADIENT, "gradient_passes"] == 1).all()
+    assert re.search(r"gradient pass +│ +[\d.]+ │ +1\.00 │ +1\.00 │", printed)
     for name in (
         "EC (Fisher)",
         "EC, 1 probe",
@@ -79,14 +165,91 @@ def test_every_case_is_in_the_results(tmp_path, capsys):
         "CBS-S + CBS-U, 10 gradients",
     ):
         assert name in printed
-    assert (tmp_path / "benchmark.png").stat().st_size > 10_000
+    assert re.search(r"surrogate, trained +│ +3 │ +[01]\.\d{4} │ +[01]\.\d{3} │", printed)
+    assert (folder / "benchmark.png").stat().st_size > 10_000
+
+
+KILLED = """
+import os, signal
+from pathlib import Path, PosixPath
+from experiments import benchmark, cost
+
+by_turns, left = cost.by_turns, list(range(rows))
+
+def once_more(*arguments, **options):
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left.pop()
+    return by_turns(*arguments, **options)
+
+cost.by_turns = once_more
+benchmark.main(benchmark.{config})
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_rows(whole, tmp_path):
+    config = dataclasses.replace(SMALL, output=tmp_path)
+    script = f"rows = 10\n{KILLED.replace('{config}', repr(config))}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    path = tmp_path / "results.csv"
+    left = path.read_bytes()
+    assert left.count(b"\n") == 1 + 10  # all but the one that it was at
+    path.write_bytes(left[:-7])  # as if it had been killed while it wrote the tenth
+    ran(tmp_path)
+    assert path.read_bytes().startswith(left[: left[:-1].rindex(b"\n")])
+    expected, found = (pd.read_csv(folder / "results.csv").drop(columns=TIMINGS) for folder in (whole[0], tmp_path))
+    pd.testing.assert_frame_equal(found, expected)
+    assert (tmp_path / "probes.csv").read_bytes() == (whole[0] / "probes.csv").read_bytes()
+
+
+def test_the_ranking_by_probes_goes_on_too(whole, tmp_path):
+    for name in ("config.json", "results.csv"):
+        (tmp_path / name).write_bytes((whole[0] / name).read_bytes())
+    found = []
+
+    def stopped(*given):
+        for row in cheap(*given):
+            if len(found) == 3:
+                raise KeyboardInterrupt
+            found.append(row)
+            yield row
+
+    with pytest.raises(KeyboardInterrupt):
+        ran(tmp_path, stopped)
+    path, expected = tmp_path / "probes.csv", (whole[0] / "probes.csv").read_bytes()
+    assert expected.startswith(path.read_bytes())
+    assert (path.read_bytes().count(b"\n"), expected.count(b"\n")) == (1 + 3, 1 + 4)
+    ran(tmp_path)
+    assert path.read_bytes() == expected
+    assert (tmp_path / "results.csv").read_bytes() == (whole[0] / "results.csv").read_bytes()
+
+
+def test_more_probes_agree_better_with_the_exact_ranking():
+    example = examples.mlp((20, 12), features=9)
+    one, all_but_few = probes.agreements(*example, (1, 200))
+    exact = score.elimination_compensation(*example)
+    drawn = [score.elimination_compensation(*example, probes=1, key=jax.random.key(seed)) for seed in range(3)]
+    expected = np.mean([probes.agreement(example.params, exact, scores) for scores in drawn], axis=0)
+    assert (one["probes"], one["spearman"], one["overlap"]) == (1, *expected)
+    assert 0.5 < one["spearman"] < all_but_few["spearman"] < 1
+
+
+def test_a_surrogate_learns_the_equation():
+    network, params, inputs = probes.surrogate(concentrations=2, epochs=100)
+    assert inputs.shape == (128, 2)
+    times = np.linspace(0, 500, 1001)[1:]
+    solutions = [diffusion_sorption.solve(cells=64, times=times, initial_concentration=u) for u in (0, 0.2)]
+    histories = np.concatenate([solution.T for solution in solutions])
+    error = np.mean((network(params, inputs) - histories) ** 2)
+    assert error < 0.3 * np.var(histories)  # of which the best constant leaves all
 
 
 def test_agreement_is_one_with_itself_and_nothing_with_chance():
     example = examples.mlp((200, 100), features=20)
     exact = score.elimination_compensation(*example)
     assert probes.agreement(example.params, exact, exact) == (pytest.approx(1), 1)
-    ranks, kept = probes.agreement(example.params, exact, score.random(example.params, jax.random.key(0)))
+    ranks, kept = probes.agreement(example.params, exact, score.random(*example, key=jax.random.key(0)))
     assert abs(ranks) < 0.05
     assert kept == pytest.approx(0.1, abs=0.03)
     few = score.elimination_compensation(*example, probes=4, key=jax.random.key(1))
@@ -94,7 +257,8 @@ def test_agreement_is_one_with_itself_and_nothing_with_chance():
 
 
 def test_fifty_million_weights_fit_in_six_gigabytes():
-    mlp = networks.MLP((4096, 4096, 4096, 10))
+    widths = (4096, 4096, 4096, 4096, 10)
+    mlp = networks.MLP(widths[1:])
     inputs = jax.ShapeDtypeStruct((10_000, 4096), jnp.float32)
     params = jax.eval_shape(lambda key: mlp.init(key, jnp.zeros((1, 4096)))["params"], jax.random.key(0))
     network = networks.pure(mlp)
@@ -103,5 +267,5 @@ def test_fifty_million_weights_fit_in_six_gigabytes():
     )
     memory = lowered.compile().memory_analysis()
     total = memory.temp_size_in_bytes + memory.output_size_in_bytes + memory.argument_size_in_bytes
-    assert cost.weights((4096, 4096, 4096, 4096, 10)) > 50_000_000
+    assert sum(layer["kernel"].size for layer in params.values()) > 50_000_000
     assert total < 4e9  # a call outside a jit also holds the moments, 0.4 GB

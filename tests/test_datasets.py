@@ -1,9 +1,12 @@
+import functools
 import gzip
 import hashlib
+import http.server
 import os
 import socket
 import struct
-import time
+import threading
+import urllib.request
 from pathlib import Path
 
 import jax
@@ -11,9 +14,8 @@ import numpy as np
 import pytest
 
 from ecjax import moments, networks, score
-from experiments.datasets import choose, digits, idx, mnist
+from experiments.datasets import Dataset, choose, digits, hold_out, idx, mnist
 from experiments.datasets.mnist_builder import MnistIdx
-from experiments.datasets.mnist_files import FILES
 
 MNIST = os.environ.get("ECJAX_DATA_DIR")
 
@@ -32,9 +34,9 @@ def small():
         "test_images": data.test_inputs.reshape(-1, 8, 8) * 16,
         "test_labels": data.test_targets,
     }
-    contents = {part: payload(array.astype(np.uint8)) for part, array in arrays.items()}
+    contents = {part: payload(arrays[part].astype(np.uint8)) for part in mnist.FILES}
     files = {
-        part: idx.IdxFile(FILES[part].name, arrays[part].shape, hashlib.sha256(content).hexdigest())
+        part: idx.IdxFile(mnist.FILES[part].name, arrays[part].shape, hashlib.sha256(content).hexdigest())
         for part, content in contents.items()
     }
     return files, contents
@@ -55,9 +57,18 @@ def folder(small, tmp_path):
 
 
 @pytest.fixture
-def builder(small, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(MnistIdx, "FILES", small[0])
-    return MnistIdx(folder=folder, data_dir=tmp_path / "prepared")
+def prepared(small, tmp_path, monkeypatch):
+    """Makes the digits pass for MNIST: where they are prepared."""
+    monkeypatch.setattr(mnist, "FILES", small[0])
+    monkeypatch.delenv("ECJAX_DATA_DIR", raising=False)
+    load = functools.partial(mnist.load, prepared_in=tmp_path / "prepared")
+    monkeypatch.setitem(choose.LOADERS, "mnist", load)
+    return tmp_path / "prepared/mnist_idx/1.0.0"
+
+
+@pytest.fixture
+def builder(prepared, folder):
+    return MnistIdx(folder=folder, data_dir=prepared.parents[1])
 
 
 def test_digits_are_split_the_same_way_each_time():
@@ -108,14 +119,37 @@ def test_names_a_missing_file(small, folder):
         idx.locate(folder, file)
 
 
-def test_the_builder_prepares_the_same_bytes_and_keeps_them(small, builder):
+def test_held_out_samples_are_the_last_sixth_of_the_training_part():
+    inputs, targets = np.arange(26.0).reshape(13, 2), np.arange(13)
+    held = hold_out(Dataset("numbers", inputs, targets, inputs[:0], targets[:0]))
+    assert held.name == "numbers"
+    np.testing.assert_array_equal(held.train_inputs, inputs[:11])
+    np.testing.assert_array_equal(held.train_targets, targets[:11])
+    np.testing.assert_array_equal(held.test_inputs, inputs[11:])
+    np.testing.assert_array_equal(held.test_targets, targets[11:])
+
+
+def test_the_builder_prepares_the_same_bytes_and_keeps_the_files(small, folder, prepared, builder):
     builder.download_and_prepare()
-    records = Path(builder.data_path)
-    for _ in range(2):  # from the records, then from the arrays kept beside them
-        arrays = mnist.read_prepared(builder)
-        assert {part: payload(array) for part, array in arrays.items()} == small[1]
-        assert all((records / file.name).is_file() for file in small[0].values())
-    assert not list(records.glob("*.partial"))
+    for split in ("train", "test"):
+        records = list(builder.as_data_source(split=split))
+        images = np.stack([record["image"] for record in records])
+        labels = np.array([record["label"] for record in records], np.uint8)
+        assert payload(images) == small[1][f"{split}_images"]
+        assert payload(labels) == small[1][f"{split}_labels"]
+    for path in folder.iterdir():
+        assert (prepared / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_folder_is_needed_once(folder, prepared):
+    first = choose.load("mnist", folder)
+    assert first.name == "MNIST"
+    assert prepared.is_dir()
+    second = choose.load("mnist")
+    assert second.name == "MNIST"
+    for part, other in zip(first[1:], second[1:], strict=True):
+        np.testing.assert_array_equal(part, other)
 
 
 def test_moments_of_a_data_source_are_those_of_the_array(builder):
@@ -137,73 +171,199 @@ def test_moments_of_a_data_source_are_those_of_the_array(builder):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-9), scores, expected)
 
 
-def test_damaged_kept_files_are_made_again(small, builder):
+@pytest.mark.usefixtures("no_network")
+def test_damage_to_what_was_prepared_is_named_with_the_remedy(folder, prepared, builder):
     builder.download_and_prepare()
-    mnist.read_prepared(builder)
-    kept = Path(builder.data_path) / small[0]["train_images"].name
+    kept = next(prepared.glob("*images*.gz"))
     whole = kept.read_bytes()
     flipped = bytearray(whole)
     flipped[1000] ^= 1
     for bad in (whole[:5000], bytes(flipped), b""):
         kept.write_bytes(bad)
-        arrays = mnist.read_prepared(builder)
-        assert {part: payload(array) for part, array in arrays.items()} == small[1]
-        assert kept.read_bytes() != bad
+        with pytest.raises(ValueError, match=f"^{kept} .*. Delete {prepared}, and start again"):
+            choose.load("mnist")
+    kept.unlink()
+    with pytest.raises(ValueError, match=f"^{prepared} holds neither .*. Delete {prepared}"):
+        choose.load("mnist")
+    assert choose.load("mnist", folder).name == "MNIST"
 
 
-def test_a_failed_preparation_leaves_nothing_that_passes_for_whole(small, folder, builder):
+def test_a_failed_preparation_leaves_nothing_that_passes_for_whole(small, folder, prepared, builder):
     path = idx.locate(folder, small[0]["test_images"])
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
     with pytest.raises(ValueError, match="t10k-images"):
         builder.download_and_prepare()
-    assert not Path(builder.data_path).exists()
+    assert not prepared.exists()
     path.write_bytes(whole)
     builder.download_and_prepare()
-    assert len(mnist.read_prepared(builder)["test_labels"]) == 360
-
-
-def test_a_server_that_does_not_answer_costs_three_seconds():
-    with socket.create_server(("127.0.0.1", 0), backlog=1) as silent:
-        start = time.monotonic()
-        assert not mnist.reachable(f"http://127.0.0.1:{silent.getsockname()[1]}/", 0.5)
-        assert time.monotonic() - start < 2
-    assert not mnist.reachable("http://127.0.0.1:9/", 3)  # refused at once
+    assert prepared.exists()
 
 
 @pytest.fixture
-def offline(monkeypatch, tmp_path):
-    monkeypatch.delenv("ECJAX_DATA_DIR", raising=False)
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
-    monkeypatch.setattr(mnist, "reachable", lambda url, seconds: False)
-    unprepared = lambda *, folder, data_dir: MnistIdx(folder=folder, data_dir=tmp_path / "none")  # noqa: E731
-    monkeypatch.setattr("experiments.datasets.mnist_builder.MnistIdx", unprepared)
+def no_network(monkeypatch):
+    """Fails whatever asks for an address, and notes who did."""
+    asked = []
+
+    def refuse(host, *_, **__):
+        asked.append(host)
+        raise socket.gaierror(socket.EAI_NONAME, "no network here")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    return asked
 
 
-@pytest.mark.usefixtures("offline")
-def test_without_a_network_it_says_so_in_one_line_and_runs_on_the_digits(capsys):
-    data = choose.load("mnist")
-    assert data.name == "digits"
+def falls_to_the_digits(capsys):
+    """Loads MNIST, which is to end on the digits and one line."""
+    assert choose.load("mnist").name == "digits"
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.count("\n") == 1
-    assert printed.err.startswith("MNIST could not be fetched")
+    assert printed.err.startswith("MNIST could not be fetched (no t10k-labels-idx1-ubyte.gz from http")
     assert "--data-dir or ECJAX_DATA_DIR" in printed.err
 
 
-@pytest.mark.usefixtures("offline")
+def test_without_a_network_it_says_so_in_one_line_and_runs_on_the_digits(prepared, no_network, capsys):
+    falls_to_the_digits(capsys)
+    assert no_network == ["storage.googleapis.com"]  # asked once, and nothing else was tried
+    assert not prepared.exists()
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves a dictionary of files; a number in place of bytes is the status that it answers with."""
+
+    def do_GET(self):
+        self.server.asked.append(self.path.removeprefix("/"))
+        content = self.server.files.get(self.path.removeprefix("/"), 404)
+        self.send_response(200 if isinstance(content, bytes) else content)
+        self.end_headers()
+        if isinstance(content, bytes):
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A web server on this machine in place of MNIST's."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        server.files, server.asked = {}, []
+        monkeypatch.setattr(mnist, "URL", f"http://127.0.0.1:{server.server_port}/")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+
+
+def test_downloads_are_checked_and_prepared(small, prepared, server):
+    files, contents = small
+    server.files = {f"{file.name}.gz": gzip.compress(contents[part]) for part, file in files.items()}
+    data = choose.load("mnist")
+    assert data.name == "MNIST"
+    np.testing.assert_array_equal(data.test_targets, digits.load().test_targets)
+    assert sorted(server.asked) == sorted(server.files)
+    assert prepared.is_dir()
+    again = choose.load("mnist")
+    np.testing.assert_array_equal(again.train_inputs, data.train_inputs)
+    assert len(server.asked) == 4
+
+
+@pytest.mark.usefixtures("prepared")
+@pytest.mark.parametrize(
+    "answer",
+    [404, 503, b"<html>please log in</html>", gzip.compress(b"something else")],
+    ids=["not found", "unavailable", "page", "other file"],
+)
+def test_a_portal_in_place_of_the_server_falls_to_the_digits(answer, server, capsys):
+    server.files = {f"{file.name}.gz": answer for file in mnist.FILES.values()}
+    falls_to_the_digits(capsys)
+    assert len(server.asked) == 1
+
+
+def test_a_network_that_breaks_off_falls_to_the_digits(small, prepared, server, capsys):
+    server.files = {f"{file.name}.gz": gzip.compress(small[1][part]) for part, file in small[0].items()}
+    server.files["train-images-idx3-ubyte.gz"] = server.files["train-images-idx3-ubyte.gz"][:3000]
+    assert choose.load("mnist").name == "digits"
+    assert "no train-images-idx3-ubyte.gz from http" in capsys.readouterr().err
+    assert not prepared.exists()
+
+
+@pytest.mark.usefixtures("prepared")
+@pytest.mark.parametrize("way", ["server", "proxy"])
+def test_what_never_answers_is_given_up_after_three_seconds(way, monkeypatch, capsys):
+    """The seconds that are passed on are looked at, not a clock: of each socket, and of the wait for it."""
+    sockets, waits = [], []
+    urlopen, join = urllib.request.urlopen, threading.Thread.join
+
+    def opened(url, *, timeout):
+        sockets.append((url, timeout))
+        return urlopen(url, timeout=0.2)
+
+    def joined(thread, timeout=None):
+        if thread.daemon:  # or the program would wait for it in the end
+            waits.append(timeout)
+        return join(thread, timeout)
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and says nothing
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        if way == "server":
+            monkeypatch.setattr(mnist, "URL", f"{address}/")
+            monkeypatch.setenv("no_proxy", "127.0.0.1")
+        else:
+            monkeypatch.setenv("https_proxy", address)
+            monkeypatch.setenv("no_proxy", "")
+        monkeypatch.setattr(urllib.request, "urlopen", opened)
+        monkeypatch.setattr(threading.Thread, "join", joined)
+        falls_to_the_digits(capsys)
+    assert sockets == [(f"{mnist.URL}t10k-labels-idx1-ubyte.gz", 3)]
+    assert waits == [3]
+
+
+@pytest.mark.usefixtures("prepared")
+def test_a_name_look_up_that_hangs_is_given_up(monkeypatch, tmp_path):
+    hanging = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: hanging.wait() and [])
+    monkeypatch.setenv("no_proxy", "*")
+    try:
+        with pytest.raises(mnist.UnavailableError, match=r"no t10k-labels-idx1-ubyte\.gz from https://"):
+            mnist.fetch(tmp_path, 0.1)
+    finally:
+        hanging.set()
+
+
+@pytest.mark.usefixtures("prepared", "no_network")
 def test_a_folder_without_the_files_is_an_error_not_a_fallback(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="train-images-idx3-ubyte"):
+    with pytest.raises(FileNotFoundError, match="holds neither t10k-labels-idx1-ubyte nor"):
         choose.load("mnist", tmp_path)
     monkeypatch.setenv("ECJAX_DATA_DIR", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="train-images-idx3-ubyte"):
+    with pytest.raises(FileNotFoundError, match="holds neither t10k-labels-idx1-ubyte nor"):
         choose.load("mnist")
 
 
-@pytest.mark.usefixtures("offline")
+@pytest.mark.usefixtures("prepared", "no_network")
 def test_a_command_ends_with_the_message_alone(tmp_path):
-    with pytest.raises(SystemExit, match="holds neither train-images-idx3-ubyte nor"):
+    with pytest.raises(SystemExit, match="holds neither t10k-labels-idx1-ubyte nor"):
         choose.load_or_exit("mnist", tmp_path)
+
+
+@pytest.mark.usefixtures("prepared")
+def test_another_data_set_is_one_entry(tmp_path, monkeypatch):
+    folders = []
+
+    def load(folder):
+        folders.append(folder)
+        return digits.load()._replace(name="mine")
+
+    monkeypatch.setitem(choose.LOADERS, "mine", load)
+    assert choose.load("mine").name == "mine"
+    monkeypatch.setenv("ECJAX_DATA_DIR", str(tmp_path))
+    assert choose.load("mine").name == "mine"
+    assert folders == [None, tmp_path]
 
 
 def test_data_of_another_name():

@@ -1,3 +1,4 @@
+import itertools
 import json
 import subprocess
 import sys
@@ -104,14 +105,21 @@ def test_nonlinear_importance_approaches_the_linear_one_quadratically(metric):
         assert np.all(differences[-1] < 1e-3 * np.sqrt(linear))
 
 
+def parameters(widths):
+    """How many weights and biases an MLP from 2 inputs to 1 output has."""
+    weights = sum(rows * columns for rows, columns in itertools.pairwise((2, *widths, 1)))
+    return weights, sum(widths) + 1
+
+
 def test_small_networks_have_as_many_parameters_as_are_left():
-    weights, biases = experiment.parameters((64, 64, 64))
+    weights, biases = parameters((64, 64, 64))
     assert (weights, biases) == (2 * 64 + 2 * 64**2 + 64, 3 * 64 + 1)
-    for sparsity in (0.0, 0.3, 0.7, 0.95):
+    for sparsity in (0.3, 0.7, 0.95):
         left = (1 - sparsity) * weights + biases
         width = experiment.small_widths((64, 64, 64), sparsity)[0]
-        assert sum(experiment.parameters((width,) * 3)) <= left < sum(experiment.parameters((width + 1,) * 3))
+        assert sum(parameters((width,) * 3)) <= left < sum(parameters((width + 1,) * 3))
     assert experiment.small_widths((64, 64, 64), 0.0) == (64, 64, 64)
+    assert experiment.small_widths((2, 2), 1.0) == (1, 1)
 
 
 @pytest.fixture(scope="module")

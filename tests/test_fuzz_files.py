@@ -7,7 +7,6 @@ import json
 import struct
 import time
 import tracemalloc
-import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from safetensors.numpy import save
 from ecjax import compact
 from ecjax.compact import files
 from experiments.datasets import choose, idx, mnist
-from experiments.datasets.mnist_files import FILES
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 4, 3), np.uint8)
 CONTENT = idx.header(IMAGES.shape) + IMAGES.tobytes()
@@ -117,32 +115,6 @@ def test_a_command_names_the_damaged_file(tmp_path, monkeypatch):
     (tmp_path / FILE.name).write_bytes(CONTENT[:-1])
     with pytest.raises(SystemExit, match=f"{FILE.name} should hold 76 bytes decompressed and holds only 75"):
         choose.load_or_exit("mnist", tmp_path)
-
-
-@pytest.mark.parametrize("damaged", [b"", CONTENT[:-1], with_flipped(CONTENT, 400), idx.header((2**31,) * 3)])
-def test_damaged_files_beside_the_records_are_made_again(damaged, tmp_path):
-    arrays = {
-        part: np.zeros((2,) if "labels" in part else (2, 2, 2), np.uint8) + number for number, part in enumerate(FILES)
-    }
-    described = {
-        part: idx.IdxFile(
-            FILES[part].name, array.shape, hashlib.sha256(idx.header(array.shape) + array.tobytes()).hexdigest()
-        )
-        for part, array in arrays.items()
-    }
-    records = {
-        split: [{"image": arrays[f"{split}_images"][i], "label": arrays[f"{split}_labels"][i]} for i in range(2)]
-        for split in ("train", "test")
-    }
-    builder = types.SimpleNamespace(data_path=tmp_path, FILES=described, as_data_source=lambda split: records[split])
-    mnist.read_prepared(builder)
-    kept = tmp_path / FILES["test_images"].name
-    whole = kept.read_bytes()
-    kept.write_bytes(damaged)
-    found = mnist.read_prepared(builder)
-    for part, array in arrays.items():
-        np.testing.assert_array_equal(found[part], array)
-    assert kept.read_bytes() == whole
 
 
 @pytest.fixture(scope="module")

@@ -1,34 +1,29 @@
-"""Which digits an experiment runs on: MNIST where it can be had, else the ones bundled with scikit-learn."""
+"""Which images an experiment runs on: MNIST where it can be had, else the digits bundled with scikit-learn."""
 
 import os
 import sys
 from pathlib import Path
+from typing import Literal
 
 from experiments.datasets import Dataset, digits, mnist
 
+# By the name that --data takes; called with the folder of --data-dir, or None. Another data set is one more entry.
+LOADERS = {"mnist": mnist.load, "digits": digits.load}
+Name = Literal[tuple(LOADERS)]
+
 
 def load(name: str, folder: Path | None = None) -> Dataset:
-    """Loads "mnist" or "digits".
+    """Loads a data set from a folder, or from that in ``ECJAX_DATA_DIR``.
 
-    Without a folder, without the environment variable ``ECJAX_DATA_DIR``, with nothing prepared earlier and without a
-    network, "mnist" says so in one line on stderr and gives the digits, named as such.
-
-    Args:
-        name: "mnist" or "digits".
-        folder: holds the four idx files of MNIST; None for ``ECJAX_DATA_DIR``, if set.
-
-    Raises:
-        FileNotFoundError: the folder lacks one of the four files.
-        ValueError: a file is truncated or corrupt, or a name that is neither.
+    Where MNIST is not on this machine and can't be fetched, this says so in one line on stderr and gives the digits. A
+    file that is missing in the folder is a FileNotFoundError, a truncated or corrupt one a ValueError.
     """
-    if name == "digits":
-        return digits.load()
-    if name != "mnist":
-        raise ValueError(f"data is {name!r}; it must be 'mnist' or 'digits'")
+    if name not in LOADERS:
+        raise ValueError(f"data is {name!r}; it must be {' or '.join(map(repr, LOADERS))}")
     if folder is None and os.environ.get("ECJAX_DATA_DIR"):
         folder = Path(os.environ["ECJAX_DATA_DIR"])
     try:
-        return mnist.load(folder)
+        return LOADERS[name](folder)
     except mnist.UnavailableError as reason:
         print(
             f"MNIST could not be fetched ({reason}), so this runs on scikit-learn's digits; to provide it, put its "

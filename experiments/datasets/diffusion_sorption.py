@@ -27,14 +27,9 @@ LAST_TIME = 500.0
 def load(
     *, noise: float, cells: int = 256, times: int = 101, initial_concentration: float = 0.1, seed: int = 0
 ) -> Dataset:
-    """Points (x, t) scaled to [0, 1], with noisy u to train on and exact u, at other points, to test on.
+    """Points (x, t) scaled to [0, 1]: 80 % of them with u + U(−noise, noise) to train on, the others with u to test on.
 
-    Args:
-        noise: a; the training targets are u + d with d ~ U(−a, a).
-        cells: cells in x.
-        times: times in (0, 500], equally spaced.
-        initial_concentration: u(x, 0).
-        seed: draws the points to train on (80 %) and the noise.
+    The cells in x and the times in (0, 500] are equally spaced; the seed draws the points and the noise.
     """
     instants = np.linspace(0, LAST_TIME, times + 1)[1:]
     exact = solve(cells=cells, times=instants, initial_concentration=initial_concentration)
@@ -42,8 +37,7 @@ def load(
     inputs = np.stack([x, t], -1).reshape(-1, 2).astype(np.float32)
     targets = exact.reshape(-1, 1).astype(np.float32)
     generator = np.random.default_rng(seed)
-    order = generator.permutation(len(inputs))
-    train, test = np.split(order, [round(0.8 * len(order))])
+    train, test = np.split(generator.permutation(len(inputs)), [round(0.8 * len(inputs))])
     error = generator.uniform(-noise, noise, (len(train), 1)).astype(np.float32)
     return Dataset("diffusion-sorption", inputs[train], targets[train] + error, inputs[test], targets[test])
 
@@ -54,9 +48,8 @@ def retardation(concentration):
     return 1 + factor * (concentration + 1e-6) ** (FREUNDLICH_EXPONENT - 1)
 
 
-def time_derivative(time, concentration, _):
+def time_derivative(_time, concentration, _):
     """``∂u/∂t`` of the cells, with 1 in the left ghost cell and ``D (u_{N−1} − u_N)/Δx`` in the right one."""
-    del time
     width = 1 / concentration.shape[0]
     right = DIFFUSION * (concentration[-2] - concentration[-1]) / width
     padded = jnp.concatenate([jnp.ones_like(concentration[:1]), concentration, right[None]])
@@ -65,19 +58,7 @@ def time_derivative(time, concentration, _):
 
 
 def solve(*, cells: int, times: Float[np.ndarray, " times"], initial_concentration: float) -> np.ndarray:
-    """Solves the equation with an implicit solver in double precision, whatever the caller's setting.
-
-    Args:
-        cells: N, at least 2; cell i is centred at (i + ½)/N.
-        times: increasing, in [0, 500].
-        initial_concentration: u(x, 0), the same everywhere, in [0, 0.2].
-
-    Returns:
-        u of shape (times, cells), float64.
-
-    Raises:
-        ValueError: fewer than 2 cells, times that do not increase within [0, 500], or another initial concentration.
-    """
+    """Gives u, of shape (times, cells), by an implicit solver in double precision, whatever the caller's setting."""
     times = np.asarray(times, np.float64)
     if cells < 2:
         raise ValueError(f"cells is {cells}; at least 2 are needed")
@@ -91,7 +72,7 @@ def solve(*, cells: int, times: Float[np.ndarray, " times"], initial_concentrati
 
 @jax.jit
 def _solve(times, start):
-    solution = diffrax.diffeqsolve(
+    return diffrax.diffeqsolve(
         diffrax.ODETerm(time_derivative),
         diffrax.Kvaerno5(),
         t0=0.0,
@@ -101,5 +82,4 @@ def _solve(times, start):
         saveat=diffrax.SaveAt(ts=times),
         stepsize_controller=diffrax.PIDController(rtol=1e-8, atol=1e-10),
         max_steps=100_000,
-    )
-    return solution.ys
+    ).ys

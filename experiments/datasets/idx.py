@@ -6,14 +6,13 @@ each dimension as an unsigned 32-bit number) and the raw bytes, often gzipped.
 
 import gzip
 import hashlib
+import math
 import struct
 import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-
-_UNSIGNED_BYTES = 0x08
 
 
 class IdxFile(NamedTuple):
@@ -26,30 +25,21 @@ class IdxFile(NamedTuple):
 
 def header(shape: tuple[int, ...]) -> bytes:
     """The header of an idx file of unsigned bytes."""
-    return struct.pack(f">BBBB{len(shape)}I", 0, 0, _UNSIGNED_BYTES, len(shape), *shape)
+    return struct.pack(f">BBBB{len(shape)}I", 0, 0, 0x08, len(shape), *shape)
 
 
 def locate(folder: Path, file: IdxFile) -> Path:
-    """The path of a file in a folder, gzipped or not.
-
-    Raises:
-        FileNotFoundError: neither is there.
-    """
-    candidates = [folder / file.name, folder / f"{file.name}.gz"]
-    for path in candidates:
+    """The path of a file in a folder, gzipped or not; a FileNotFoundError where neither is there."""
+    for path in (folder / file.name, folder / f"{file.name}.gz"):
         if path.is_file():
             return path
-    raise FileNotFoundError(f"{folder} holds neither {candidates[0].name} nor {candidates[1].name}")
+    raise FileNotFoundError(f"{folder} holds neither {file.name} nor {file.name}.gz")
 
 
 def read(path: Path, file: IdxFile) -> np.ndarray:
-    """Reads and checks one file.
-
-    Raises:
-        ValueError: the file is truncated, corrupt or another file; the message names it.
-    """
-    start = header(file.shape)
-    size = len(start) + int(np.prod(file.shape))
+    """Reads and checks one file; a ValueError names one that is truncated, corrupt or another file."""
+    start = len(header(file.shape))
+    size = start + math.prod(file.shape)
     opened = gzip.open if path.suffix == ".gz" else open
     try:
         with opened(path, "rb") as stream:
@@ -59,13 +49,7 @@ def read(path: Path, file: IdxFile) -> np.ndarray:
     if len(payload) != size:
         amount = "more" if len(payload) > size else f"only {len(payload):,}"
         raise ValueError(f"{path} should hold {size:,} bytes decompressed and holds {amount}; fetch it again")
-    check(payload[len(start) :], payload[: len(start)], path, file)
-    return np.frombuffer(payload, np.uint8, offset=len(start)).reshape(file.shape)
-
-
-def check(content: bytes | memoryview, start: bytes, path: Path, file: IdxFile) -> None:
-    """Raises a ValueError that names ``path`` unless header and content have the sha256 of ``file``."""
-    digest = hashlib.sha256(start)
-    digest.update(content)
-    if digest.hexdigest() != file.sha256:
-        raise ValueError(f"{path} is corrupt or not {file.name}: its sha256 is {digest.hexdigest()}; fetch it again")
+    digest = hashlib.sha256(payload).hexdigest()
+    if digest != file.sha256:
+        raise ValueError(f"{path} is corrupt or not {file.name}: its sha256 is {digest}; fetch it again")
+    return np.frombuffer(payload, np.uint8, offset=start).reshape(file.shape)

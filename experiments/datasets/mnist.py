@@ -1,17 +1,33 @@
-"""MNIST in memory: prepared once by TensorFlow Datasets, checked against the original release, fast from then on."""
+"""MNIST in memory, from its four idx files: a folder's, or those that were fetched and prepared once.
+
+Source: Y. LeCun, C. Cortes and C. J. C. Burges, "The MNIST database of handwritten digits".
+"""
 
 import contextlib
-import os
+import http.client
+import shutil
 import tempfile
 import threading
-import urllib.error
 import urllib.request
 from pathlib import Path
 
 import numpy as np
 
 from experiments.datasets import Dataset, idx
-from experiments.datasets.mnist_files import FILES, URL
+
+URL = "https://storage.googleapis.com/cvdf-datasets/mnist/"
+_SHA256 = (
+    "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+)
+FILES = {
+    "test_labels": idx.IdxFile("t10k-labels-idx1-ubyte", (10_000,), _SHA256[0]),  # the smallest, fetched first
+    "train_labels": idx.IdxFile("train-labels-idx1-ubyte", (60_000,), _SHA256[1]),
+    "test_images": idx.IdxFile("t10k-images-idx3-ubyte", (10_000, 28, 28), _SHA256[2]),
+    "train_images": idx.IdxFile("train-images-idx3-ubyte", (60_000, 28, 28), _SHA256[3]),
+}
 
 
 class UnavailableError(Exception):
@@ -22,75 +38,51 @@ def load(folder: Path | None = None, *, prepared_in: Path | None = None, seconds
     """MNIST with pixels scaled to [0, 1] and images as rows of 784.
 
     Args:
-        folder: holds the four idx files, gzipped or not; None to download them.
+        folder: holds the four idx files, gzipped or not; None to fetch them, once.
         prepared_in: where TensorFlow Datasets keeps what it prepared; None for its usual place.
-        seconds: how long to look for a network before giving up.
-
-    Raises:
-        UnavailableError: no folder, nothing prepared, and no network.
-        FileNotFoundError: the folder lacks a file.
-        ValueError: a file is truncated or corrupt; the message names it.
+        seconds: how long to wait for a network before giving up with an UnavailableError.
     """
-    arrays = _arrays(folder, prepared_in, seconds)
-    images = [arrays[f"{split}_images"].reshape(-1, 784).astype(np.float32) / 255 for split in ("train", "test")]
-    labels = [arrays[f"{split}_labels"].astype(np.int32) for split in ("train", "test")]
-    return Dataset("MNIST", images[0], labels[0], images[1], labels[1])
-
-
-def _arrays(folder: Path | None, prepared_in: Path | None, seconds: float) -> dict[str, np.ndarray]:
     from experiments.datasets.mnist_builder import MnistIdx  # tfds is slow to import, so only here
 
-    if folder is not None:
-        for file in FILES.values():  # a bad file of the caller's is refused even where MNIST is prepared already
-            idx.read(idx.locate(folder, file), file)
-    builder = MnistIdx(folder=folder, data_dir=prepared_in)
-    if folder is None and not Path(builder.data_path).exists() and not reachable(URL, seconds):
-        raise UnavailableError(f"no answer from {URL} within {seconds:g} s")
-    builder.download_and_prepare()  # into a folder of another name until it is whole
-    return read_prepared(builder)
+    prepared = Path(MnistIdx(data_dir=prepared_in).data_path)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        if folder is None and not prepared.exists():
+            folder = fetch(Path(temporary), seconds)
+        try:
+            arrays = {part: idx.read(idx.locate(folder or prepared, file), file) for part, file in FILES.items()}
+        except (FileNotFoundError, ValueError) as error:
+            if folder is not None:
+                raise
+            raise ValueError(f"{error}. Delete {prepared}, and start again") from error
+        # Does nothing where it is prepared already; while it prepares, the folder has another name.
+        MnistIdx(folder=folder, data_dir=prepared_in).download_and_prepare()
+    images = {part: array.reshape(len(array), -1).astype(np.float32) / 255 for part, array in arrays.items()}
+    labels = {part: array.astype(np.int32) for part, array in arrays.items()}
+    train, test = ((images[f"{split}_images"], labels[f"{split}_labels"]) for split in ("train", "test"))
+    return Dataset("MNIST", *train, *test)
 
 
-def reachable(url: str, seconds: float) -> bool:
-    """Whether a server answers at all within so many seconds, name look-up included."""
-    answered = threading.Event()
+def fetch(folder: Path, seconds: float) -> Path:
+    """Downloads the four files into a folder; without the first within so many seconds, no other is tried.
 
-    def ask():
-        with contextlib.suppress(OSError):
-            with contextlib.suppress(urllib.error.HTTPError):  # which is an answer all the same
-                urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
-            answered.set()
-
-    threading.Thread(target=ask, daemon=True).start()  # the timeout of a socket does not bound the name look-up
-    return answered.wait(seconds)
-
-
-def read_prepared(builder) -> dict[str, np.ndarray]:
-    """The four arrays of a prepared builder, by the names in its FILES.
-
-    Reading 70,000 records one by one takes seconds, so what was read is kept beside them, as the original idx files.
-    Either way the arrays are checked against the sha256 of these.
-
-    Raises:
-        ValueError: the records are not what the original files hold; the message names the folder to delete.
+    An UnavailableError names a file that did not come, or in whose place something else came, as from a portal.
     """
-    records = Path(builder.data_path)
-    with contextlib.suppress(OSError, ValueError):
-        return {part: idx.read(records / file.name, file) for part, file in builder.FILES.items()}
-    arrays = {}
-    for split in ("train", "test"):
-        examples = list(builder.as_data_source(split=split))
-        arrays[f"{split}_images"] = np.stack([example["image"] for example in examples])
-        arrays[f"{split}_labels"] = np.array([example["label"] for example in examples], np.uint8)
-    for part, file in builder.FILES.items():
-        start, content = idx.header(arrays[part].shape), arrays[part].tobytes()
-        idx.check(content, start, records, file)
-        _save_atomically(records / file.name, start + content)
-    return arrays
 
+    def download(name: str) -> None:
+        with (
+            contextlib.suppress(OSError, http.client.HTTPException),  # what came is checked below
+            urllib.request.urlopen(URL + name, timeout=seconds) as answer,
+            (folder / name).open("wb") as file,
+        ):
+            shutil.copyfileobj(answer, file)
 
-def _save_atomically(path: Path, content: bytes) -> None:
-    """Writes a file that is either whole or not there; a folder that can't be written to costs only time."""
-    with contextlib.suppress(OSError):
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as stream:
-            stream.write(content)
-        os.replace(stream.name, path)
+    for number, file in enumerate(FILES.values()):
+        # The time-out of a socket does not bound the name look-up, and the program's end does not wait for a daemon.
+        thread = threading.Thread(target=download, args=(f"{file.name}.gz",), daemon=True)
+        thread.start()
+        thread.join(None if number else seconds)
+        try:
+            idx.read(folder / f"{file.name}.gz", file)
+        except ValueError as error:
+            raise UnavailableError(f"no {file.name}.gz from {URL}") from error
+    return folder

@@ -1,0 +1,196 @@
+"""Results that survive: a folder that belongs to one configuration, its finished rows, and its trained networks."""
+
+import contextlib
+import csv
+import dataclasses
+import errno
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import tyro
+from flax import traverse_util
+
+_PACKAGES = ("ecjax", "jax", "jaxlib", "flax", "optax", "numpy", "tensorflow-datasets", "scikit-learn")
+_NO_NUMBER = {"output", "data_dir", "python"}  # they change no number; other data are told apart by their digest
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+_ROOM = 2**24  # bytes, more than a run of default size writes without --save
+_ELSEWHERE = "Choose another folder, or delete this one to start afresh"
+_RESUMES = "Finished rows are written at once: started again with the same flags, a run that was stopped goes on."
+
+
+def command(config: type, main: Callable[[Any], None], description: str) -> None:
+    """Runs an experiment with the flags of the command line; if it is stopped, says what is saved and how to go on."""
+    spec = sys.modules["__main__"].__spec__
+    prog = f"python -m {spec.name if spec else main.__module__}"
+    try:
+        main(tyro.cli(config, prog=prog, description=f"{description}\n{_RESUMES}"))
+    except (KeyboardInterrupt, OSError) as stop:
+        interrupted = isinstance(stop, KeyboardInterrupt)
+        if not interrupted and stop.errno not in _DISK:
+            raise
+        notes = getattr(stop, "__notes__", ["nothing was to be saved yet"])
+        print(f"{'stopped' if interrupted else stop}: {'; '.join(notes)}", file=sys.stderr)
+        print(f"to go on: {shlex.join(sys.orig_argv)}", file=sys.stderr)
+        raise SystemExit(130 if interrupted else 1) from None
+
+
+class Rows:
+    """The finished rows of a run, in memory and in a csv file, to which each is appended at once."""
+
+    def __init__(self, path: Path):
+        """Reads the rows of an earlier start, but for a last line without an end; a damaged line is a SystemExit."""
+        self.path, self.columns, self._rows, self._bytes = path, [], [], 0
+        if not path.exists():
+            return
+        try:
+            with path.open("r+b") as file:
+                content = file.read()
+                self._bytes = file.truncate(content.rfind(b"\n") + 1)
+        except OSError as error:
+            raise SystemExit(f"{path} cannot be read and written: {error.strerror}") from error
+        lines = content[: self._bytes].decode(errors="replace").split("\n")[:-1]
+        self.columns = next(csv.reader(lines), [])
+        for number, line in enumerate(lines[1:], 2):
+            cells = [_number(cell) for cell in next(csv.reader([line]), [])]
+            kinds = [isinstance(cell, str) for cell in cells]
+            expected = kinds if number == 2 else expected
+            if len(cells) != len(self.columns) or kinds != expected or "\ufffd" in line:
+                raise SystemExit(
+                    f"line {number} of {path} is no row of {', '.join(self.columns)[:200]}: the file is damaged. Cut "
+                    "it off before that line to go on from there, or delete its folder to start afresh"
+                )
+            self._rows.append(dict(zip(self.columns, cells, strict=True)))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def count(self, **keys: Any) -> int:
+        """How many finished rows have these values in these columns."""
+        return sum(all(row.get(name) == value for name, value in keys.items()) for row in self._rows)
+
+    def has(self, **keys: Any) -> bool:
+        """Whether a finished row has these values in these columns."""
+        return self.count(**keys) > 0
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Appends finished rows, which are on disk when this returns; the first of all names the columns."""
+        rows, text = [dict(row) for row in rows], io.StringIO()
+        self.columns = self.columns or [name for row in rows[:1] for name in row]
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+        if not self._bytes:
+            writer.writeheader()
+        for row in rows:
+            if not row.keys() <= set(self.columns):
+                raise SystemExit(f"line 1 of {self.path} is not {','.join(row)}. {_ELSEWHERE}")
+            writer.writerow({name: None if value != value else value for name, value in row.items()})
+        with self.path.open("ab") as file:
+            if file.tell() != self._bytes:
+                raise SystemExit(f"another process writes to {self.path}: wait for it or stop it, and start again")
+            file.write(text.getvalue().encode())
+            file.flush()
+            os.fsync(file.fileno())
+            self._bytes = file.tell()
+        self._rows += rows
+
+    def frame(self) -> pd.DataFrame:
+        """All finished rows, in the order in which they were finished."""
+        return pd.DataFrame(self._rows, columns=self.columns)
+
+
+def _number(cell: str) -> int | float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(cell or "nan")
+    return cell
+
+
+@contextlib.contextmanager
+def opened(folder: Path, config: Any, **facts: Any) -> Iterator[Rows]:
+    """The rows in ``results.csv`` of a folder that belongs to this configuration (see ``claim``)."""
+    claim(folder, config, **facts)
+    rows = Rows(folder / "results.csv")
+    try:
+        yield rows
+    except (KeyboardInterrupt, OSError) as stop:  # perhaps just after a row was written, so they are read again
+        stop.add_note(f"{len(Rows(rows.path))} rows are saved in {rows.path}")
+        raise
+
+
+def claim(folder: Path, config: Any, **facts: Any) -> None:
+    """Makes a folder that of one configuration: writes ``config.json``, or compares with it.
+
+    ``facts`` are what else the numbers depend on; a fact replaces the flag of its name. A folder that cannot be written
+    to, has no room, or belongs to another configuration is a SystemExit.
+    """
+    versions = {f"{package} version": importlib.metadata.version(package) for package in _PACKAGES}
+    machine = {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
+    text = json.dumps(dataclasses.asdict(config) | facts | machine | versions, indent=2, default=str) + "\n"
+    path, partial = folder / "config.json", folder / ".config.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(os.urandom(_ROOM))
+            file.flush()
+            os.fsync(file.fileno())
+        if not path.exists():
+            strange = [name for name in ("results.csv", "report.csv", "trained") if (folder / name).exists()]
+            if strange:
+                raise SystemExit(f"{folder} holds {strange[0]} but no config.json to say of which run. {_ELSEWHERE}")
+            partial.write_text(text)
+            partial.replace(path)  # so that it is whole or not there
+        before = dict(json.loads(path.read_bytes()).items())
+    except OSError as error:
+        raise SystemExit(f"the folder {folder} cannot be used: {error.strerror}") from error
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise SystemExit(f"{path} is damaged: {error!r}. {_ELSEWHERE}") from error
+    now, flags = json.loads(text), {field.name for field in dataclasses.fields(config)}
+    differing = [
+        f"{'--' + name.replace('_', '-') if name in flags else name} was {before.get(name, 'absent')} there, "
+        f"is {now.get(name, 'absent')}"
+        for name in now | before
+        if name not in _NO_NUMBER and before.get(name) != now.get(name)
+    ]
+    if differing:
+        raise SystemExit(f"{folder} holds another run: {'; '.join(differing)}. {_ELSEWHERE}")
+
+
+def digest(data: Iterable[Any]) -> str:
+    """Tells data sets apart: the beginning of the SHA-256 of their arrays; what is no array is left out."""
+    arrays = [array for array in data if isinstance(array, np.ndarray)]
+    content = b"".join(f"{array.dtype} {array.shape} ".encode() + array.tobytes() for array in arrays)
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def trained(folder: Path, name: str, train: Callable[..., dict], *arguments: Any) -> dict:
+    """Params, nested dicts, bit for bit as an earlier start left them in the folder, or trained now and kept there.
+
+    ``train(*arguments)`` is called if there is no file of that name yet; a damaged file is a SystemExit.
+    """
+    path = folder / "trained" / f"{name}.npz"
+    if path.exists():
+        try:
+            with np.load(path) as file:
+                return traverse_util.unflatten_dict({key: jnp.asarray(file[key]) for key in file}, sep="/")
+        except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+            raise SystemExit(f"{path} is damaged: {error}. Delete it, and start again") from error
+    params = train(*arguments)
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_suffix(".partial.npz")
+    np.savez(partial, **traverse_util.flatten_dict(jax.tree.map(np.asarray, params), sep="/"))
+    partial.replace(path)  # so that it is whole or not there
+    return params
