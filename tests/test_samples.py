@@ -194,7 +194,7 @@ def test_mixing_is_found_whatever_the_number_of_samples(samples):
 def test_square_values_keep_their_samples():
     with pytest.raises(ValueError, match="mixes samples"):
         read(lambda h: h.T, samples=WIDTH)
-    with pytest.raises(ValueError, match="mixes samples"):
+    with pytest.raises(ValueError, match=r"mixes samples|one array of shape \(samples, outputs\)"):
         _door.layers(lambda w, x: (x @ w).T, jnp.ones((4, N)), inputs())
 
 
@@ -299,7 +299,7 @@ def test_inputs_that_the_network_does_not_take():
     assert isinstance(caught.value.__cause__, TypeError)
     with pytest.raises(ValueError, match="one array of shape"):
         _door.layers(network, params(), jnp.asarray(1.0))
-    with pytest.raises(ValueError, match=r"\(samples, outputs\).*returns \(2,\)"):
+    with pytest.raises(ValueError, match=r"\(samples, outputs\).*returns.*\(2,\)"):
         networks.layers(network, params(), inputs()[0])
     embedded = lambda p, x: p["table"][x] @ p["w"]  # noqa: E731
     with pytest.raises(ValueError, match="dtype float32") as caught:
