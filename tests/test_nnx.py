@@ -119,11 +119,11 @@ def test_a_compacted_or_loaded_network_becomes_a_module(tmp_path):
     masks = jax.tree.map(lambda kernel: jnp.ones(kernel.shape, bool), examples.kernels(params))
     masks["layers"][0]["layers"][0]["kernel"] = masks["layers"][0]["layers"][0]["kernel"].at[:, 2:5].set(False)
     pruned = prune.apply_masks(params, masks)
-    smaller = compact.compact(pruned, nnx.gelu)
-    assert compact.widths(smaller) == (4, 6, 3)
-    compact.save(tmp_path / "pruned.safetensors", smaller, "gelu")
-    loaded = compact.load(tmp_path / "pruned.safetensors").params
-    for found in (smaller, loaded):
+    smaller_network, smaller = compact.compact(network, pruned, inputs)
+    compact.save(tmp_path / "pruned.safetensors", smaller, network=smaller_network, inputs=inputs)
+    saved = compact.load(tmp_path / "pruned.safetensors", smaller_network, like=params)
+    assert saved.widths == (4, 6, 3)
+    for found in (smaller, saved.params):
         answer = networks.to_nnx(module, found)(inputs)
         np.testing.assert_allclose(answer, network(pruned, inputs), rtol=1e-4, atol=1e-6)
 
