@@ -135,7 +135,9 @@ def test_patterns_keep_the_best_of_every_group(inputs, stay, more, seed):
     group = stay + more
     generator = np.random.default_rng(seed)
     params = {"kernel": jnp.asarray(generator.normal(size=(inputs, 3)))}
-    scores = score.Scores({"kernel": jnp.asarray(generator.integers(0, 4, (inputs, 3)).astype(float))})
+    layers = networks.layers(lambda params, x: x @ params["kernel"], params, jnp.ones((2, inputs)))
+    importance = jnp.asarray(generator.integers(0, 4, (inputs, 3)).astype(float))
+    scores = score.Scores({"kernel": importance}, layers=layers)
     mask = np.asarray(prune.one_shot(params, scores, scope=(stay, group)).masks["kernel"])
     for start in range(0, inputs, group):
         kept = mask[start : start + group]
