@@ -85,7 +85,7 @@ def require_kernels(params: Params, given: Kernels, name: str) -> None:
     Example:
         >>> checks.require_kernels(params, {"Dense_0": {"kernel": jnp.ones((8, 4))}}, "masks")
         Traceback (most recent call last):
-        ValueError: masks do not fit the params at 'Dense_0/kernel': (8, 4) given, (4, 8) in the params
+        ValueError: masks do not fit the params at 'Dense_0/kernel': (8, 4) given, (4, 8) in the params; ...
     """
     leaves = {path: np.shape(leaf) for path, leaf in _trees.by_path(params).items() if _trees.is_array(leaf)}
     found = {path: getattr(leaf, "shape", ()) for path, leaf in _trees.by_path(given).items()}

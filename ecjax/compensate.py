@@ -250,7 +250,7 @@ def repair(
 
     Example:
         >>> start = gauss_newton.start(pruned.params, damping=0.01)
-        >>> free = compensate.every_bias(params)
+        >>> free = compensate.every_bias(networks.layers(network, params, inputs), params)
         >>> state = compensate.repair(network, start, free, inputs, labels, metric="fisher")
         >>> int(state.steps)
         5
