@@ -6,10 +6,13 @@ brain surgeons. Then, for networks of 1,000 outputs, how well a few probes rank 
 hour on two cores. It writes results.csv, probes.csv, config.json and benchmark.png, and prints the tables.
 """
 
+import contextlib
+import ctypes
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,14 +20,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
+import numpy as np
 import optax
 import pandas as pd
 from jax import Array, lax
-from rich.table import Table
+from jax.flatten_util import ravel_pytree
+from rich.table import Column, Table
 
-from ecjax import networks, prune, score, surgeon
+from ecjax import networks, prune, score, surgeon, train
 from ecjax.networks import Network, Params
-from experiments import cost, probes, report, results
+from experiments import report, results
+from experiments.datasets import diffusion_sorption
 
 GRADIENT, JACOBIANS, DEFINITION = "gradient pass", "per-sample Jacobians", "EC by definition"
 AXES = {"width": "width of the layers", "depth": "layers", "samples": "samples", "outputs": "outputs K"}
@@ -38,16 +44,13 @@ cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 class Config:
     """Time scoring and pruning against a plain gradient pass over the same samples, and measure their memory."""
 
-    base: tuple[int, ...] = (784, 300, 100, 10)
-    """Widths of the network, inputs first, whose samples and outputs grow, and that is pruned."""
+    base: tuple[int, ...] = (784, 300, 100, 10)  # Widths of the network that is pruned, inputs first.
     base_samples: int = 10_000  # Calibration samples wherever they don't grow.
-    widths: tuple[int, ...] = (100, 300, 1000, 2048, 4096)
-    """Widths of all but the last layer of a network of four layers and ten outputs."""
+    widths: tuple[int, ...] = (100, 300, 1000, 2048, 4096)  # Widths of four layers, the last with ten outputs.
     depths: tuple[int, ...] = (2, 4, 6, 8)  # Layers of a network of width 512.
-    samples: tuple[int, ...] = (1_000, 10_000, 60_000)  # Calibration samples.
-    outputs: tuple[int, ...] = (1, 10, 100, 1000)  # Outputs K.
-    probes: tuple[int, ...] = (1, 4, 16, 64)
-    """Probes whose ranking is compared with the exact one, for networks of 1,000 outputs."""
+    samples: tuple[int, ...] = (1_000, 10_000, 60_000)  # Calibration samples of the base network.
+    outputs: tuple[int, ...] = (1, 10, 100, 1000)  # Outputs K of the base network.
+    probes: tuple[int, ...] = (1, 4, 16, 64)  # Probes to compare with the exact ranking, for 1,000 outputs.
     stages: int = 10  # Stages of staged pruning.
     gradients: int = 500  # Per-sample gradients that the brain surgeons see.
     rounds: int = 9  # How many times each call runs at most, by turns with a gradient pass.
@@ -56,142 +59,123 @@ class Config:
     output: Path = Path("results/benchmark")  # Folder for the results.
 
 
-class Case(NamedTuple):
-    """A network and its samples: where along which axis, all widths with the inputs first, and how many samples."""
-
-    axis: str
-    value: int
-    widths: tuple[int, ...]
-    samples: int
-
-
 class Method(NamedTuple):
-    """What is timed: a call, its multiply-adds for a sample, and how many samples it can bear, if not all."""
+    """What is timed: a call, its multiply-adds for a sample if known, and on how many samples it runs at most."""
 
     name: str
-    call: Callable[[Network, Params, Array, Array], Any]
-    multiply_adds: float
-    samples: int | None = None
+    call: Callable[[Network, Params, Array], Any]
+    multiply_adds: float = math.nan
+    samples: float = math.inf
 
 
 def main(config: Config) -> None:
     """Runs the benchmark from networks to figure."""
-    counts = ("base_samples", "stages", "gradients", "rounds")
-    lists = ("widths", "depths", "samples", "outputs", "probes")
+    counts, lists = (
+        ("base_samples", "stages", "gradients", "rounds"),
+        ("widths", "depths", "samples", "outputs", "probes"),
+    )
     report.require_flags(config, fractions=(), counts=counts, distinct=lists)
-    surrogate = {"concentrations": 16, "epochs": 200}
     if config.quick:
         small = {"widths": (100,), "depths": (), "samples": (5000,), "outputs": (), "probes": (1,)}
         config = replace(config, base_samples=2000, stages=1, gradients=50, rounds=3, seconds=0.2, **small)
-        surrogate = {"concentrations": 4, "epochs": 20}
     planned = [
         (case, method)
         for case in cases(config)
-        for method in (pruning(config) if case.axis == "pruning" else scoring(case.widths, config.probes))
+        for method in (pruning(config) if case[0] == "pruning" else scoring(case[2], config.probes))
     ]
     with results.opened(config.output, config) as rows, report.progress() as bar:
         step = bar.add_task("", total=len(planned), completed=len(rows))
-        for case, method in planned:
-            keys = {"axis": case.axis, "value": case.value, "layers": "-".join(map(str, case.widths))}
-            keys |= {"samples": case.samples, "method": method.name}
-            if not rows.has(**keys):
-                bar.update(step, description=f"{case.axis} {case.value:,}: {method.name}")
-                rows.add([keys | measured(case, method, config.rounds, config.seconds)])
+        for (axis, value, widths, samples), method in planned:
+            keys = {"axis": axis, "value": value, "layers": "-".join(map(str, widths)), "samples": samples}
+            if not rows.has(**keys, method=method.name):
+                bar.update(step, description=f"{axis} {value:,}: {method.name}")
+                found = measured(method, problem(widths, samples), config.rounds, config.seconds)
+                rows.add([keys | {"method": method.name} | found])
                 bar.advance(step)
         ranked = results.Rows(config.output / "probes.csv")
         # The outputs of a fresh network have little in common, those of a surrogate much.
         wide = {
-            "fresh, random inputs": lambda: problem((*config.base[:-1], 1000), min(config.base_samples, 2048))[:3],
-            "surrogate, trained": lambda: probes.surrogate(**surrogate),
+            "fresh, random inputs": lambda: problem((*config.base[:-1], 1000), min(config.base_samples, 2048)),
+            "surrogate, trained": lambda: surrogate(*((4, 20) if config.quick else (16, 200))),
         }
         for name, made in wide.items():
             missing = [number for number in config.probes if not ranked.has(network=name, probes=number)]
             bar.update(step, description=f"probes: {name}")
-            for row in probes.agreements(*made(), missing) if missing else ():
+            for row in agreements(*made(), missing) if missing else ():
                 ranked.add([{"network": name} | row])
     figure(rows.frame(), ranked.frame(), config.output / "benchmark.png")
-    console = report.console()
-    for table in tables(rows.frame(), ranked.frame()):
-        console.print(table)
-    console.print(f"results.csv, probes.csv, config.json and benchmark.png are in {config.output}/")
+    report.console().print(*tables(rows.frame(), ranked.frame()), sep="\n")
+    report.console().print(f"results.csv, probes.csv, config.json and benchmark.png are in {config.output}/")
 
 
-def cases(config: Config) -> list[Case]:
-    """Every network and number of samples to be scored, and the one that is pruned."""
+def cases(config: Config) -> Iterator[tuple[str, int, tuple[int, ...], int]]:
+    """Where along which axis, widths and samples: every network to be scored, and the one that is pruned."""
     hidden, samples = config.base[:-1], config.base_samples
-    return [
-        *(Case("samples", count, config.base, count) for count in config.samples),
-        *(Case("outputs", outputs, (*hidden, outputs), samples) for outputs in config.outputs),
-        *(Case("width", width, (width,) * 4 + (10,), samples) for width in config.widths),
-        *(Case("depth", depth, (512,) * depth + (10,), samples) for depth in config.depths),
-        Case("pruning", 0, config.base, samples),
-    ]
+    yield from (("samples", count, config.base, count) for count in config.samples)
+    yield from (("outputs", outputs, (*hidden, outputs), samples) for outputs in config.outputs)
+    yield from (("width", width, (width,) * 4 + (10,), samples) for width in config.widths)
+    yield from (("depth", depth, (512,) * depth + (10,), samples) for depth in config.depths)
+    yield "pruning", 0, config.base, samples
 
 
 def scoring(widths: tuple[int, ...], numbers_of_probes: tuple[int, ...]) -> list[Method]:
     """What is timed on a network of these widths; the slow ways only where they are bearable."""
     # The multiply-adds of a sample's outputs, and of a pass back to the first layer's neurons.
     forward, back = (sum(map(math.prod, itertools.pairwise(some))) for some in (widths, widths[1:]))
-    outputs, of_jacobian = widths[-1], widths[-1] * forward
-    ec, exact = score.elimination_compensation, 3 * forward + outputs * back
+    of_jacobian, back_from_all = widths[-1] * forward, widths[-1] * back
+    ec, exact = score.elimination_compensation, 3 * forward + back_from_all
     found = [
-        Method("forward pass", _of(jax.jit(lambda network, *given: network(*given), static_argnums=0)), forward),
+        Method("forward pass", jax.jit(lambda network, *given: network(*given), static_argnums=0), forward),
         Method(GRADIENT, gradient_pass, 2 * forward + back),
-        Method("optimal brain damage", _of(score.optimal_brain_damage), exact),
-        Method("EC", _of(ec), exact),
-        Method("EC (Fisher)", _of(ec, metric="fisher"), exact),
+        Method("optimal brain damage", score.optimal_brain_damage, exact),
+        Method("EC", ec, exact),
+        Method("EC (Fisher)", functools.partial(ec, metric="fisher"), exact),
     ]
-    for number in numbers_of_probes if outputs >= 1000 else (1,):
-        call = _of(ec, probes=number, key=jax.random.key(3))
+    for number in numbers_of_probes if widths[-1] >= 1000 else (1,):
+        call = functools.partial(ec, probes=number, key=jax.random.key(3))
         found.append(Method(f"EC, {number} probe{'s' * (number > 1)}", call, 3 * forward + number * back))
     if of_jacobian < 3e8:
-        call, few = _of(jacobian_scores, at_once=max(int(3e7 // of_jacobian), 1)), max(int(2e8 // of_jacobian), 2)
-        found.append(Method(JACOBIANS, call, forward + of_jacobian + outputs * back, few))
+        call = functools.partial(jacobian_scores, at_once=max(int(3e7 // of_jacobian), 1))
+        few = max(int(2e8 // of_jacobian), 2)
+        found.append(Method(JACOBIANS, call, forward + of_jacobian + back_from_all, few))
     if forward < 4e4:
-        call, few = _of(score.elimination_compensation_by_definition), max(int(1e10 // forward**2), 1)
-        found.append(Method(DEFINITION, call, forward**2, few))
+        few = max(int(1e10 // forward**2), 1)
+        found.append(Method(DEFINITION, score.elimination_compensation_by_definition, forward**2, few))
     return found
 
 
 def pruning(config: Config) -> list[Method]:
     """Pruning to a tenth of the weights, from scores to repaired params, and a gradient pass to compare with."""
 
-    def one_shot(network, params, inputs, _):
+    def one_shot(network, params, inputs):
         scores = score.elimination_compensation(network, params, inputs, metric="fisher")
         return prune.one_shot(params, scores, 0.9)
 
-    def gradients(network, params, inputs, labels):
-        few = slice(config.gradients)
-        return surgeon.loss_gradients(network, params, inputs[few], labels[few], cross_entropy)
-
-    def woodfisher(network, params, *samples):
-        rows = gradients(network, params, *samples)
+    def brain_surgeon(network, params, inputs, *, combinatorial):
+        few = inputs[: config.gradients]
+        labels = jnp.arange(len(few)) % config.base[-1]
+        rows = surgeon.loss_gradients(network, params, few, labels, cross_entropy)
+        if combinatorial:
+            masks = surgeon.combinatorial_selection(params, rows, 0.9, start="magnitude", key=jax.random.key(0))
+            return surgeon.combinatorial_update(params, masks, rows)
         masks = prune.one_shot(params, surgeon.brain_surgeon_saliency(params, rows), 0.9).masks
         return surgeon.brain_surgeon_update(params, masks, rows)
 
-    def combinatorial(network, params, *samples):
-        rows = gradients(network, params, *samples)
-        masks = surgeon.combinatorial_selection(params, rows, 0.9, start="magnitude", key=jax.random.key(0))
-        return surgeon.combinatorial_update(params, masks, rows)
-
-    calls = {"EC, one shot": one_shot}
+    found = [method for method in scoring(config.base, ()) if method.name == GRADIENT]
+    found.append(Method("EC, one shot", one_shot))
     for repair in prune.REPAIRS:
-        staged = _of(prune.staged, sparsity=0.9, stages=config.stages, repair=repair, metric="fisher")
-        calls[f"EC, {config.stages} stages{f', {repair}' if repair else ''}"] = staged
-    calls[f"WoodFisher, {config.gradients} gradients"] = woodfisher
-    calls[f"CBS-S + CBS-U, {config.gradients} gradients"] = combinatorial
-    reference = [method for method in scoring(config.base, ()) if method.name == GRADIENT]
-    return reference + [Method(name, call, math.nan) for name, call in calls.items()]  # they stop when they are done
-
-
-def _of(call: Callable, **options: Any) -> Callable:
-    """A call that needs no labels, as one that gets them."""
-    return lambda network, params, inputs, _: call(network, params, inputs, **options)
+        call = functools.partial(prune.staged, sparsity=0.9, stages=config.stages, repair=repair, metric="fisher")
+        found.append(Method(f"EC, {config.stages} stages{f', {repair}' if repair else ''}", call))
+    for name, combinatorial in {"WoodFisher": False, "CBS-S + CBS-U": True}.items():
+        call = functools.partial(brain_surgeon, combinatorial=combinatorial)
+        found.append(Method(f"{name}, {config.gradients} gradients", call))
+    return found
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def gradient_pass(network: Network, params: Params, inputs: Array, labels: Array) -> Params:
+def gradient_pass(network: Network, params: Params, inputs: Array) -> Params:
     """What everything is measured in: the gradient of a mean loss with respect to all params."""
+    labels = jnp.arange(len(inputs)) % jax.eval_shape(network, params, inputs).shape[1]  # each class in turn
     return jax.grad(lambda params: cross_entropy(network(params, inputs), labels).mean())(params)
 
 
@@ -224,35 +208,93 @@ def jacobian_scores(network: Network, params: Params, inputs: Array, *, at_once:
 
 
 @functools.lru_cache(maxsize=1)
-def problem(widths: tuple[int, ...], samples: int) -> tuple[Network, Params, Array, Array]:
-    """A fresh network with random inputs and labels: costs do not depend on the values."""
+def problem(widths: tuple[int, ...], samples: int) -> tuple[Network, Params, Array]:
+    """A fresh network with random inputs: costs do not depend on the values."""
     inputs = jax.random.uniform(jax.random.key(0), (samples, widths[0]))
-    labels = jax.random.randint(jax.random.key(1), (samples,), 0, widths[-1])
     mlp = networks.MLP(widths[1:])
-    return _pure(mlp), mlp.init(jax.random.key(2), inputs[:1])["params"], inputs, labels
+    return networks.pure(mlp), mlp.init(jax.random.key(2), inputs[:1])["params"], inputs
 
 
-_pure = functools.cache(networks.pure)  # once for each network, as what is compiled belongs to it
-
-
-def measured(case: Case, method: Method, rounds: int, seconds: float) -> dict[str, float]:
-    """What a method costs in a case; what ran on a part of the samples is scaled up to all."""
-    network, *given = problem(case.widths, case.samples)
-    part = min(method.samples or case.samples, case.samples)
-    some = given[0], *(array[:part] for array in given[1:])
-    gradient = functools.partial(gradient_pass, network, *given)
-    call = gradient if method.name == GRADIENT else functools.partial(method.call, network, *some)
-    taken, of_gradient, process_bytes = cost.by_turns(call, gradient, rounds=rounds, seconds=seconds)
-    uncounted = math.isnan(method.multiply_adds)
+def measured(method: Method, given: tuple[Network, Params, Array], rounds: int, seconds: float) -> dict[str, float]:
+    """What a method costs; what ran on a part of the samples is scaled up to all."""
+    network, params, inputs = given
+    part = inputs[: min(method.samples, len(inputs))]
+    scale, gradient = len(inputs) / len(part), functools.partial(gradient_pass, *given)
+    call = gradient if method.name == GRADIENT else functools.partial(method.call, network, params, part)
+    taken, of_gradient, process_bytes = by_turns(call, gradient, rounds=rounds, seconds=seconds)
+    memory = None
+    if not math.isnan(method.multiply_adds):  # pruning is more than one program
+        compiled = jax.jit(functools.partial(method.call, network)).lower(params, part).compile()
+        memory = compiled.memory_analysis()  # None where XLA gives no account
     return {
-        "seconds": taken * case.samples / part,
-        "gradient_passes": taken * case.samples / part / of_gradient,
-        "multiply_adds": method.multiply_adds * case.samples,
-        "compiler_bytes": math.nan
-        if uncounted
-        else cost.compiler_bytes(functools.partial(method.call, network), *some),
+        "seconds": taken * scale,
+        "gradient_passes": taken * scale / of_gradient,
+        "multiply_adds": method.multiply_adds * len(inputs),
+        "compiler_bytes": memory.temp_size_in_bytes + memory.output_size_in_bytes if memory else math.nan,
         "process_bytes": process_bytes,
     }
+
+
+def by_turns(call: Callable, reference: Callable, *, rounds: int, seconds: float) -> tuple[float, float, float]:
+    """The median seconds of two calls, and by how many bytes the first raises the resident memory of the process.
+
+    They take turns, so that a slow moment of the machine hits both, after a first time for the compiler.
+    """
+    times = []
+    _seconds(call), _seconds(reference)
+    while not times or (len(times) < rounds and np.sum(times) < seconds):
+        before = math.nan if times else _peak_bytes(reset=True)
+        taken = _seconds(call)
+        memory = memory if times else _peak_bytes() - before
+        times.append((taken, taken if reference is call else _seconds(reference)))
+    return *np.median(times, axis=0).tolist(), memory
+
+
+def _seconds(call: Callable) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
+def _peak_bytes(*, reset: bool = False) -> float:
+    """The peak of the resident memory, which a reset sets to what is in use now; NaN where Linux is not."""
+    with contextlib.suppress(OSError, AttributeError):
+        if reset:
+            ctypes.CDLL(None).malloc_trim(0)  # or what an earlier call has freed would be there already
+            Path("/proc/self/clear_refs").write_text("5")
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    return math.nan
+
+
+def agreements(network: Network, params: Params, inputs: Array, numbers: Sequence[int]) -> Iterator[dict[str, float]]:
+    """How the ranking by so many probes agrees with the exact one, a row for each number: the mean of three keys."""
+    exact = score.elimination_compensation(network, params, inputs)
+    for probes in numbers:
+        draw = functools.partial(score.elimination_compensation, network, params, inputs, probes=probes)
+        found = [agreement(params, exact, draw(key=jax.random.key(seed))) for seed in range(3)]
+        spearman, overlap = np.mean(found, axis=0).tolist()
+        yield {"probes": probes, "spearman": spearman, "overlap": overlap}
+
+
+def agreement(params: Params, exact: score.Scores, found: score.Scores) -> tuple[float, float]:
+    """Spearman's rank correlation of two importances, and the share of the weights kept at 0.9 that both keep."""
+    importance, other = (pd.Series(ravel_pytree(scores.importance)[0]) for scores in (exact, found))
+    kept, also = (ravel_pytree(prune.one_shot(params, scores, 0.9).masks)[0] for scores in (exact, found))
+    return importance.corr(other, method="spearman"), float((kept & also).sum() / kept.sum())
+
+
+def surrogate(concentrations: int, epochs: int) -> tuple[Network, Params, Array]:
+    """A network that has learnt, from a place and the concentration at first, that at 1,000 times."""
+    places, times, first = 64, 1000, np.linspace(0, 0.2, concentrations)
+    instants = np.linspace(0, diffusion_sorption.LAST_TIME, times + 1)[1:]
+    solutions = [diffusion_sorption.solve(cells=places, times=instants, initial_concentration=u) for u in first]
+    x, start = np.meshgrid((np.arange(places) + 0.5) / places, first / 0.2)
+    inputs = np.stack([x, start], -1).reshape(-1, 2).astype(np.float32)
+    targets = np.concatenate([solution.T for solution in solutions]).astype(np.float32)
+    mlp = networks.MLP((64, 64, times), jnp.tanh)
+    network, params = networks.pure(mlp), mlp.init(jax.random.key(0), inputs[:1])["params"]
+    fit = {"loss": optax.squared_error, "optimizer": optax.adam(1e-3), "key": jax.random.key(1), "batch_size": 64}
+    return network, train.fit(network, params, inputs, targets, epochs=epochs, **fit).params, jnp.asarray(inputs)
 
 
 def tables(frame: pd.DataFrame, ranking: pd.DataFrame) -> Iterator[Table]:
@@ -262,57 +304,53 @@ def tables(frame: pd.DataFrame, ranking: pd.DataFrame) -> Iterator[Table]:
         what = "pruning to 0.9" if axis == "pruning" else f"{axis} {value:,}"
         of_gradient = chosen.loc[chosen["method"] == GRADIENT, "multiply_adds"].item()
         columns = {
-            "one call": (chosen["method"].str.ljust(32), "{}"),
-            "median (ms)": (1e3 * chosen["seconds"], "{:,.1f}"),
-            "gradient passes": (chosen["gradient_passes"], "{:,.2f}"),
-            "multiply-adds\nin gradient passes": (chosen["multiply_adds"] / of_gradient, "{:,.2f}"),
-            "XLA (MB)": (chosen["compiler_bytes"] / 1e6, "{:,.0f}"),
-            "process (MB)": (chosen["process_bytes"] / 1e6, "{:,.0f}"),
+            "one call": ("{:32}", chosen["method"]),
+            "median (ms)": ("{:,.1f}", 1e3 * chosen["seconds"]),
+            "gradient passes": ("{:,.2f}", chosen["gradient_passes"]),
+            "multiply-adds\nin gradient passes": ("{:,.2f}", chosen["multiply_adds"] / of_gradient),
+            "XLA (MB)": ("{:,.0f}", chosen["compiler_bytes"] / 1e6),
+            "process (MB)": ("{:,.0f}", chosen["process_bytes"] / 1e6),
         }
         yield _table(f"{what}: MLP {layers}, {samples:,} samples, {jax.devices()[0].device_kind}", columns)
     if len(ranking):
-        formats = {"network": "{}", "probes": "{:d}", "spearman": "{:.4f}", "overlap": "{:.3f}"}
+        formats = {"network": "{}", "probes": "{}", "spearman": "{:.4f}", "overlap": "{:.3f}"}
         title = "probes against the exact ranking, networks of 1,000 outputs, mean of three keys"
-        yield _table(title, {name: (ranking[name], text) for name, text in formats.items()})
+        yield _table(title, {name: (text, ranking[name]) for name, text in formats.items()})
 
 
-def _table(title: str, columns: dict[str, tuple[pd.Series, str]]) -> Table:
-    table = Table(title=title)
-    for name, (_, text) in columns.items():
-        table.add_column(name, justify="left" if text == "{}" else "right")
-    for row in zip(*(column.map(text.format, "ignore").fillna("") for column, text in columns.values()), strict=True):
+def _table(title: str, columns: dict[str, tuple[str, pd.Series]]) -> Table:
+    first, *numbers = columns
+    table = Table(first, *(Column(name, justify="right") for name in numbers), title=title)
+    for row in zip(*(values.map(text.format, "ignore").fillna("") for text, values in columns.values()), strict=True):
         table.add_row(*row)
     return table
 
 
 def figure(frame: pd.DataFrame, ranking: pd.DataFrame, path: Path) -> None:
     """Times in gradient passes along each axis, memory against samples, and what probes are worth."""
-    frame = frame[frame["axis"] != "pruning"].assign(megabytes=frame["compiler_bytes"] / 1e6)
-    styles = dict(zip(frame["method"].unique(), zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS)), strict=False))
+    partly = frame["method"].isin([JACOBIANS, DEFINITION])
+    frame = frame.assign(megabytes=frame["compiler_bytes"].mask(partly) / 1e6)
+    frame["method"] += np.where(partly, " (part of the samples)", "")
+    methods = frame.loc[frame["axis"] != "pruning", "method"].unique()
+    styles = [marker + (":" if "part" in name else "-") for name, marker in zip(methods, MARKERS * 2, strict=False)]
+    canvas, axes = plt.subplots(3, 2, figsize=(10, 12), layout="constrained")
     shown = [(axis, "gradient_passes", "time (gradient passes)") for axis in AXES]
     shown.append(("samples", "megabytes", "memory of one call by XLA (MB)"))
-    canvas, axes = plt.subplots(3, 2, figsize=(10, 12), layout="constrained")
     for panel, (axis, column, label) in zip(axes.flat, shown, strict=False):
-        for method, chosen in frame[frame["axis"] == axis].groupby("method", sort=False):
-            partly = method in (JACOBIANS, DEFINITION)
-            if partly and column == "megabytes":
-                continue
-            colour, marker = styles[method]
-            style = {"color": colour, "marker": marker, "mfc": "none", "linestyle": ":" if partly else "-"}
-            name = f"{method} (part of the samples)" if partly else method
-            panel.plot(chosen["value"], chosen[column], label=name, **style)
-        panel.set(xlabel=AXES[axis], ylabel=label, yscale="log", xscale="linear" if axis == "depth" else "log")
-    named = {name: line for panel in axes.flat for line, name in zip(*panel.get_legend_handles_labels(), strict=True)}
-    canvas.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False)
+        curves = frame[frame["axis"] == axis].pivot(index="value", columns="method", values=column)
+        if len(curves):
+            options = {"style": styles, "color": COLOURS, "mfc": "none", "logx": axis != "depth", "logy": True}
+            curves.reindex(columns=methods).plot(ax=panel, legend=False, **options)
+            panel.set(xlabel=AXES[axis], ylabel=label)
+    lines = next((panel.get_legend_handles_labels() for panel in axes.flat if panel.has_data()), ([], []))
+    canvas.legend(*lines, loc="outside lower center", ncols=3, frameon=False)
     if len(ranking):
-        last = axes.flat[-1]
-        for (name, chosen), colour in zip(ranking.groupby("network", sort=False), COLOURS[2:], strict=False):
-            last.plot(chosen["probes"], chosen["spearman"], "o-", color=colour, label=f"{name}: Spearman")
-            last.plot(
-                chosen["probes"], chosen["overlap"], "s--", color=colour, label=f"{name}: same weights kept at 0.9"
-            )
-        last.set(xscale="log", xlabel="probes, K = 1,000", ylabel="agreement with the exact ranking")
-        last.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
+        words = {"spearman": "Spearman", "overlap": "same weights kept at 0.9"}
+        curves = ranking.rename(columns=words).pivot(index="probes", columns="network")
+        curves.columns = [f"{network}: {measure}" for measure, network in curves.columns]
+        curves.plot(ax=axes[-1, -1], style=["o-", "o-", "s--", "s--"], color=COLOURS[2:4] * 2, logx=True)
+        axes[-1, -1].set(xlabel="probes, K = 1,000", ylabel="agreement with the exact ranking")
+        axes[-1, -1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
     for panel in axes.flat:
         panel.set_visible(panel.has_data())
         panel.grid(which="both", alpha=0.2)

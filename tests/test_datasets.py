@@ -6,6 +6,7 @@ import os
 import socket
 import struct
 import threading
+import tracemalloc
 import urllib.request
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from ecjax import moments, networks, score
-from experiments.datasets import Dataset, choose, digits, hold_out, idx, mnist
+from experiments.datasets import Dataset, choose, digits, hold_out, mnist
 from experiments.datasets.mnist_builder import MnistIdx
 
 MNIST = os.environ.get("ECJAX_DATA_DIR")
@@ -29,30 +30,26 @@ def small():
     """The digits in the four files of MNIST: what each must be, and its bytes."""
     data = digits.load()
     arrays = {
-        "train_images": data.train_inputs.reshape(-1, 8, 8) * 16,
-        "train_labels": data.train_targets,
-        "test_images": data.test_inputs.reshape(-1, 8, 8) * 16,
-        "test_labels": data.test_targets,
+        "t10k-labels-idx1-ubyte": data.test_targets,
+        "train-labels-idx1-ubyte": data.train_targets,
+        "t10k-images-idx3-ubyte": data.test_inputs.reshape(-1, 8, 8) * 16,
+        "train-images-idx3-ubyte": data.train_inputs.reshape(-1, 8, 8) * 16,
     }
-    contents = {part: payload(arrays[part].astype(np.uint8)) for part in mnist.FILES}
-    files = {
-        part: idx.IdxFile(mnist.FILES[part].name, arrays[part].shape, hashlib.sha256(content).hexdigest())
-        for part, content in contents.items()
-    }
+    contents = {name: payload(arrays[name].astype(np.uint8)) for name in mnist.FILES}
+    files = {name: (arrays[name].shape, hashlib.sha256(content).hexdigest()) for name, content in contents.items()}
     return files, contents
 
 
 @pytest.fixture
 def folder(small, tmp_path):
     """A folder with those files, two of them gzipped."""
-    files, contents = small
     folder = tmp_path / "idx"
     folder.mkdir()
-    for part, content in contents.items():
-        if "images" in part:
-            (folder / f"{files[part].name}.gz").write_bytes(gzip.compress(content))
+    for name, content in small[1].items():
+        if "images" in name:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
         else:
-            (folder / files[part].name).write_bytes(content)
+            (folder / name).write_bytes(content)
     return folder
 
 
@@ -83,40 +80,53 @@ def test_digits_are_split_the_same_way_each_time():
         np.testing.assert_array_equal(part, other)
 
 
+@pytest.mark.usefixtures("prepared")
 def test_reads_idx_plain_and_gzipped(small, folder):
-    files, contents = small
-    for part, file in files.items():
-        array = idx.read(idx.locate(folder, file), file)
+    for name, content in small[1].items():
+        array = mnist.read(folder, name)
         assert array.dtype == np.uint8
-        assert payload(array) == contents[part]
+        assert payload(array) == content
 
 
-@pytest.mark.parametrize("part", ["train_images", "train_labels"])
-def test_refuses_truncated_corrupt_and_foreign_files_by_name(part, small, folder):
-    file = small[0][part]
-    path = idx.locate(folder, file)
+@pytest.mark.usefixtures("prepared")
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"])
+def test_refuses_truncated_corrupt_and_foreign_files_by_name(name, folder):
+    path = mnist.find(folder, name)
     whole = path.read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
-    for bad in (whole[: len(whole) // 2], bytes(flipped), whole + b"more" * 9, b"", b"<html>not found</html>"):
-        path.write_bytes(bad)
-        with pytest.raises(ValueError, match=f"{path.name}.*(fetch it again)"):
-            idx.read(path, file)
+    bad = (
+        whole[: len(whole) // 2],
+        bytes(flipped),
+        whole + b"more" * 9,
+        whole + b"m" * 999,
+        b"",
+        b"<html>not found</html>",
+    )
+    for content in bad:
+        path.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=f"^{path} .*{name}.*(fetch it again)|{path} can't be read.*(fetch it again)"
+        ):
+            mnist.read(folder, name)
 
 
-def test_a_huge_file_is_not_read_to_its_end(small, folder):
-    file = small[0]["train_images"]
-    path = idx.locate(folder, file)
-    path.write_bytes(gzip.compress(bytes(50_000_000)))
-    with pytest.raises(ValueError, match=r"should hold .* bytes decompressed and holds more"):
-        idx.read(path, file)
+@pytest.mark.usefixtures("prepared")
+def test_a_huge_file_is_not_read_to_its_end(folder):
+    name = "train-images-idx3-ubyte"
+    mnist.find(folder, name).write_bytes(gzip.compress(bytes(50_000_000)))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=f"not {name}, but truncated, corrupt or another file; fetch it again"):
+        mnist.read(folder, name)
+    assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    tracemalloc.stop()
 
 
-def test_names_a_missing_file(small, folder):
-    file = small[0]["test_labels"]
-    (folder / file.name).unlink()
+def test_names_a_missing_file(folder):
+    name = "t10k-labels-idx1-ubyte"
+    (folder / name).unlink()
     with pytest.raises(FileNotFoundError, match=r"t10k-labels-idx1-ubyte nor t10k-labels-idx1-ubyte\.gz"):
-        idx.locate(folder, file)
+        mnist.read(folder, name)
 
 
 def test_held_out_samples_are_the_last_sixth_of_the_training_part():
@@ -131,12 +141,12 @@ def test_held_out_samples_are_the_last_sixth_of_the_training_part():
 
 def test_the_builder_prepares_the_same_bytes_and_keeps_the_files(small, folder, prepared, builder):
     builder.download_and_prepare()
-    for split in ("train", "test"):
+    for split, part in {"train": "train", "test": "t10k"}.items():
         records = list(builder.as_data_source(split=split))
         images = np.stack([record["image"] for record in records])
         labels = np.array([record["label"] for record in records], np.uint8)
-        assert payload(images) == small[1][f"{split}_images"]
-        assert payload(labels) == small[1][f"{split}_labels"]
+        assert payload(images) == small[1][f"{part}-images-idx3-ubyte"]
+        assert payload(labels) == small[1][f"{part}-labels-idx1-ubyte"]
     for path in folder.iterdir():
         assert (prepared / path.name).read_bytes() == path.read_bytes()
 
@@ -188,8 +198,8 @@ def test_damage_to_what_was_prepared_is_named_with_the_remedy(folder, prepared, 
     assert choose.load("mnist", folder).name == "MNIST"
 
 
-def test_a_failed_preparation_leaves_nothing_that_passes_for_whole(small, folder, prepared, builder):
-    path = idx.locate(folder, small[0]["test_images"])
+def test_a_failed_preparation_leaves_nothing_that_passes_for_whole(folder, prepared, builder):
+    path = mnist.find(folder, "t10k-images-idx3-ubyte")
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
     with pytest.raises(ValueError, match="t10k-images"):
@@ -261,8 +271,7 @@ def server(monkeypatch):
 
 
 def test_downloads_are_checked_and_prepared(small, prepared, server):
-    files, contents = small
-    server.files = {f"{file.name}.gz": gzip.compress(contents[part]) for part, file in files.items()}
+    server.files = {f"{name}.gz": gzip.compress(content) for name, content in small[1].items()}
     data = choose.load("mnist")
     assert data.name == "MNIST"
     np.testing.assert_array_equal(data.test_targets, digits.load().test_targets)
@@ -280,13 +289,13 @@ def test_downloads_are_checked_and_prepared(small, prepared, server):
     ids=["not found", "unavailable", "page", "other file"],
 )
 def test_a_portal_in_place_of_the_server_falls_to_the_digits(answer, server, capsys):
-    server.files = {f"{file.name}.gz": answer for file in mnist.FILES.values()}
+    server.files = {f"{name}.gz": answer for name in mnist.FILES}
     falls_to_the_digits(capsys)
     assert len(server.asked) == 1
 
 
 def test_a_network_that_breaks_off_falls_to_the_digits(small, prepared, server, capsys):
-    server.files = {f"{file.name}.gz": gzip.compress(small[1][part]) for part, file in small[0].items()}
+    server.files = {f"{name}.gz": gzip.compress(content) for name, content in small[1].items()}
     server.files["train-images-idx3-ubyte.gz"] = server.files["train-images-idx3-ubyte.gz"][:3000]
     assert choose.load("mnist").name == "digits"
     assert "no train-images-idx3-ubyte.gz from http" in capsys.readouterr().err

@@ -48,10 +48,10 @@ def test_the_solution_agrees_with_bdf(cells, initial_concentration):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cells": 1}, "cells is 1; at least 2"),
-        ({"times": np.array([1.0, 1.0])}, r"times must increase within \[0, 500\]"),
-        ({"times": np.array([1.0, 501.0])}, r"times must increase within \[0, 500\]"),
-        ({"initial_concentration": 0.3}, r"initial_concentration is 0.3; it must be in \[0, 0.2\]"),
+        ({"cells": 1}, "cells=1, .*at least 2 cells"),
+        ({"times": np.array([1.0, 1.0])}, r"times=.*times that increase within \[0, 500\]"),
+        ({"times": np.array([1.0, 501.0])}, r"times=.*times that increase within \[0, 500\]"),
+        ({"initial_concentration": 0.3}, r"initial_concentration=0.3: .* 0 to 0.2"),
     ],
 )
 def test_refuses_what_the_equation_does_not_cover(change, message):

@@ -18,12 +18,27 @@ from safetensors.numpy import save
 
 from ecjax import compact, networks
 from ecjax.compact import files
-from experiments.datasets import choose, idx, mnist
+from experiments.datasets import choose, mnist
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 4, 3), np.uint8)
-CONTENT = idx.header(IMAGES.shape) + IMAGES.tobytes()
-FILE = idx.IdxFile("images-idx3-ubyte", IMAGES.shape, hashlib.sha256(CONTENT).hexdigest())
+NAME = "images-idx3-ubyte"
 MEGABYTE = 2**20
+
+
+def header(shape: tuple[int, ...]) -> bytes:
+    """The header of an idx file of unsigned bytes."""
+    return struct.pack(f">BBBB{len(shape)}I", 0, 0, 0x08, len(shape), *shape)
+
+
+CONTENT = header(IMAGES.shape) + IMAGES.tobytes()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_images():
+    """Puts a small file in place of those of MNIST."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mnist, "FILES", {NAME: (IMAGES.shape, hashlib.sha256(CONTENT).hexdigest())})
+        yield
 
 
 @contextlib.contextmanager
@@ -51,7 +66,10 @@ def written(path: Path, content: bytes) -> Path:
 
 
 def read(path: Path) -> np.ndarray:
-    return idx.read(path, FILE)
+    """Reads the one file of its folder."""
+    for other in {NAME, f"{NAME}.gz"} - {path.name}:
+        (path.parent / other).unlink(missing_ok=True)
+    return mnist.read(path.parent, NAME)
 
 
 def with_flipped(content: bytes, bit: int) -> bytes:
@@ -60,7 +78,7 @@ def with_flipped(content: bytes, bit: int) -> bytes:
     return bytes(flipped)
 
 
-@pytest.mark.parametrize("name", [FILE.name, f"{FILE.name}.gz"])
+@pytest.mark.parametrize("name", [NAME, f"{NAME}.gz"])
 def test_idx_truncated_at_every_length(name, tmp_path):
     whole = gzip.compress(CONTENT) if name.endswith("gz") else CONTENT
     (tmp_path / name).write_bytes(whole)
@@ -71,12 +89,12 @@ def test_idx_truncated_at_every_length(name, tmp_path):
 
 def test_idx_with_any_flipped_bit(tmp_path):
     for bit in range(8 * len(CONTENT)):
-        refuses(read, tmp_path / FILE.name, with_flipped(CONTENT, bit))
+        refuses(read, tmp_path / NAME, with_flipped(CONTENT, bit))
 
 
 def test_gzipped_idx_with_any_flipped_bit_is_refused_or_holds_the_same(tmp_path):
     """A few bits of a gzip file say nothing of what is in it: its time, its system, what fills the last byte."""
-    whole, path, passed = gzip.compress(CONTENT), tmp_path / f"{FILE.name}.gz", []
+    whole, path, passed = gzip.compress(CONTENT), tmp_path / f"{NAME}.gz", []
     for bit in range(8 * len(whole)):
         path.write_bytes(with_flipped(whole, bit))
         try:
@@ -90,35 +108,35 @@ def test_gzipped_idx_with_any_flipped_bit_is_refused_or_holds_the_same(tmp_path)
 @given(content=st.binary(max_size=200))
 def test_idx_of_anything_else(content, tmp_path_factory):
     folder = tmp_path_factory.mktemp("idx")
-    refuses(read, folder / FILE.name, content)
-    refuses(read, folder / f"{FILE.name}.gz", content)
-    refuses(read, folder / f"{FILE.name}.gz", gzip.compress(content))
+    refuses(read, folder / NAME, content)
+    refuses(read, folder / f"{NAME}.gz", content)
+    refuses(read, folder / f"{NAME}.gz", gzip.compress(content))
 
 
 @pytest.mark.parametrize("dimensions", [(2**31, 2**31, 1), (2**32 - 1,) * 3, (0, 4, 3), (5, 3, 4), (60,)])
 def test_idx_that_declares_other_dimensions(dimensions, tmp_path):
     with promptly(MEGABYTE):
-        refuses(read, tmp_path / FILE.name, idx.header(dimensions) + IMAGES.tobytes())
+        refuses(read, tmp_path / NAME, header(dimensions) + IMAGES.tobytes())
 
 
 @pytest.mark.parametrize("magic", [b"\0\0\x0d\3", b"\1\0\x08\3", b"\0\0\x08\2", b"\x89PNG", b"PK\3\4", b"<htm"])
 def test_idx_of_another_magic(magic, tmp_path):
-    refuses(read, tmp_path / FILE.name, magic + CONTENT[4:])
+    refuses(read, tmp_path / NAME, magic + CONTENT[4:])
 
 
 def test_a_gzip_bomb_is_not_unpacked(tmp_path):
     bomb = gzip.compress(CONTENT + bytes(200 * MEGABYTE), 1)
     with promptly(4 * MEGABYTE):
-        refuses(read, tmp_path / f"{FILE.name}.gz", bomb)
-        refuses(read, tmp_path / f"{FILE.name}.gz", gzip.compress(CONTENT) * 2)
-    with pytest.raises(ValueError, match="holds more"):
-        read(tmp_path / f"{FILE.name}.gz")
+        refuses(read, tmp_path / f"{NAME}.gz", bomb)
+        refuses(read, tmp_path / f"{NAME}.gz", gzip.compress(CONTENT) * 2)
 
 
 def test_a_command_names_the_damaged_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(mnist, "FILES", {"train_images": FILE})
-    (tmp_path / FILE.name).write_bytes(CONTENT[:-1])
-    with pytest.raises(SystemExit, match=f"{FILE.name} should hold 76 bytes decompressed and holds only 75"):
+    name = "train-images-idx3-ubyte"
+    monkeypatch.setattr(mnist, "FILES", {name: mnist.FILES[NAME]})
+    (tmp_path / name).write_bytes(CONTENT[:-1])
+    message = f"{tmp_path / name} is not {name}, but truncated, corrupt or another file; fetch it again"
+    with pytest.raises(SystemExit, match=message):
         choose.load_or_exit("mnist", tmp_path)
 
 

@@ -25,11 +25,8 @@ def load(name: str, folder: Path | None = None) -> Dataset:
     try:
         return LOADERS[name](folder)
     except mnist.UnavailableError as reason:
-        print(
-            f"MNIST could not be fetched ({reason}), so this runs on scikit-learn's digits; to provide it, put its "
-            "four idx files in a folder and name that with --data-dir or ECJAX_DATA_DIR",
-            file=sys.stderr,
-        )
+        words = f"MNIST could not be fetched ({reason}), so this runs on scikit-learn's digits; to provide it, put its"
+        print(f"{words} four idx files in a folder and name that with --data-dir or ECJAX_DATA_DIR", file=sys.stderr)
         return digits.load()
 
 

@@ -16,21 +16,15 @@ from jaxtyping import Float
 
 from experiments.datasets import Dataset
 
-DIFFUSION = 5e-4
-POROSITY = 0.29
-BULK_DENSITY = 2880.0
-FREUNDLICH_K = 3.5e-4
-FREUNDLICH_EXPONENT = 0.874
+DIFFUSION, POROSITY, BULK_DENSITY = 5e-4, 0.29, 2880.0
+FREUNDLICH_K, FREUNDLICH_EXPONENT = 3.5e-4, 0.874
 LAST_TIME = 500.0
 
 
 def load(
     *, noise: float, cells: int = 256, times: int = 101, initial_concentration: float = 0.1, seed: int = 0
 ) -> Dataset:
-    """Points (x, t) scaled to [0, 1]: 80 % of them with u + U(−noise, noise) to train on, the others with u to test on.
-
-    The cells in x and the times in (0, 500] are equally spaced; the seed draws the points and the noise.
-    """
+    """Points (x, t), evenly spaced, scaled to [0, 1]: 80 % with u + U(−noise, noise) to train on, the others with u."""
     instants = np.linspace(0, LAST_TIME, times + 1)[1:]
     exact = solve(cells=cells, times=instants, initial_concentration=initial_concentration)
     x, t = np.meshgrid((np.arange(cells) + 0.5) / cells, instants / LAST_TIME)
@@ -42,44 +36,30 @@ def load(
     return Dataset("diffusion-sorption", inputs[train], targets[train] + error, inputs[test], targets[test])
 
 
-def retardation(concentration):
-    """``R(u)``, by which sorption slows the diffusion down."""
-    factor = (1 - POROSITY) / POROSITY * BULK_DENSITY * FREUNDLICH_K * FREUNDLICH_EXPONENT
-    return 1 + factor * (concentration + 1e-6) ** (FREUNDLICH_EXPONENT - 1)
-
-
 def time_derivative(_time, concentration, _):
     """``∂u/∂t`` of the cells, with 1 in the left ghost cell and ``D (u_{N−1} − u_N)/Δx`` in the right one."""
     width = 1 / concentration.shape[0]
     right = DIFFUSION * (concentration[-2] - concentration[-1]) / width
     padded = jnp.concatenate([jnp.ones_like(concentration[:1]), concentration, right[None]])
     second_difference = (padded[:-2] - 2 * padded[1:-1] + padded[2:]) / width**2
-    return DIFFUSION / retardation(concentration) * second_difference
+    sorption = (1 - POROSITY) / POROSITY * BULK_DENSITY * FREUNDLICH_K * FREUNDLICH_EXPONENT
+    retardation = 1 + sorption * (concentration + 1e-6) ** (FREUNDLICH_EXPONENT - 1)
+    return DIFFUSION / retardation * second_difference
 
 
 def solve(*, cells: int, times: Float[np.ndarray, " times"], initial_concentration: float) -> np.ndarray:
     """Gives u, of shape (times, cells), by an implicit solver in double precision, whatever the caller's setting."""
     times = np.asarray(times, np.float64)
-    if cells < 2:
-        raise ValueError(f"cells is {cells}; at least 2 are needed")
-    if times.ndim != 1 or not len(times) or times[0] < 0 or times[-1] > LAST_TIME or np.any(np.diff(times) <= 0):
-        raise ValueError(f"times must increase within [0, {LAST_TIME:g}], got {times}")
-    if not 0 <= initial_concentration <= 0.2:
-        raise ValueError(f"initial_concentration is {initial_concentration}; it must be in [0, 0.2]")
+    increasing = times.ndim == 1 and len(times) and times[0] >= 0 and np.all(np.diff(times) > 0)
+    if cells < 2 or not increasing or times[-1] > LAST_TIME or not 0 <= initial_concentration <= 0.2:
+        given = f"cells={cells}, times={times}, initial_concentration={initial_concentration}"
+        raise ValueError(f"{given}: give at least 2 cells, times that increase within [0, 500], and 0 to 0.2 at first")
     with jax.enable_x64(True):
         return np.asarray(_solve(jnp.asarray(times), jnp.full(cells, float(initial_concentration))))
 
 
 @jax.jit
 def _solve(times, start):
-    return diffrax.diffeqsolve(
-        diffrax.ODETerm(time_derivative),
-        diffrax.Kvaerno5(),
-        t0=0.0,
-        t1=LAST_TIME,
-        dt0=1e-4,
-        y0=start,
-        saveat=diffrax.SaveAt(ts=times),
-        stepsize_controller=diffrax.PIDController(rtol=1e-8, atol=1e-10),
-        max_steps=100_000,
-    ).ys
+    term, solver, saved = diffrax.ODETerm(time_derivative), diffrax.Kvaerno5(), diffrax.SaveAt(ts=times)
+    options = {"stepsize_controller": diffrax.PIDController(rtol=1e-8, atol=1e-10), "max_steps": 100_000}
+    return diffrax.diffeqsolve(term, solver, 0.0, LAST_TIME, 1e-4, start, saveat=saved, **options).ys
