@@ -86,7 +86,7 @@ def test_every_pruned_network_is_saved(tmp_path, capsys):
 
 def accuracy_of_saved(path):
     saved, data = compact.load(path), digits.load()
-    outputs = networks.pure(networks.MLP(saved.widths))(saved.params, data.test_inputs)
+    outputs = saved.require(networks.pure(networks.MLP(saved.widths)))(saved.params, data.test_inputs)
     return (outputs.argmax(-1) == data.test_targets).mean()
 
 

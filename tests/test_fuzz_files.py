@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from ecjax import compact
+from ecjax import compact, networks
 from ecjax.compact import files
 from experiments.datasets import choose, idx, mnist
 
@@ -43,6 +43,11 @@ def refuses(call: Callable[[Path], object], path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"^{path}"):
         call(path)
+
+
+def written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
 
 
 def read(path: Path) -> np.ndarray:
@@ -119,7 +124,7 @@ def test_a_command_names_the_damaged_file(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
-    """A file of one sparse and one dense kernel."""
+    """A file of one sparse and one dense kernel, and examples."""
     sparse = np.zeros((40, 30), np.float32)
     sparse[::7, ::3] = 1.5
     params = {
@@ -127,7 +132,8 @@ def network(tmp_path_factory):
         "Dense_1": {"kernel": np.ones((30, 2), np.float32), "bias": np.zeros(2, np.float32)},
     }
     path = tmp_path_factory.mktemp("files") / "net.safetensors"
-    compact.save(path, params, "relu")
+    inputs = np.linspace(-1, 1, 80, dtype=np.float32).reshape(2, 40)
+    compact.save(path, params, network=networks.pure(networks.MLP((30, 2))), inputs=inputs)
     return path.read_bytes()
 
 
@@ -164,6 +170,7 @@ TENSOR = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
         {"a": TENSOR},
         {"__metadata__": {"format": "ecjax.compact"}, "a": TENSOR},
         {"__metadata__": {"format": "ecjax.compact", "version": "1"}, "a": TENSOR},
+        {"__metadata__": {"format": "ecjax.compact", "version": "2"}, "a": TENSOR},
         {"__metadata__": ["ecjax.compact"], "a": TENSOR},
         [],
         None,
@@ -185,15 +192,18 @@ def forged(content: str | dict, tensors: dict[str, np.ndarray]) -> bytes:
     """A file whose sha256 is right, whatever is in it."""
     content = content if isinstance(content, str) else json.dumps(content)
     digest = files._digest(content, tensors)
-    return save(tensors, {"format": "ecjax.compact", "version": "1", "content": content, "sha256": digest})
+    return save(tensors, {"format": "ecjax.compact", "version": "2", "content": content, "sha256": digest})
 
 
-KERNEL = {"kernel": {"dtype": "float32", "shape": [4, 2]}}
-DENSE = {"kernel": np.zeros((4, 2), np.uint32)}
-SPARSE = {
-    "kernel.values": np.ones(2, np.uint32),
-    "kernel.inputs": np.array([1, 3], np.uint8),
-    "kernel.starts": np.array([0, 1, 2], np.uint32),
+KERNEL = {"path": ["kernel"], "dtype": "float32", "shape": [4, 2]}
+ANSWERS = {"inputs": {"dtype": "float32", "shape": [3, 4]}, "outputs": {"dtype": "float32", "shape": [3, 2]}}
+RIGHT = {"leaves": [KERNEL], "widths": [2], "examples": ANSWERS}
+GIVEN = {"example:inputs": np.zeros((3, 4), np.uint32), "example:outputs": np.zeros((3, 2), np.uint32)}
+DENSE = GIVEN | {"dense:kernel": np.zeros((4, 2), np.uint32)}
+SPARSE = GIVEN | {
+    "values:kernel": np.ones(2, np.uint32),
+    "rows:kernel": np.array([1, 3], np.uint8),
+    "starts:kernel": np.array([0, 1, 2], np.uint32),
 }
 HUGE = 2**40
 WRONG_CONTENT = {
@@ -201,13 +211,28 @@ WRONG_CONTENT = {
     "nested too deeply": "[" * 10**5,
     "a list": [],
     "a number": "12",
-    "no leaves": {"activation": "relu"},
-    "a list of leaves": {"activation": "relu", "leaves": []},
-    "no network": {"activation": "relu", "leaves": {}},
-    "no activation": {"leaves": KERNEL},
-    "an activation that is no name": {"activation": {}, "leaves": KERNEL},
-    "a leaf in a leaf": {"activation": "relu", "leaves": KERNEL | {"kernel/kernel": KERNEL["kernel"]}},
-    "no shape": {"activation": "relu", "leaves": {"kernel": {"dtype": "float32"}}},
+    "no leaves": RIGHT | {"leaves": []},
+    "leaves by name": RIGHT | {"leaves": {"kernel": KERNEL}},
+    "nothing of leaves": {"widths": [2], "examples": ANSWERS},
+    "nothing of widths": {"leaves": [KERNEL], "examples": ANSWERS},
+    "nothing of examples": {"leaves": [KERNEL], "widths": [2]},
+    "widths of words": RIGHT | {"widths": ["2"]},
+    "widths below zero": RIGHT | {"widths": [-1]},
+    "widths that are no list": RIGHT | {"widths": 2},
+    "true widths": RIGHT | {"widths": [True]},
+    "the same leaf twice": RIGHT | {"leaves": [KERNEL, KERNEL]},
+    "a leaf in a leaf": RIGHT | {"leaves": [KERNEL, KERNEL | {"path": ["kernel", "kernel"]}]},
+    "a leaf around a leaf": RIGHT | {"leaves": [KERNEL | {"path": ["kernel", "kernel"]}, KERNEL]},
+    "a leaf that is the whole": RIGHT | {"leaves": [KERNEL, KERNEL | {"path": []}]},
+    "a path of words": RIGHT | {"leaves": [KERNEL | {"path": "kernel"}]},
+    "a path of lists": RIGHT | {"leaves": [KERNEL | {"path": [["kernel"]]}]},
+    "no shape": RIGHT | {"leaves": [{"path": ["kernel"], "dtype": "float32"}]},
+    "examples that are no dict": RIGHT | {"examples": [1]},
+    "examples of inputs alone": RIGHT | {"examples": {"inputs": ANSWERS["inputs"]}},
+    "more examples": RIGHT | {"examples": ANSWERS | {"labels": ANSWERS["outputs"]}},
+    "examples of another shape": RIGHT | {"examples": ANSWERS | {"inputs": ANSWERS["outputs"]}},
+    "huge examples": RIGHT | {"examples": ANSWERS | {"inputs": {"dtype": "float32", "shape": [HUGE, HUGE]}}},
+    "examples of objects": RIGHT | {"examples": ANSWERS | {"inputs": {"dtype": "object", "shape": [3, 4]}}},
 }
 WRONG_FACTS = {
     "another shape": {"shape": [4, 3]},
@@ -225,44 +250,44 @@ WRONG_FACTS = {
     "an unknown dtype": {"dtype": "float31"},
 }
 WRONG_ROWS = {
-    "starts that fall": {"kernel.starts": np.array([0, 5, 2], np.uint32)},
-    "starts past the end": {"kernel.starts": np.array([0, 1, 2**32 - 1], np.uint32)},
-    "starts of another number": {"kernel.starts": np.array([0, 2], np.uint32)},
-    "no starts": {"kernel.starts": np.zeros(0, np.uint32)},
-    "inputs out of bounds": {"kernel.inputs": np.array([1, 4], np.uint8)},
-    "negative inputs": {"kernel.inputs": np.array([1, -1], np.int8)},
-    "fewer inputs": {"kernel.inputs": np.array([1], np.uint8)},
-    "fewer values": {"kernel.values": np.ones(1, np.uint32)},
-    "wider values": {"kernel.values": np.ones((2, 2), np.uint32)},
+    "starts that fall": {"starts:kernel": np.array([0, 5, 2], np.uint32)},
+    "starts past the end": {"starts:kernel": np.array([0, 1, 2**32 - 1], np.uint32)},
+    "starts of another number": {"starts:kernel": np.array([0, 2], np.uint32)},
+    "no starts": {"starts:kernel": np.zeros(0, np.uint32)},
+    "inputs out of bounds": {"rows:kernel": np.array([1, 4], np.uint8)},
+    "negative inputs": {"rows:kernel": np.array([1, -1], np.int8)},
+    "fewer inputs": {"rows:kernel": np.array([1], np.uint8)},
+    "fewer values": {"values:kernel": np.ones(1, np.uint32)},
+    "wider values": {"values:kernel": np.ones((2, 2), np.uint32)},
 }
 
 
 @pytest.mark.parametrize("kind", WRONG_CONTENT)
 def test_a_right_checksum_of_wrong_content(kind, tmp_path):
-    refuses(compact.load, tmp_path / "net", forged(WRONG_CONTENT[kind], DENSE))
+    assert compact.load(written(tmp_path / "right", forged(RIGHT, DENSE))).widths == (2,)
+    with promptly(MEGABYTE):
+        refuses(compact.load, tmp_path / "net", forged(WRONG_CONTENT[kind], DENSE))
 
 
 @pytest.mark.parametrize("tensors", [DENSE, SPARSE], ids=["dense", "sparse"])
 @pytest.mark.parametrize("kind", WRONG_FACTS)
 def test_a_right_checksum_of_wrong_facts(kind, tensors, tmp_path):
-    content = {"activation": "relu", "leaves": {"kernel": KERNEL["kernel"] | WRONG_FACTS[kind]}}
+    content = RIGHT | {"leaves": [KERNEL | WRONG_FACTS[kind]]}
     with promptly(MEGABYTE):
         refuses(compact.load, tmp_path / "net", forged(content, tensors))
 
 
 @pytest.mark.parametrize("kind", WRONG_ROWS)
 def test_a_right_checksum_of_wrong_rows(kind, tmp_path):
-    content = {"activation": "relu", "leaves": KERNEL}
-    (tmp_path / "right").write_bytes(forged(content, SPARSE))
-    kept = compact.load(tmp_path / "right").params["kernel"] != 0
+    kept = compact.load(written(tmp_path / "right", forged(RIGHT, SPARSE))).params["kernel"] != 0
     np.testing.assert_array_equal(kept, [[0, 0], [1, 0], [0, 0], [0, 1]])
     with promptly(MEGABYTE):
-        refuses(compact.load, tmp_path / "net", forged(content, SPARSE | WRONG_ROWS[kind]))
+        refuses(compact.load, tmp_path / "net", forged(RIGHT, SPARSE | WRONG_ROWS[kind]))
 
 
 def test_a_small_file_may_not_ask_for_more_memory_than_allowed(tmp_path):
-    content = {"activation": "relu", "leaves": {"kernel": {"dtype": "float32", "shape": [10**6, 2]}}}
-    (tmp_path / "net").write_bytes(forged(content, SPARSE))
+    content = {"leaves": [KERNEL | {"shape": [10**6, 2]}], "widths": None, "examples": None}
+    written(tmp_path / "net", forged(content, SPARSE))
     assert compact.load(tmp_path / "net", most_bytes=8 * 10**6).params["kernel"].shape == (10**6, 2)
     with promptly(MEGABYTE), pytest.raises(ValueError, match="8,000,000 bytes, more than most_bytes=7,999,999"):
         compact.load(tmp_path / "net", most_bytes=8 * 10**6 - 1)

@@ -148,7 +148,7 @@ def _sparse(kind):
         pruned = _half(params).params
         activation, given = (nn.relu, inputs) if kind == "bcsr" else (lambda z: np.maximum(z, 0), np.asarray(inputs))
         with np.errstate(all="ignore"):
-            found = compact.forward(compact.to_sparse(pruned, kind), given, activation)
+            found = compact.forward(compact.to_sparse(network, pruned, inputs, kind), given, activation)
         np.testing.assert_allclose(*(np.asarray(y, np.float64) for y in (found, network(pruned, inputs))), rtol=2e-2)
 
     return check
@@ -156,15 +156,16 @@ def _sparse(kind):
 
 def _files(params, tmp_path):
     pruned = _half(params).params
-    compact.save(tmp_path / "net", pruned, "relu")
+    compact.save(tmp_path / "net", pruned)
     found = networks.by_path(compact.load(tmp_path / "net").params)
     assert {p: leaf.tobytes() for p, leaf in found.items()} == {
         p: np.asarray(leaf).tobytes() for p, leaf in networks.by_path(pruned).items()
     }
 
 
-def _report(params):
-    forms = compact.report(_half(params).params, nn.relu, numpy_activation=lambda z: np.maximum(z, 0), repeats=1)
+def _report(network, params, inputs):
+    relu = {"activation": nn.relu, "numpy_activation": lambda z: np.maximum(z, 0)}
+    forms = compact.report(network, _half(params).params, inputs, **relu, repeats=1)
     assert len(forms) == 6
     assert all(0 < seconds < np.inf for form in forms for seconds in form.seconds.values())
 
@@ -199,7 +200,7 @@ REPAIRS = {
     "combinatorial update": lambda n, p, x: surgeon.combinatorial_update(p, _half(p).masks, _gradients(n, p, x)),
     "surgeon update": lambda n, p, x: surgeon.brain_surgeon_update(p, _half(p).masks, _gradients(n, p, x)),
     "removal cost": lambda n, p, x: surgeon.removal_cost(p, _half(p).masks, _gradients(n, p, x)),
-    "compact": lambda n, p, x: compact.compact(_half(p).params, nn.relu),
+    "compact": lambda n, p, x: compact.compact(n, _half(p).params, x)[1],
 }
 CALLS = (
     {name: _scores(criterion) for name, criterion in CRITERIA.items()}
@@ -254,7 +255,7 @@ def test_smaller_forms(shape, scale, tmp_path):
     _sparse("csr")(*made)
     _files(made.params, tmp_path)
     if scale == 1:
-        _report(made.params)
+        _report(*made)
 
 
 @pytest.mark.parametrize("criterion", [score.elimination_compensation, score.optimal_brain_damage])
@@ -316,7 +317,7 @@ def test_constants_that_overflow_are_refused():
         "Dense_1": {"kernel": jnp.full((4, 2), 1e20), "bias": jnp.zeros(2)},
     }
     with pytest.raises(ValueError, match="folded biases 'Dense_1/bias': NaN or infinity"):
-        compact.compact(params, nn.relu)
+        compact.fold(_network((4, 2)), params, jnp.ones((2, 3)))
 
 
 @given(

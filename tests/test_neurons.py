@@ -68,9 +68,9 @@ def test_exact_counts_and_all_weights_of_a_neuron(fraction, seed, scope):
         assert [len(part) for part in gone] == [round(fraction * 7), round(fraction * 6)]
     for layer, neurons in enumerate(gone):
         assert not np.asarray(masks[f"Dense_{layer}/kernel"])[:, neurons].any()
-    smaller = compact.compact(pruned.params, nn.gelu)
-    assert compact.widths(smaller)[0] <= 7 - len(gone[0])
-    outputs = networks.pure(networks.MLP(compact.widths(smaller), nn.gelu))(smaller, example.inputs)
+    smaller, small = compact.compact(example.network, pruned.params, example.inputs)
+    assert small["Dense_0"]["kernel"].shape[1] <= 7 - len(gone[0])
+    outputs = smaller(small, example.inputs)
     np.testing.assert_allclose(outputs, example.network(pruned.params, example.inputs), atol=1e-12)
 
 
@@ -110,7 +110,8 @@ def _alive(pruned):
 def test_every_neuron_may_go():
     example = examples.mlp()
     pruned = prune.neurons(example.params, score.neuron_norm(*example), 1.0)
-    assert compact.widths(compact.compact(pruned.params, nn.gelu)) == (0, 0, 3)
+    small = compact.fold(example.network, pruned.params, example.inputs)
+    assert [small[f"Dense_{layer}"]["kernel"].shape for layer in range(3)] == [(5, 0), (0, 0), (0, 3)]
 
 
 @pytest.mark.parametrize(
@@ -118,8 +119,8 @@ def test_every_neuron_may_go():
     [
         ({"fraction": 1.2}, "sparsity is 1.2"),
         ({"scope": "neuron"}, "scope is 'neuron'; for neurons it must be one of 'network', 'layer'"),
-        ({"scores": score.NeuronScores({"Dense_0/kernel": np.zeros(3)})}, "importances of neurons do not fit"),
-        ({"params": {"scale": np.zeros(3)}}, "not the params of an MLP"),
+        ({"scores": score.NeuronScores({"Dense_0/kernel": np.zeros(3)})}, "no kernel, so no neurons"),
+        ({"params": {"scale": np.zeros(3)}}, "the scores are of another network"),
     ],
 )
 def test_what_is_refused(change, message):
@@ -134,7 +135,9 @@ def test_patterns_keep_the_best_of_every_group(inputs, stay, more, seed):
     group = stay + more
     generator = np.random.default_rng(seed)
     params = {"kernel": jnp.asarray(generator.normal(size=(inputs, 3)))}
-    scores = score.Scores({"kernel": jnp.asarray(generator.integers(0, 4, (inputs, 3)).astype(float))})
+    layers = networks.layers(lambda params, x: x @ params["kernel"], params, jnp.ones((2, inputs)))
+    importance = jnp.asarray(generator.integers(0, 4, (inputs, 3)).astype(float))
+    scores = score.Scores({"kernel": importance}, layers=layers)
     mask = np.asarray(prune.one_shot(params, scores, scope=(stay, group)).masks["kernel"])
     for start in range(0, inputs, group):
         kept = mask[start : start + group]

@@ -1,4 +1,4 @@
-"""One safetensors file for a pruned network: each layer dense or sparse, whichever is smaller."""
+"""One safetensors file for a pruned network: each leaf dense or sparse, whichever is smaller, and a few answers."""
 
 import hashlib
 import json
@@ -6,95 +6,162 @@ import math
 import os
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Num
 
-from ecjax import networks
-from ecjax.networks import Params
+from ecjax import _door, _trees, checks, graph
+from ecjax.compact import answers
+from ecjax.networks import Inputs, Network, Params
 
-_FORMAT, _VERSION = "ecjax.compact", "1"
+_FORMAT, _VERSION = "ecjax.compact", "2"
 _HOW = "safetensors is not installed: pip install 'ecjax[files]'"
+
+
+class Examples(NamedTuple):
+    """A few inputs of the network that was saved, and what it answered.
+
+    Attributes:
+        inputs: samples along the first axis.
+        outputs: of the network.
+
+    Example:
+        >>> size = compact.save("pruned.safetensors", pruned.params, network=network, inputs=inputs)
+        >>> examples = compact.load("pruned.safetensors").examples
+        >>> examples.inputs.shape, examples.outputs.shape
+        ((4, 4), (4, 2))
+    """
+
+    inputs: Num[np.ndarray, "samples *features"]
+    outputs: Num[np.ndarray, "samples *outputs"]
 
 
 class Saved(NamedTuple):
     """What a file holds.
 
     Attributes:
-        params: nested dicts of NumPy arrays, which keep double precision whatever JAX is set to.
-        activation: its name, as given to ``save``.
-        widths: of the layers: ``networks.MLP(widths, activation)`` is the network.
+        params: NumPy arrays, which keep double precision whatever JAX is set to, in nested dicts: under whole numbers
+            what was in lists and tuples, under their names the fields of others; or in the containers of ``like``.
+        widths: of the layers of a multilayer perceptron, as ``networks.MLP`` takes them; None of other networks, and
+            without examples.
+        examples: None if the file was saved without a network.
 
     Example:
-        >>> size = compact.save("pruned.safetensors", pruned.params, activation="relu")
+        >>> size = compact.save("pruned.safetensors", pruned.params, network=network, inputs=inputs)
         >>> saved = compact.load("pruned.safetensors")
-        >>> saved.activation, saved.widths
-        ('relu', (8, 2))
+        >>> again = saved.require(networks.pure(networks.MLP(saved.widths, nn.relu)))
+        >>> bool(jnp.array_equal(again(saved.params, inputs), network(pruned.params, inputs)))
+        True
     """
 
     params: Params
-    activation: str
-    widths: tuple[int, ...]
+    widths: tuple[int, ...] | None
+    examples: Examples | None
+
+    def require(self, network: Network) -> Network:
+        """The network, if it answers with these params as the one that was saved did.
+
+        Raises:
+            ValueError: another network, such as one of another activation; or no examples to tell.
+        """
+        if self.examples is None:
+            raise ValueError(
+                "the params were saved without examples, so nothing tells whether this is their network; save them "
+                "with network= and inputs="
+            )
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf) if _trees.is_array(leaf) else leaf, self.params)
+        inputs = jnp.asarray(self.examples.inputs)
+        try:
+            found = answers.of(network, params, inputs)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. The params are in nested dicts unless compact.load is given like=, params of the network "
+                "in its own containers"
+            ) from error
+        name = "the params were saved from another network (of another activation?)"
+        answers.require_same(name, found, self.examples.outputs, (network, params, inputs))
+        return network
 
 
-def save(path: str | os.PathLike, params: Params, activation: str) -> int:
-    """Writes params to a safetensors file, each kernel as it is or as CSR, whichever takes fewer bytes.
+def save(
+    path: str | os.PathLike, params: Params, *, network: Network | None = None, inputs: Inputs | None = None
+) -> int:
+    """Writes params to a safetensors file, each leaf as it is or as CSR, whichever takes fewer bytes.
 
     The file appears whole or not at all: it is written beside its place and then moved there. No pickle is involved.
+    Params alone do not tell the function: the same arrays are another network with another activation. Given the
+    network, the file holds what it answers to a few inputs, and ``load`` refuses a network that answers otherwise.
 
     Args:
         path: of the file; its folder must exist.
-        params: an MLP's, as nested dicts.
-        activation: a name for the activation, kept with the params: "relu", "tanh".
+        params: any pytree. Leaves that are no arrays, such as an activation in an Equinox module, are not saved.
+        network: of the params.
+        inputs: that it takes; up to four of them are saved as examples.
 
     Returns:
         The size of the file in bytes.
 
     Raises:
-        ValueError: params that are not nested dicts of an MLP.
+        ValueError: params without an array or with keys that are no names; a network without inputs; answers that are
+            NaN or infinite.
         ModuleNotFoundError: safetensors is not installed.
 
     Example:
-        >>> size = compact.save("pruned.safetensors", pruned.params, activation="relu")
+        >>> size = compact.save("pruned.safetensors", pruned.params, network=network, inputs=inputs)
         >>> size == pathlib.Path("pruned.safetensors").stat().st_size
         True
     """
     numpy_files = _safetensors()
-    networks.layers(params)
-    leaves = {name: np.asarray(leaf) for name, leaf in networks.by_path(params).items()}
-    steps = [step for path, _ in jax.tree_util.tree_leaves_with_path(params) for step in path]
-    if not all(isinstance(step, jax.tree_util.DictKey) for step in steps):
-        raise ValueError("only params of nested dicts, as Flax makes them, can be saved")
-    kernels = networks.by_path(networks.kernels(params))
-    tensors, described = {}, {}
-    for name, leaf in leaves.items():
-        packed = _packed(leaf) if name in kernels else {"": _bits(leaf)}
-        tensors |= {name + suffix: np.ascontiguousarray(part) for suffix, part in packed.items()}
-        described[name] = {"dtype": leaf.dtype.name, "shape": leaf.shape}
-    content = json.dumps({"activation": activation, "leaves": described})
+    if (network is None) != (inputs is None):
+        raise ValueError("a network needs inputs, and inputs need the network that answers them: give both or neither")
+    names = _trees.by_path(params)  # refuses two leaves of one name
+    leaves = {tuple(map(_key, steps)): leaf for steps, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    arrays = {steps: np.asarray(leaf) for steps, leaf in leaves.items() if _trees.is_array(leaf)}
+    if not arrays:
+        raise ValueError(f"params hold no array to save; they hold {', '.join(names) or 'nothing'}")
+    examples, widths = (None, None) if network is None else (_examples(network, params, inputs), None)
+    tensors, described = {}, []
+    for steps, array in arrays.items():
+        tensors |= {f"{part}:{_name(steps)}": np.asarray(bits, order="C") for part, bits in _packed(array).items()}
+        described.append({"path": steps, **_facts(array)})
+    if examples is not None:
+        widths = _widths(network, params, inputs)
+        tensors |= {f"example:{name}": _bits(array) for name, array in examples._asdict().items()}
+        examples = {name: _facts(array) for name, array in examples._asdict().items()}
+    content = json.dumps({"leaves": described, "widths": widths, "examples": examples})
     metadata = {"format": _FORMAT, "version": _VERSION, "content": content, "sha256": _digest(content, tensors)}
     return _write_whole(Path(path), numpy_files.save(tensors, metadata))
 
 
-def load(path: str | os.PathLike, *, most_bytes: int = 2**32) -> Saved:
+def load(
+    path: str | os.PathLike, network: Network | None = None, *, like: Params | None = None, most_bytes: int = 2**32
+) -> Saved:
     """Reads what ``save`` wrote, bit for bit.
 
     Args:
         path: of the file.
+        network: that is to be used with the params; it must answer the examples in the file as the one that was saved.
+        like: params of the network, for their containers and leaves that are no arrays; the values of its arrays do
+            not matter, nor do their shapes.
         most_bytes: what the params may take in memory; a small file of sparse kernels can ask for any amount.
 
     Raises:
-        ValueError: a damaged or foreign file, or one that asks for too much memory, with what is wrong with it.
+        ValueError: a damaged or foreign file, or one that asks for too much memory, with what is wrong with it; a
+            network that answers otherwise, or a file without examples to tell; leaves that are not those of ``like``.
         FileNotFoundError: no such file.
         ModuleNotFoundError: safetensors is not installed.
 
     Example:
-        >>> size = compact.save("pruned.safetensors", pruned.params, activation="relu")
-        >>> loaded = compact.load("pruned.safetensors").params["Dense_0"]["kernel"]
-        >>> bool((loaded == pruned.params["Dense_0"]["kernel"]).all())
+        >>> size = compact.save("pruned.safetensors", pruned.params, network=network, inputs=inputs)
+        >>> saved = compact.load("pruned.safetensors", network)
+        >>> bool((saved.params["Dense_0"]["kernel"] == pruned.params["Dense_0"]["kernel"]).all())
         True
+        >>> compact.load("pruned.safetensors", networks.pure(networks.MLP(saved.widths, jnp.tanh)))
+        Traceback (most recent call last):
+        ValueError: pruned.safetensors: the params were saved from another network (of another activation?): ...
     """
     _safetensors()
     import safetensors
@@ -114,22 +181,80 @@ def load(path: str | os.PathLike, *, most_bytes: int = 2**32) -> Saved:
     if metadata.get("sha256") != _digest(content, tensors):
         raise ValueError(f"{path} is damaged: its sha256 does not match its content")
     try:
-        return _assembled(json.loads(content), tensors, most_bytes)
+        saved = _assembled(json.loads(content), tensors, most_bytes)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: its parts do not fit together ({error!r})") from error
+    try:
+        saved = saved if like is None else saved._replace(params=_in_containers(saved.params, like))
+        if network is not None:
+            saved.require(network)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return saved
 
 
-def _assembled(described: dict, tensors: dict[str, np.ndarray], most_bytes: int) -> Saved:
+def _key(step: Any) -> str | int:
+    """One step of a leaf's path: a name or a whole number, as JSON keeps them."""
+    key = next((getattr(step, name) for name in ("key", "idx", "name") if hasattr(step, name)), step)
+    if type(key) not in (str, int):
+        raise ValueError(f"params under the key {key!r} can't be saved; keys must be names or whole numbers")
+    return key
+
+
+def _name(path: tuple[str | int, ...]) -> str:
+    return "/".join(map(str, path))
+
+
+def _facts(array: np.ndarray) -> dict[str, Any]:
+    return {"dtype": array.dtype.name, "shape": array.shape}
+
+
+def _examples(network: Network, params: Params, inputs: Inputs) -> Examples:
+    checks.require_inputs(inputs)
+    samples = answers.few(inputs)
+    outputs = answers.of(network, params, samples)
+    checks.require_finite(outputs, "outputs of the network")
+    return Examples(np.asarray(samples), outputs)
+
+
+def _widths(network: Network, params: Params, inputs: Inputs) -> tuple[int, ...] | None:
+    """The widths of a multilayer perceptron; None for another network."""
+    network, params, _ = _trees.split(network, params)
+    try:
+        layers = _door.layers(network, params, inputs, scored=False, each_alone=False)
+        graph.chain(layers)
+    except ValueError:  # not one of those that can be compacted; the examples tell it all the same
+        return None
+    return tuple(layer.layout.sizes[2] for layer in layers) if all(layer.layout for layer in layers) else None
+
+
+def _assembled(described: Any, tensors: dict[str, np.ndarray], most_bytes: int) -> Saved:
     """The network from its parts, which may be anything: what is allocated is checked before."""
-    declared = {name: (_dtype(facts["dtype"]), tuple(facts["shape"])) for name, facts in described["leaves"].items()}
-    size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in declared.values())
+    leaves, examples, widths = described["leaves"], described["examples"] or {}, described["widths"]
+    declared = {_path(facts["path"]): (_dtype(facts["dtype"]), tuple(facts["shape"])) for facts in leaves}
+    answered = {name: (_dtype(facts["dtype"]), tuple(facts["shape"])) for name, facts in examples.items()}
+    size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in [*declared.values(), *answered.values()])
     if not 0 <= size <= most_bytes:
         raise ValueError(f"its params take {size:,} bytes, more than most_bytes={most_bytes:,}")
-    if not isinstance(described["activation"], str):
-        raise ValueError(f"its activation is {described['activation']!r}, no name")
-    params = _nested({name: _unpacked(name, *facts, tensors) for name, facts in declared.items()})
-    leaves = networks.by_path(params)
-    return Saved(params, described["activation"], tuple(leaves[path].shape[1] for path in networks.layers(params)))
+    if not declared or len(declared) != len(leaves):
+        raise ValueError("it holds no leaves, or two of the same path")
+    params = _nested({path: _unpacked(_name(path), *facts, tensors) for path, facts in declared.items()})
+    arrays = {name: _viewed(tensors[f"example:{name}"], name, *facts) for name, facts in answered.items()}
+    return Saved(params, _whole_numbers(widths), Examples(**arrays) if examples else None)
+
+
+def _path(steps: list) -> tuple[str | int, ...]:
+    if not isinstance(steps, list) or any(type(step) not in (str, int) for step in steps):
+        raise ValueError(f"{steps!r} is no path of a leaf")
+    return tuple(steps)
+
+
+def _whole_numbers(widths: Any) -> tuple[int, ...] | None:
+    if widths is None:
+        return None
+    if not isinstance(widths, list) or any(type(width) is not int or width < 0 for width in widths):
+        raise ValueError(f"{widths!r} are no widths of layers")
+    return tuple(widths)
 
 
 def _dtype(name: str) -> np.dtype:
@@ -148,34 +273,40 @@ def _safetensors():
     return safetensors.numpy
 
 
-def _packed(kernel: np.ndarray) -> dict[str, np.ndarray]:
-    """A kernel's bits as CSR of its transpose if that is smaller: only what is a plain zero is left out."""
-    bits = _bits(kernel)
-    neuron, source = np.nonzero(bits.T)
-    index = np.min_scalar_type(max(kernel.shape[0] - 1, 0))
-    counts = np.bincount(neuron, minlength=kernel.shape[1])
+def _packed(leaf: np.ndarray) -> dict[str, np.ndarray]:
+    """The bits of a matrix as CSR of its transpose if that is smaller: only what is a plain zero is left out."""
+    bits = _bits(leaf)
+    if leaf.ndim != 2:
+        return {"dense": bits}
+    column, row = np.nonzero(bits.T)
+    index = np.min_scalar_type(max(leaf.shape[0] - 1, 0))
+    counts = np.bincount(column, minlength=leaf.shape[1])
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.uint32)
-    sparse = {".values": bits.T[neuron, source], ".inputs": source.astype(index), ".starts": starts}
-    return sparse if sum(part.nbytes for part in sparse.values()) < bits.nbytes else {"": bits}
+    sparse = {"values": bits.T[column, row], "rows": row.astype(index), "starts": starts}
+    return sparse if sum(part.nbytes for part in sparse.values()) < bits.nbytes else {"dense": bits}
 
 
 def _unpacked(name: str, dtype: np.dtype, shape: tuple[int, ...], tensors: dict[str, np.ndarray]) -> np.ndarray:
-    bits = tensors[name] if name in tensors else _dense_bits(name, dtype, shape, tensors)
-    if bits.size != math.prod(shape) or bits.dtype != _bits_dtype(dtype):
+    dense = tensors.get(f"dense:{name}")
+    return _viewed(_dense_bits(name, dtype, shape, tensors) if dense is None else dense, name, dtype, shape)
+
+
+def _viewed(bits: np.ndarray, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    if bits.shape != shape or bits.dtype != _bits_dtype(dtype):
         raise ValueError(f"'{name}' is {bits.dtype} of shape {bits.shape}, described as {dtype} of shape {shape}")
-    return bits.view(dtype).reshape(shape)
+    return bits.view(dtype)
 
 
 def _dense_bits(name: str, dtype: np.dtype, shape: tuple[int, ...], tensors: dict[str, np.ndarray]) -> np.ndarray:
-    values, source, starts = (tensors[name + suffix] for suffix in (".values", ".inputs", ".starts"))
-    inputs, neurons = shape
+    values, rows, starts = (tensors[f"{part}:{name}"] for part in ("values", "rows", "starts"))
+    height, width = shape
     counts = np.diff(starts.astype(np.int64))
-    rows_fit = starts.shape == (neurons + 1,) and starts[0] == 0 and (counts >= 0).all()
-    types_fit = values.dtype == _bits_dtype(dtype) and source.dtype.kind == "u"
-    if not (rows_fit and types_fit and values.shape == source.shape == (starts[-1],)):
+    rows_fit = starts.shape == (width + 1,) and starts[0] == 0 and (counts >= 0).all()
+    types_fit = values.dtype == _bits_dtype(dtype) and rows.dtype.kind == "u"
+    if not (rows_fit and types_fit and values.shape == rows.shape == (starts[-1],)):
         raise ValueError(f"'{name}' is no sparse kernel of shape {shape}")
-    bits = np.zeros((inputs, neurons), values.dtype)
-    bits[source, np.repeat(np.arange(neurons), counts)] = values
+    bits = np.zeros((height, width), values.dtype)
+    bits[rows, np.repeat(np.arange(width), counts)] = values
     return bits
 
 
@@ -196,16 +327,31 @@ def _digest(content: str, tensors: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _nested(leaves: dict[str, np.ndarray]) -> dict:
-    """Nested dicts from paths like ``"Dense_0/kernel"``."""
+def _nested(leaves: dict[tuple[str | int, ...], np.ndarray]) -> Params:
+    """Nested dicts from paths like ``("Dense_0", "kernel")``; the array itself from the empty path."""
+    if () in leaves and len(leaves) == 1:
+        return leaves[()]
     tree: dict = {}
     for path, leaf in leaves.items():
-        *parents, name = path.split("/")
+        *parents, name = path
         here = tree
         for parent in parents:
             here = here.setdefault(parent, {})
+        if name in here:
+            raise ValueError(f"the path {path} leads to a leaf and further")
         here[name] = leaf
     return tree
+
+
+def _in_containers(params: Params, like: Params) -> Params:
+    """The leaves of nested dicts in other containers."""
+    found = _trees.by_path(params)
+    expected = {path: leaf for path, leaf in _trees.by_path(like).items() if _trees.is_array(leaf)}
+    for path in [*expected, *found]:
+        if path not in found or path not in expected:
+            where = "like" if path in expected else "the file"
+            raise ValueError(f"the leaves of the file are not those of like: only {where} holds '{path}'")
+    return _trees.replace(like, found)
 
 
 def _write_whole(path: Path, content: bytes) -> int:

@@ -11,13 +11,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Num
 
-from ecjax import checks, networks
+from ecjax import _trees, checks, precision
+from ecjax.compact import answers, chains
+from ecjax.compact.chains import Chain
 from ecjax.compact.files import save
-from ecjax.compact.fold import Activation, compact, widths
-from ecjax.compact.sparse import as_numpy, forward, to_sparse
-from ecjax.networks import Params
+from ecjax.compact.fold import compact
+from ecjax.compact.sparse import as_numpy, forward, of_chain, require_plain
+from ecjax.networks import Inputs, Network, Params
 
 BATCHES = (1, 256)
 
@@ -49,89 +51,121 @@ class Form(NamedTuple):
     seconds: dict[int, float]
 
 
+class _Sized(NamedTuple):
+    """A network whose forms are measured."""
+
+    params: Params
+    chain: Chain
+    batches: dict[int, np.ndarray]
+
+
 def report(
+    network: Network,
     params: Params,
-    activation: Activation,
+    inputs: Inputs,
+    activation: Callable | None = None,
     *,
     numpy_activation: Callable[[np.ndarray], np.ndarray] | None = None,
     repeats: int = 200,
 ) -> list[Form]:
-    """Compares an MLP as it is, compacted, and sparse, in the same runtimes.
+    """Compares a multilayer perceptron as it is, compacted, and sparse, in the same runtimes.
 
     Args:
-        params: of the pruned MLP, with exact zeros.
-        activation: elementwise, after every layer but the last.
-        numpy_activation: the same for NumPy arrays; without it the NumPy forms are left out.
+        network: a multilayer perceptron.
+        params: its parameters, with exact zeros where weights were removed.
+        inputs: what it is called with, repeated as often as a batch needs.
+        activation: elementwise, after every layer but the last; without it the sparse form in JAX is left out.
+        numpy_activation: the same for NumPy arrays; without it the forms in NumPy are left out.
         repeats: calls to take the median time of.
 
     Raises:
-        ValueError: params that are not an MLP's.
+        ValueError: another network, or an activation with which the sparse form answers otherwise than the network.
 
     Example:
-        >>> [form.name for form in compact.report(pruned.params, nn.relu, repeats=1)]
+        >>> [form.name for form in compact.report(network, pruned.params, inputs, nn.relu, repeats=1)]
         ['dense', 'compacted', 'sparse']
     """
     checks.require_positive(repeats, "repeats")
-    smaller = compact(params, activation)
-    forms = [_jax_form("dense", params, params, _dense(activation, params), repeats)]
-    forms.append(_jax_form("compacted", smaller, smaller, _dense(activation, smaller), repeats))
-    sparse_forward = jax.jit(functools.partial(forward, activation=activation))
-    forms.append(_jax_form("sparse", smaller, to_sparse(smaller), sparse_forward, repeats))
+    chain = chains.read(network, params, inputs)
+    smaller_network, small = compact(network, params, inputs)
+    batches = {count: np.resize(np.asarray(inputs), (count, *inputs.shape[1:])) for count in BATCHES}
+    dense = _Sized(params, chain, batches)
+    smaller = _Sized(small, chains.read(smaller_network, small, inputs), batches)
+    calls = [("dense", "JAX", dense, _jitted(network, params))]
+    calls.append(("compacted", "JAX", smaller, _jitted(smaller_network, small)))
+    same = functools.partial(_require_same_activation, network, params, chain)
+    if activation is not None:
+        require_plain(network, params, chain)
+        sparse_forward = jax.jit(functools.partial(forward, activation=activation))
+        call = functools.partial(sparse_forward, of_chain(smaller.chain, "bcsr"))
+        same("activation", precision.in_full(call)(chain.samples))
+        calls.append(("sparse", "JAX", smaller, _waiting(call)))
     if numpy_activation is not None:
-        call = functools.partial(_numpy_forward, activation=numpy_activation)
-        for name, given in (("dense", params), ("compacted", smaller)):
-            arrays = jax.tree.map(as_numpy, given)
-            forms.append(_form(name, "NumPy", given, functools.partial(call, arrays), repeats))
-        sparse_call = functools.partial(forward, to_sparse(smaller, "csr"), activation=numpy_activation)
-        forms.append(_form("sparse", "NumPy", smaller, sparse_call, repeats))
-    return forms
+        require_plain(network, params, chain)
+        for name, sized in (("dense", dense), ("compacted", smaller), ("sparse", smaller)):
+            call = _in_numpy(name, sized.chain, numpy_activation)
+            same("numpy_activation", call(as_numpy(chain.samples)))
+            calls.append((name, "NumPy", sized, call))
+    return [_form(*call, repeats) for call in calls]
 
 
-def _dense(activation: Activation, params: Params) -> Callable:
-    bias = networks.bias_path(networks.layers(params)[0]) in networks.by_path(params)
-    return jax.jit(networks.pure(networks.MLP(widths(params), activation, use_bias=bias)))
+def _jitted(network: Network, params: Params) -> Callable:
+    network, params, _ = _trees.split(network, params)
+    return _waiting(functools.partial(jax.jit(network), params))
 
 
-def _numpy_forward(params: Params, inputs: np.ndarray, activation: Callable) -> np.ndarray:
-    leaves, paths = networks.by_path(params), networks.layers(params)
-    hidden = inputs
-    for path in paths:
-        hidden = hidden @ leaves[path]
-        bias = leaves.get(networks.bias_path(path))
-        hidden = hidden if bias is None else hidden + bias
-        hidden = hidden if path == paths[-1] else activation(hidden)
-    return hidden
+def _waiting(call: Callable) -> Callable:
+    return lambda inputs: jax.block_until_ready(call(inputs))
 
 
-def _jax_form(name: str, params: Params, arguments: PyTree, call: Callable, repeats: int) -> Form:
-    return _form(name, "JAX", params, lambda inputs: jax.block_until_ready(call(arguments, inputs)), repeats)
+def _in_numpy(name: str, chain: Chain, activation: Callable) -> Callable:
+    if name == "sparse":
+        return functools.partial(forward, of_chain(chain, "csr"), activation=activation)
+    layers = [
+        (as_numpy(kernel), None if bias is None else as_numpy(bias))
+        for kernel, bias in zip(chain.kernels, chain.biases, strict=True)
+    ]
+
+    def call(inputs):
+        hidden = inputs
+        for index, (kernel, bias) in enumerate(layers):
+            hidden = (activation(hidden) if index else hidden) @ kernel
+            hidden = hidden if bias is None else hidden + bias
+        return hidden
+
+    return call
 
 
-def _form(name: str, runtime: str, params: Params, call: Callable, repeats: int) -> Form:
-    leaves, paths = networks.by_path(params), networks.layers(params)
+def _require_same_activation(
+    network: Network, params: Params, chain: Chain, argument: str, found: Num[np.ndarray | jax.Array, "few outputs"]
+) -> None:
+    name, reference = f"{argument} is not the network's", (network, params, chain.samples)
+    answers.require_same(f"{name}: with it after every layer but the last", np.asarray(found), chain.outputs, reference)
+
+
+def _form(name: str, runtime: str, sized: _Sized, call: Callable, repeats: int) -> Form:
+    leaves = [leaf for leaf in jax.tree.leaves(sized.params) if _trees.is_array(leaf)]
     is_sparse = name == "sparse"
-    nonzeros = sum(int(jnp.count_nonzero(leaf)) for leaf in leaves.values())
-    products = [leaves[path] for path in paths]
-    features = products[0].shape[0]
-    dtype = products[0].dtype if runtime == "JAX" else as_numpy(products[0]).dtype
+    nonzeros = sum(int(jnp.count_nonzero(leaf)) for leaf in leaves)
+    kernels = sized.chain.kernels
+    convert = np.asarray if runtime == "JAX" else as_numpy
     return Form(
         name=name,
         runtime=runtime,
-        parameters=nonzeros if is_sparse else sum(leaf.size for leaf in leaves.values()),
+        parameters=nonzeros if is_sparse else sum(leaf.size for leaf in leaves),
         nonzeros=nonzeros,
-        bytes=sum(leaf.nbytes for leaf in leaves.values()) if name == "dense" else _saved_bytes(params),
-        multiply_adds=sum(int(jnp.count_nonzero(p)) if is_sparse else p.size for p in products),
-        seconds={batch: _median_seconds(call, (batch, features), dtype, repeats) for batch in BATCHES},
+        bytes=sum(leaf.nbytes for leaf in leaves) if name == "dense" else _saved_bytes(sized.params),
+        multiply_adds=sum(int(np.count_nonzero(kernel)) if is_sparse else kernel.size for kernel in kernels),
+        seconds={count: _median_seconds(call, convert(batch), repeats) for count, batch in sized.batches.items()},
     )
 
 
 def _saved_bytes(params: Params) -> int:
     with tempfile.TemporaryDirectory() as folder:
-        return save(Path(folder) / "params.safetensors", params, "")
+        return save(Path(folder) / "params.safetensors", params)
 
 
-def _median_seconds(call: Callable, shape: tuple[int, int], dtype: jnp.dtype, repeats: int) -> float:
-    inputs = np.linspace(-1, 1, int(np.prod(shape))).reshape(shape).astype(dtype)
+def _median_seconds(call: Callable, inputs: np.ndarray, repeats: int) -> float:
     call(inputs)  # compiles, and warms up
     times = []
     for _ in range(repeats):

@@ -1,6 +1,9 @@
 """Sparse kernels: JAX's BCSR for jitted functions, SciPy's CSR for deployment with NumPy alone."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,45 +11,78 @@ import numpy as np
 import scipy.sparse
 from jax import Array
 from jax.experimental import sparse
-from jaxtyping import Num, PyTree
+from jaxtyping import Num
 
-from ecjax import networks
-from ecjax.networks import Params
+from ecjax.compact import answers, chains
+from ecjax.compact.chains import Chain
+from ecjax.networks import Inputs, Network, Params
 
 KINDS = ("bcsr", "csr")
 
 
-def to_sparse(params: Params, kind: str = "bcsr") -> PyTree:
-    """The params with every kernel sparse and transposed to ``(out, in)``: a row for each neuron.
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["layers"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Sparse:
+    """A multilayer perceptron with sparse kernels.
 
-    Args:
-        params: with exact zeros where weights were removed.
-        kind: "bcsr" for ``jax.experimental.sparse.BCSR``, which jitted functions take; "csr" for
-            ``scipy.sparse.csr_array``, with the other leaves as NumPy arrays, in float32 or wider.
-
-    Raises:
-        ValueError: an unknown kind, or a kernel that is no matrix.
+    Attributes:
+        layers: the kernel and the bias of each layer, in order of execution; a kernel is ``(out, in)``, a row for each
+            neuron, and the bias None for a layer without one.
 
     Example:
-        >>> kernel = compact.to_sparse(pruned.params, "csr")["Dense_0"]["kernel"]
-        >>> kernel.shape, kernel.nnz == int(pruned.masks["Dense_0"]["kernel"].sum())
+        >>> [(kernel.shape, bias.shape) for kernel, bias in compact.to_sparse(network, pruned.params, inputs).layers]
+        [((8, 4), (8,)), ((2, 8), (2,))]
+    """
+
+    layers: tuple[tuple[Any, Any], ...]
+
+
+def to_sparse(network: Network, params: Params, inputs: Inputs, kind: str = "bcsr") -> Sparse:
+    """The kernels of a multilayer perceptron as sparse arrays, and its biases; ``forward`` calls them.
+
+    Args:
+        network: a multilayer perceptron whose first layer reads the inputs as they are, and whose last one gives the
+            outputs.
+        params: its parameters, with exact zeros where weights were removed.
+        inputs: a few are enough, any that the network takes.
+        kind: "bcsr" for ``jax.experimental.sparse.BCSR``, which jitted functions take; "csr" for
+            ``scipy.sparse.csr_array``, with biases as NumPy arrays, in float32 or wider.
+
+    Raises:
+        ValueError: an unknown kind, or another network, with what is different.
+
+    Example:
+        >>> kernel, bias = compact.to_sparse(network, pruned.params, inputs, "csr").layers[0]
+        >>> kernel.shape, kernel.nnz == int(jnp.count_nonzero(pruned.params["Dense_0"]["kernel"]))
         ((8, 4), True)
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(map(repr, KINDS))}")
-    kernels = networks.by_path(networks.kernels(params))
-    for path, kernel in kernels.items():
-        if kernel.ndim != 2:
-            raise ValueError(f"kernel '{path}' of shape {kernel.shape} is no matrix; only dense layers become sparse")
+    chain = chains.read(network, params, inputs)
+    require_plain(network, params, chain)
+    return of_chain(chain, kind)
 
-    def convert(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+
+def of_chain(chain: Chain, kind: str) -> Sparse:
+    """The sparse arrays of what was read."""
+    layers = []
+    for kernel, bias in zip(chain.kernels, chain.biases, strict=True):
         if kind == "csr":
-            array = as_numpy(leaf)
-            return scipy.sparse.csr_array(array.T) if name in kernels else array
-        return sparse.BCSR.fromdense(jnp.asarray(leaf).T) if name in kernels else leaf
+            layers.append((scipy.sparse.csr_array(as_numpy(kernel).T), None if bias is None else as_numpy(bias)))
+        else:
+            layers.append((sparse.BCSR.fromdense(jnp.asarray(kernel).T), None if bias is None else jnp.asarray(bias)))
+    return Sparse(tuple(layers))
 
-    return jax.tree_util.tree_map_with_path(convert, params)
+
+def require_plain(network: Network, params: Params, chain: Chain) -> None:
+    """Raises a ValueError if a network does more than its layers, before the first one or after the last."""
+    what, reference = "the kernels and biases alone are not the network", (network, params, chain.samples)
+    name = f"{what}, whose first layer reads something else than the inputs"
+    same = (lambda _, samples: samples, {}, chain.samples)
+    answers.require_same(name, chain.inputs[0], np.asarray(chain.samples), same)
+    last = chain.inputs[-1].astype(np.float64) @ chain.kernels[-1].astype(np.float64)
+    last = last if chain.biases[-1] is None else last + chain.biases[-1].astype(np.float64)
+    answers.require_same(f"{what}, whose outputs are not those of its last layer", last, chain.outputs, reference)
 
 
 def as_numpy(leaf: Array | np.ndarray) -> np.ndarray:
@@ -55,31 +91,24 @@ def as_numpy(leaf: Array | np.ndarray) -> np.ndarray:
 
 
 def forward(
-    params: PyTree, inputs: Num[Array | np.ndarray, "samples in"], activation: Callable
+    sparse: Sparse, inputs: Num[Array | np.ndarray, "samples in"], activation: Callable
 ) -> Num[Array | np.ndarray, "samples out"]:
-    """An MLP's outputs with sparse kernels from ``to_sparse``; jit it for "bcsr", call it as it is for "csr".
+    """The outputs of a multilayer perceptron with sparse kernels; jit it for "bcsr", call it as it is for "csr".
 
     Args:
-        params: of ``to_sparse``.
+        sparse: of ``to_sparse``.
         inputs: samples along the first axis; NumPy for "csr".
-        activation: elementwise, after every layer but the last; a NumPy function for "csr".
+        activation: elementwise, after every layer but the last; a NumPy function for "csr". Nothing can check it here:
+            ``compact.report`` compares it with the network's own.
 
     Example:
-        >>> sparse = compact.to_sparse(pruned.params, "csr")
+        >>> sparse = compact.to_sparse(network, pruned.params, inputs, "csr")
         >>> outputs = compact.forward(sparse, np.asarray(inputs), lambda z: np.maximum(z, 0))  # needs no JAX
         >>> np.allclose(outputs, network(pruned.params, inputs), atol=1e-5)
         True
     """
-    is_sparse = lambda leaf: isinstance(leaf, sparse.BCSR | scipy.sparse.csr_array)  # noqa: E731
-    leaves = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_sparse)
-    }
-    paths = sorted((path for path, leaf in leaves.items() if is_sparse(leaf)), key=networks.by_number)
     hidden = inputs.T
-    for path in paths:
-        hidden = leaves[path] @ hidden
-        bias = leaves.get(networks.bias_path(path))
+    for index, (kernel, bias) in enumerate(sparse.layers):
+        hidden = kernel @ (activation(hidden) if index else hidden)
         hidden = hidden if bias is None else hidden + bias[:, None]
-        hidden = hidden if path == paths[-1] else activation(hidden)
     return hidden.T

@@ -63,4 +63,5 @@ def pure(module: nn.Module) -> Network:
     def network(params: Params, inputs: Inputs) -> Array:
         return module.apply({"params": params}, inputs)
 
+    network.module = module  # compact.compact builds it again, with smaller widths
     return network

@@ -4,12 +4,7 @@
 activation in an Equinox module) are left as they are. What a leaf is *called* means nothing. A *kernel* is a leaf that
 multiplies what depends on the inputs; its *bias* is the leaf that is added to that product. *Kernels* is a pytree
 shaped like ``params`` with None in place of every leaf that is no kernel: importances, bias shifts and masks are
-Kernels. To go over these and the params together, None has to count as a leaf:
-
-    >>> keep = lambda mask, leaf: leaf if mask is None else jnp.where(mask, leaf, 0)
-    >>> zeroed = jax.tree.map(keep, pruned.masks, params, is_leaf=lambda leaf: leaf is None)
-    >>> int((zeroed["Dense_0"]["kernel"] != 0).sum()) == int(pruned.masks["Dense_0"]["kernel"].sum())
-    True
+Kernels (``prune.Pruned`` shows how to go over these and the params together).
 """
 
 from collections.abc import Callable, Iterable

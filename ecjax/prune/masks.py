@@ -24,12 +24,21 @@ class Pruned(NamedTuple):
 
     Attributes:
         params: as given, with removed weights exactly 0 and biases shifted.
-        masks: Kernels of booleans, True where the weight stays.
+        masks: Kernels of booleans, True where the weight stays: a pytree shaped like the params, with None in place of
+            every leaf that is no kernel.
 
     Example:
         >>> pruned = prune.one_shot(params, scores, sparsity=0.5)
         >>> bool(((pruned.params["Dense_0"]["kernel"] != 0) == pruned.masks["Dense_0"]["kernel"]).all())
         True
+
+        To go over Kernels and params together, None has to count as a leaf; over Kernels alone it does not:
+
+        >>> kept = lambda mask, leaf: leaf.size if mask is None else int(mask.sum())
+        >>> jax.tree.map(kept, pruned.masks, params, is_leaf=lambda leaf: leaf is None)
+        {'Dense_0': {'bias': 8, 'kernel': 12}, 'Dense_1': {'bias': 2, 'kernel': 12}}
+        >>> jax.tree.map(lambda mask: mask.shape, pruned.masks)
+        {'Dense_0': {'bias': None, 'kernel': (4, 8)}, 'Dense_1': {'bias': None, 'kernel': (8, 2)}}
     """
 
     params: Params

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,7 @@ def _kept(importance: dict[str, Array], fraction: Sparsity, scope: str) -> dict[
     return dict(zip(importance, jnp.split(together, ends[:-1]), strict=True))
 
 
-def _require_neurons(scores: NeuronScores, chain: tuple[Layer, ...], leaves: dict[str, Array]) -> None:
+def _require_neurons(scores: NeuronScores, chain: Sequence[Layer], leaves: dict) -> None:
     for layer in chain:
         found = getattr(leaves.get(layer.kernel), "shape", "no such leaf")
         if found != layer.shape:
