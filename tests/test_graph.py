@@ -39,27 +39,37 @@ def scored(network, params, x, **options):
 def require_gradients(network, params, x):
     """What the reading says of each scored layer is what per-sample gradients are: of the kernel, and of the bias."""
     network, params, _ = _trees.split(network, params)
+    outputs, pairs = jax.jit(_gradients, static_argnums=0)(network, params, x)
+    np.testing.assert_allclose(*outputs, rtol=1e-12, atol=1e-12)
+    for path, (found, expected) in pairs.items():
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12, err_msg=path)
+
+
+def _gradients(network, params, x):
+    """The outputs twice, and by path each leaf's per-sample gradients twice: of the network, and from the taps."""
     reading = graph.read(network, params, x)
     layers = graph.Layers(layer for layer in reading.layers if not layer.reason)
     zeros = graph.zero_taps(layers, params, len(x))
     outputs, pull = jax.vjp(lambda taps: graph.tapped(reading, params, x, taps)[0], zeros)
-    np.testing.assert_allclose(outputs, network(params, x), rtol=1e-12, atol=1e-12)
+    (taps,) = jax.vmap(lambda row: pull(jnp.broadcast_to(row, outputs.shape)))(jnp.eye(outputs.shape[1]))
     layer_inputs = graph.tapped(reading, params, x, {})[1]
     leaves = _trees.by_path(params)
     moved = {path: leaves[path] for layer in layers for path in (layer.kernel, layer.bias) if path is not None}
-    for k in range(outputs.shape[1]):
-        (taps,) = pull(jnp.zeros_like(outputs).at[:, k].set(1))
-        by_leaf = jax.vmap(
-            lambda x, k=k: jax.grad(lambda moved: network(_trees.replace(params, moved), x[None])[0, k])(moved)
-        )(x)
-        for layer in layers:
-            found = jax.vmap(lambda leaf, layer=layer: graph.as_matrices(leaf, layer.layout)[0])(by_leaf[layer.kernel])
-            expected = layer_inputs[layer.kernel][:, :, None] * taps[layer.kernel][:, None]
-            np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12, err_msg=layer.kernel)
-            if layer.bias is not None:
-                of_bias = lambda leaf, layer=layer: graph.as_matrices(leaf, layer.bias_layout)[0, 0]  # noqa: E731
-                found = jax.vmap(of_bias)(by_leaf[layer.bias])
-                np.testing.assert_allclose(found, taps[layer.kernel], rtol=1e-9, atol=1e-12, err_msg=layer.bias)
+    by_leaf = jax.vmap(
+        lambda x: jax.jacrev(lambda moved: network(_trees.replace(params, moved), x[None])[0])(moved), out_axes=1
+    )(x)
+    pairs = {}
+    for layer in layers:
+        of_taps = taps[layer.kernel]
+        of_kernel = jax.vmap(jax.vmap(lambda leaf, layer=layer: graph.as_matrices(leaf, layer.layout)[0]))
+        pairs[layer.kernel] = (
+            of_kernel(by_leaf[layer.kernel]),
+            layer_inputs[layer.kernel][:, :, None] * of_taps[:, :, None],
+        )
+        if layer.bias is not None:
+            of_bias = jax.vmap(jax.vmap(lambda leaf, layer=layer: graph.as_matrices(leaf, layer.bias_layout)[0, 0]))
+            pairs[layer.bias] = of_bias(by_leaf[layer.bias]), of_taps
+    return (outputs, network(params, x)), pairs
 
 
 # Containers, and the order of layers.

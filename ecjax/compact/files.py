@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Num
 
 from ecjax import _door, _trees, checks, graph
-from ecjax.compact import answers
+from ecjax.compact import answers, bits
 from ecjax.networks import Inputs, Network, Params
 
 _FORMAT, _VERSION = "ecjax.compact", "2"
@@ -125,11 +125,12 @@ def save(
     examples, widths = (None, None) if network is None else (_examples(network, params, inputs), None)
     tensors, described = {}, []
     for steps, array in arrays.items():
-        tensors |= {f"{part}:{_name(steps)}": np.asarray(bits, order="C") for part, bits in _packed(array).items()}
+        packed = bits.packed(array)
+        tensors |= {f"{part}:{_name(steps)}": np.asarray(packed[part], order="C") for part in packed}
         described.append({"path": steps, **_facts(array)})
     if examples is not None:
         widths = _widths(network, params, inputs)
-        tensors |= {f"example:{name}": _bits(array) for name, array in examples._asdict().items()}
+        tensors |= {f"example:{name}": bits.as_bits(array) for name, array in examples._asdict().items()}
         examples = {name: _facts(array) for name, array in examples._asdict().items()}
     content = json.dumps({"leaves": described, "widths": widths, "examples": examples})
     metadata = {"format": _FORMAT, "version": _VERSION, "content": content, "sha256": _digest(content, tensors)}
@@ -238,8 +239,8 @@ def _assembled(described: Any, tensors: dict[str, np.ndarray], most_bytes: int) 
         raise ValueError(f"its params take {size:,} bytes, more than most_bytes={most_bytes:,}")
     if not declared or len(declared) != len(leaves):
         raise ValueError("it holds no leaves, or two of the same path")
-    params = _nested({path: _unpacked(_name(path), *facts, tensors) for path, facts in declared.items()})
-    arrays = {name: _viewed(tensors[f"example:{name}"], name, *facts) for name, facts in answered.items()}
+    params = _nested({path: bits.unpacked(_name(path), *facts, tensors) for path, facts in declared.items()})
+    arrays = {name: bits.viewed(tensors[f"example:{name}"], name, *facts) for name, facts in answered.items()}
     return Saved(params, _whole_numbers(widths), Examples(**arrays) if examples else None)
 
 
@@ -271,52 +272,6 @@ def _safetensors():
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(_HOW) from error
     return safetensors.numpy
-
-
-def _packed(leaf: np.ndarray) -> dict[str, np.ndarray]:
-    """The bits of a matrix as CSR of its transpose if that is smaller: only what is a plain zero is left out."""
-    bits = _bits(leaf)
-    if leaf.ndim != 2:
-        return {"dense": bits}
-    column, row = np.nonzero(bits.T)
-    index = np.min_scalar_type(max(leaf.shape[0] - 1, 0))
-    counts = np.bincount(column, minlength=leaf.shape[1])
-    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.uint32)
-    sparse = {"values": bits.T[column, row], "rows": row.astype(index), "starts": starts}
-    return sparse if sum(part.nbytes for part in sparse.values()) < bits.nbytes else {"dense": bits}
-
-
-def _unpacked(name: str, dtype: np.dtype, shape: tuple[int, ...], tensors: dict[str, np.ndarray]) -> np.ndarray:
-    dense = tensors.get(f"dense:{name}")
-    return _viewed(_dense_bits(name, dtype, shape, tensors) if dense is None else dense, name, dtype, shape)
-
-
-def _viewed(bits: np.ndarray, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    if bits.shape != shape or bits.dtype != _bits_dtype(dtype):
-        raise ValueError(f"'{name}' is {bits.dtype} of shape {bits.shape}, described as {dtype} of shape {shape}")
-    return bits.view(dtype)
-
-
-def _dense_bits(name: str, dtype: np.dtype, shape: tuple[int, ...], tensors: dict[str, np.ndarray]) -> np.ndarray:
-    values, rows, starts = (tensors[f"{part}:{name}"] for part in ("values", "rows", "starts"))
-    height, width = shape
-    counts = np.diff(starts.astype(np.int64))
-    rows_fit = starts.shape == (width + 1,) and starts[0] == 0 and (counts >= 0).all()
-    types_fit = values.dtype == _bits_dtype(dtype) and rows.dtype.kind == "u"
-    if not (rows_fit and types_fit and values.shape == rows.shape == (starts[-1],)):
-        raise ValueError(f"'{name}' is no sparse kernel of shape {shape}")
-    bits = np.zeros((height, width), values.dtype)
-    bits[rows, np.repeat(np.arange(width), counts)] = values
-    return bits
-
-
-def _bits(array: np.ndarray) -> np.ndarray:
-    """An array's bits as whole numbers: every dtype alike, and minus zero is not a zero."""
-    return np.ascontiguousarray(array).view(_bits_dtype(array.dtype)).reshape(array.shape)
-
-
-def _bits_dtype(dtype: np.dtype) -> np.dtype:
-    return np.dtype(f"u{dtype.itemsize}")
 
 
 def _digest(content: str, tensors: dict[str, np.ndarray]) -> str:
