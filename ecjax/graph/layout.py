@@ -96,8 +96,11 @@ def pairs(first: Axis, second: Axis) -> list[tuple[Factor, Factor]] | None:
     ones, others, found = list(merged(first)), list(merged(second)), []
     while ones and others:
         one, other = ones.pop(0), others.pop(0)
+        if one.size == other.size:  # also 0
+            found.append((one, other))
+            continue
         size = math.gcd(one.size, other.size)
-        if size not in (one.size, other.size):
+        if size not in (one.size, other.size) or size == 0:
             return None
         for factor, rest in ((one, ones), (other, others)):
             if factor.size > size:
