@@ -24,7 +24,7 @@ from ecjax import networks, prune, score
 from ecjax.networks import Params
 from experiments import flags, report, results, sweep
 from experiments.datasets import Dataset, diffusion_sorption
-from experiments.methods import METHODS, Calibration, MethodName
+from experiments.methods import METHODS, MethodName, criteria
 
 LOSS = report.Measure("mean squared error", ".1e", logarithmic=True)
 
@@ -38,8 +38,7 @@ class Config:
     seeds: int = 3  # How many networks to train, prune and average over.
     epochs: int = 300  # Epochs of training, for the small dense networks too.
     fine_tuning_epochs: int = 6  # Epochs of training after pruning; 0 skips that phase.
-    learning_rate: float = 5e-3
-    """Adam's, at the start; it falls to zero along a cosine. Fine-tuning starts at half of it."""
+    learning_rate: float = 5e-3  # Adam's, at the start; it falls to zero along a cosine. Fine-tuning starts at half.
     batch_size: int = 256  # Samples a training step.
     methods: tuple[MethodName, ...] = tuple(name for name in METHODS if name != "ec-fisher")  # Criteria to compare.
     sparsities: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -52,8 +51,7 @@ class Config:
     cells: int = 256  # Cells of the solution in x.
     times: int = 101  # Times of the solution in (0, 500].
     initial_concentration: float = 0.1  # u(x, 0), in [0, 0.2].
-    validation: bool = False
-    """Measure on held-out, noisy training points (a sixth) in place of the test points: for choosing settings."""
+    validation: bool = False  # Measure on a held-out sixth of the training points, noise and all, to choose settings.
     quick: bool = False  # One network of 32-32-32, one noise level, three sparsities: under a minute.
     output: Path = Path("results/diffusion-sorption")  # Folder for the results.
 
@@ -83,10 +81,10 @@ def main(config: Config) -> None:
 
                 inputs, targets = (jnp.asarray(array[: config.calibration]) for array in data[noise][1:3])
                 few = inputs[: config.nonlinear_calibration]
-                seen = Calibration(task.network, inputs, targets, few, task.loss, "euclidean")
+                compared = criteria(task.network, inputs, targets, few, task.loss, "euclidean")
                 optimizer = sweep.decaying_adam(task, config.learning_rate / 2, config.fine_tuning_epochs)
                 table = sweep.Table(rows, source | {"layers": layers, "noise": noise})
-                found = sweep.one_shot(task, params, config, seen, optimizer, table)
+                found = sweep.one_shot(task, params, config, compared, optimizer, table)
                 pruned = len(config.methods) * len(config.sparsities) * (2 if config.fine_tuning_epochs else 1)
                 report.follow(bar, found, table, config.seeds * (1 + pruned), f"{layers}, a = {noise:g}: ")
             for sparsity in config.small_network_sparsities:

@@ -13,8 +13,7 @@ class Digits:
     data: choose.Name = "mnist"  # MNIST, or the 8x8 digits bundled with scikit-learn.
     data_dir: Path | None = None
     """Folder with the four idx files of MNIST, gzipped or not. Default: $ECJAX_DATA_DIR, else they are downloaded."""
-    validation: bool = False
-    """Measure on held-out training images (a sixth, not trained on) in place of the test set: for choosing settings."""
+    validation: bool = False  # Measure on a held-out sixth of the training images instead, to choose settings by.
     seeds: int = 3  # How many networks to train, prune and average over.
     output: Path | None = None
     """Folder for the results. Default: results/ and the names of the experiment and the data."""

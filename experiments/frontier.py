@@ -46,15 +46,12 @@ class Config(flags.Digits):
     """Fractions of the weights to remove from the surrogate."""
     calibration: int = 10_000  # Calibration inputs; the modest network takes six times as many.
     stages: int = 10  # Stages of the staged methods; the modest network and the surrogate take twice as many.
-    temperature: float | None = None
-    """Of the survivors without labels. Default: 4 for the large network, 2 for the modest one."""
-    products: int | None = None
-    """With the curvature, in each step of a repair. Default: 15 for the large network, 20, and 30 for the surrogate."""
+    temperature: float | None = None  # Of the survivors without labels. Default: 4 for the large network, 2 else.
+    products: int | None = None  # In each step of a repair. Default: 15 (large network), 20 (modest), 30 (surrogate).
     damping: float = 1e-2  # λ of the combinatorial brain surgeon.
     surrogate_epochs: int = 300  # Epochs of training of the surrogate.
     quick: bool = False  # One seed, three sparsities and 2,000 calibration inputs.
-    save: Path | None = None
-    """Folder for each pruned network, as one small file, and report.csv with its size and speed. Takes minutes more."""
+    save: Path | None = None  # Folder for every pruned network, and a report of sizes and times. Takes minutes more.
 
 
 class Problem(NamedTuple):

@@ -1,44 +1,32 @@
-"""The pruning criteria that the experiments compare. Another one is one more entry of METHODS."""
+"""The pruning criteria that the experiments compare."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
-
-from jax import Array
-from jaxtyping import PRNGKeyArray
+from typing import Literal
 
 from ecjax import score
-from ecjax.networks import Network, Params
-from ecjax.train import Loss
 
 
-class Calibration(NamedTuple):
-    """What a criterion may look at besides the params."""
+def criteria(network, inputs, targets, few, loss, metric) -> dict[str, Callable[..., score.Scores]]:
+    """By name: from trained params and a key to scores. Another criterion is one more entry.
 
-    network: Network
-    inputs: Array
-    targets: Array
-    few_inputs: Array  # for the nonlinear criterion, whose cost is weights times samples
-    loss: Loss
-    metric: str
+    ``few`` are inputs for the nonlinear criterion, whose cost is weights times samples.
+    """
+    linear = score.elimination_compensation
+    nonlinear = score.nonlinear_elimination_compensation
+    return {
+        "random": lambda params, key: score.random(network, params, inputs, key=key),
+        "magnitude": lambda params, key: score.magnitude(network, params, inputs),
+        "gradient-magnitude": lambda params, key: score.gradient_magnitude(
+            network, params, inputs, targets=targets, loss=loss
+        ),
+        "optimal-brain-damage": lambda params, key: score.optimal_brain_damage(network, params, inputs, metric=metric),
+        "ec-euclidean": lambda params, key: linear(network, params, inputs),
+        "ec-fisher": lambda params, key: linear(network, params, inputs, metric="fisher"),
+        "nonlinear-ec": lambda params, key: nonlinear(network, params, few, metric=metric),
+    }
 
 
-# By the name that --methods takes, in tables and figures with spaces or as LABELS says.
-METHODS: dict[str, Callable[[Calibration, Params, PRNGKeyArray], score.Scores]] = {
-    "random": lambda seen, params, key: score.random(seen.network, params, seen.inputs, key=key),
-    "magnitude": lambda seen, params, key: score.magnitude(seen.network, params, seen.inputs),
-    "gradient-magnitude": lambda seen, params, key: score.gradient_magnitude(
-        seen.network, params, seen.inputs, targets=seen.targets, loss=seen.loss
-    ),
-    "optimal-brain-damage": lambda seen, params, key: score.optimal_brain_damage(
-        seen.network, params, seen.inputs, metric=seen.metric
-    ),
-    "ec-euclidean": lambda seen, params, key: score.elimination_compensation(seen.network, params, seen.inputs),
-    "ec-fisher": lambda seen, params, key: score.elimination_compensation(
-        seen.network, params, seen.inputs, metric="fisher"
-    ),
-    "nonlinear-ec": lambda seen, params, key: score.nonlinear_elimination_compensation(
-        seen.network, params, seen.few_inputs, metric=seen.metric
-    ),
-}
+METHODS = tuple(criteria(*[None] * 6))  # their names, for which no data are needed
+MethodName = Literal[METHODS]
+# In tables and figures, where it is not the name with spaces.
 LABELS = {"ec-euclidean": "EC (Euclidean)", "ec-fisher": "EC (Fisher)", "nonlinear-ec": "nonlinear EC"}
-MethodName = Literal[tuple(METHODS)]

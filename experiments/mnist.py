@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ecjax import networks
 from experiments import flags, report, results, saved, sweep
-from experiments.methods import METHODS, Calibration, MethodName
+from experiments.methods import METHODS, MethodName, criteria
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,7 @@ class Config(flags.Digits):
     widths: tuple[int, ...] = (300, 100)  # Widths of the hidden layers.
     activation: Literal["relu", "tanh", "gelu"] = "relu"  # Activation between the layers.
     epochs: int | None = None  # Epochs of training. Default: 10, or 60 on fewer than 10,000 images.
-    fine_tuning_epochs: int | None = None
-    """Epochs of training after pruning; 0 skips that phase. Default: 1, or 6 on fewer than 10,000 images."""
+    fine_tuning_epochs: int | None = None  # Epochs after pruning; 0 skips them. Default: 1, or 6 on as few images.
     learning_rate: float = 1e-3  # Adam's, at the start; it falls to zero along a cosine.
     batch_size: int = 128  # Samples a training step.
     methods: tuple[MethodName, ...] = tuple(name for name in METHODS if name != "nonlinear-ec")
@@ -34,8 +33,7 @@ class Config(flags.Digits):
     metric: Literal["euclidean", "fisher"] = "fisher"  # Output metric of optimal-brain-damage and nonlinear-ec.
     calibration: int = 10_000  # How many training samples the criteria see.
     nonlinear_calibration: int = 500  # How many of these nonlinear-ec sees: its cost is weights times samples.
-    save: Path | None = None
-    """Folder for each pruned network, as one small file, and report.csv with its size and speed. Takes minutes more."""
+    save: Path | None = None  # Folder for every pruned network, and a report of sizes and times. Takes minutes more.
 
 
 def main(config: Config) -> None:
@@ -62,11 +60,11 @@ def main(config: Config) -> None:
 
         inputs, labels = (jnp.asarray(array[: config.calibration]) for array in data[1:3])
         few = inputs[: config.nonlinear_calibration]
-        seen = Calibration(task.network, inputs, labels, few, task.loss, config.metric)
+        compared = criteria(task.network, inputs, labels, few, task.loss, config.metric)
         optimizer = sweep.decaying_adam(task, config.learning_rate, tuning)
         table = sweep.Table(rows, {"data": data.name}, kept)
         total = config.seeds * (1 + len(config.methods) * len(config.sparsities) * (2 if tuning else 1))
-        report.follow(bar, sweep.one_shot(task, params, config, seen, optimizer, table), table, total)
+        report.follow(bar, sweep.one_shot(task, params, config, compared, optimizer, table), table, total)
 
     title = f"{data.name}, MLP {layers}, {config.activation}, {config.seeds} seeds"
     for column, measure in report.CLASSIFIER_MEASURES.items():

@@ -131,8 +131,8 @@ def figure(grid: Sequence[Sequence[Panel]], title: str, path: Path) -> None:
         curves(axis, *panel)
     for axis in axes[:-1].ravel():
         axis.set_xlabel("")
-    for left, axis in ((left, axis) for row in axes for left, axis in itertools.pairwise(row[::-1])):
-        left.set_ylabel("" if left.get_ylabel() == axis.get_ylabel() else left.get_ylabel())
+    for before, axis in (pair for row in axes for pair in itertools.pairwise(row[::-1])):
+        before.set_ylabel("" if before.get_ylabel() == axis.get_ylabel() else before.get_ylabel())
     canvas.suptitle(title)
     named = {name: line for axis in axes.flat for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
     canvas.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, frameon=False)

@@ -132,10 +132,9 @@ def opened(folder: Path, config: Any, **facts: Any) -> Iterator[Rows]:
 
 
 def claim(folder: Path, config: Any, **facts: Any) -> None:
-    """Makes a folder that of one configuration: writes ``config.json``, or compares with it.
+    """Makes a folder that of one configuration: writes flags and facts to ``config.json``, or compares with it.
 
-    ``facts`` are what else the numbers depend on; a fact replaces the flag of its name. A folder that cannot be written
-    to, has no room, or belongs to another configuration is a SystemExit.
+    A folder that cannot be written to, has no room, or belongs to another configuration is a SystemExit.
     """
     versions = {f"{package} version": importlib.metadata.version(package) for package in _PACKAGES}
     machine = {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
@@ -177,10 +176,7 @@ def digest(data: Iterable[Any]) -> str:
 
 
 def trained(folder: Path, name: str, train: Callable[..., dict], *arguments: Any) -> dict:
-    """Params, nested dicts, bit for bit as an earlier start left them in the folder, or trained now and kept there.
-
-    ``train(*arguments)`` is called if there is no file of that name yet; a damaged file is a SystemExit.
-    """
+    """What ``train(*arguments)`` gives, nested dicts of arrays, or gave to an earlier start, bit for bit."""
     path = folder / "trained" / f"{name}.npz"
     if path.exists():
         try:

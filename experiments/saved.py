@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from rich.table import Table
+from rich.table import Column, Table
 
 from ecjax import compact
 from ecjax.networks import Network, Params
@@ -64,13 +64,11 @@ class Folder:
         frame = self.rows.frame()
         highest = frame["sparsity"].max()
         names = ("method", "form", "parameters", "non-zeros", "bytes", "multiply-adds", "µs, batch 1", "µs, 256")
-        table = Table(*names, title=f"sparsity {highest:g}; every network and report.csv are in {self.path}/")
-        for column in table.columns[2:]:
-            column.justify = "right"
+        columns = [Column(name, justify="right" if number > 1 else "left") for number, name in enumerate(names)]
+        table = Table(*columns, title=f"sparsity {highest:g}; every network and report.csv are in {self.path}/")
         for row in frame[frame["sparsity"] == highest].itertuples():
-            numbers = (row.parameters, row.nonzeros, row.bytes, row.multiply_adds)
-            times = (f"{row.microseconds_batch_1:.0f}", f"{row.microseconds_batch_256:.0f}")
-            last = row.runtime == "NumPy" and row.name == "sparse"
-            form = f"{row.name}, {row.runtime}"
-            table.add_row(row.method, form, *(f"{number:,}" for number in numbers), *times, end_section=last)
+            numbers = row.parameters, row.nonzeros, row.bytes, row.multiply_adds
+            times = row.microseconds_batch_1, row.microseconds_batch_256
+            cells = f"{row.name}, {row.runtime}", *(f"{number:,.0f}" for number in (*numbers, *times))
+            table.add_row(row.method, *cells, end_section=(row.name, row.runtime) == ("sparse", "NumPy"))
         return table

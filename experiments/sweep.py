@@ -3,7 +3,7 @@
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,6 @@ from jax import Array
 from ecjax import networks, prune, train
 from ecjax.networks import Network, Params
 from experiments.datasets import Dataset
-from experiments.methods import METHODS, Calibration
 from experiments.results import Rows
 from experiments.saved import Folder
 
@@ -52,8 +51,7 @@ class Table(NamedTuple):
     def has(self, method: str, sparsity: float, seed: int, phase: str) -> bool:
         """Whether a row is finished, and its network saved if it is to be."""
         key = {"method": method, "sparsity": sparsity, "seed": seed}
-        saved = self.kept is None or phase == TRAINED or self.kept.has(**key)
-        return saved and self.rows.has(**self.shared, **key, phase=phase)
+        return (self.kept is None or self.kept.has(**key)) and self.rows.has(**self.shared, **key, phase=phase)
 
     def add(self, row: Row) -> None:
         """Keeps a row, unless it is there already."""
@@ -128,10 +126,10 @@ def _measure(network, params, inputs, targets, measures):
     return [jax.vmap(measure, in_axes=(0, None))(outputs, targets) for measure in measures]
 
 
-def one_shot(task: Task, params: Params, config: Any, seen: Calibration, optimizer, table: Table) -> Iterator[Row]:
+def one_shot(task: Task, params: Params, config: Any, criteria, optimizer, table: Table) -> Iterator[Row]:
     """Prunes the networks of every seed, stacked along a leading axis, and fine-tunes them; what is there is left out.
 
-    The flags say by which methods, to which sparsities, and for how many epochs; ``seen`` is what the criteria see.
+    The flags say by which criteria, to which sparsities, and for how many epochs.
     """
     seeds, epochs = range(len(jax.tree.leaves(params)[0])), config.fine_tuning_epochs
     keys = jax.vmap(jax.random.key)(jnp.arange(len(seeds)))
@@ -141,7 +139,7 @@ def one_shot(task: Task, params: Params, config: Any, seen: Calibration, optimiz
     for method in config.methods:
         left = [s for s in config.sparsities if not all(table.has(method, s, seed, last) for seed in seeds)]
         if left:
-            scores = jax.jit(jax.vmap(functools.partial(METHODS[method], seen)))(params, keys)
+            scores = jax.jit(jax.vmap(criteria[method]))(params, keys)
         for sparsity in left:
             pruned = prune_seeds(params, scores, jnp.float32(sparsity))
             final, found = pruned.params, measure(task, pruned.params, method, sparsity, PRUNED)
@@ -153,15 +151,7 @@ def one_shot(task: Task, params: Params, config: Any, seen: Calibration, optimiz
             yield from found
 
 
-def timed(
-    task: Task,
-    params: Params,
-    methods: Methods,
-    sparsities: Sequence[float],
-    seen: Callable[[int], Any],
-    seeds: int,
-    table: Table,
-) -> Iterator[Row]:
+def timed(task: Task, params: Params, methods: Methods, sparsities, seen, seeds: int, table: Table) -> Iterator[Row]:
     """Prunes one network at a time, and takes the seconds, compilation aside; what is there is left out.
 
     The methods get what ``seen`` gives for a seed, and a sparsity.

@@ -113,8 +113,12 @@ def test_damaged_rows_are_refused_by_line(tmp_path, whole, old, new, number):
 
 def test_rows_of_other_columns_are_refused(tmp_path, whole):
     (tmp_path / "results.csv").write_bytes(whole)
-    with pytest.raises(SystemExit, match=r"line 1 of .* is not method,loss"):
-        Rows(tmp_path / "results.csv").add([{"method": "random", "loss": 1.0}])
+    rows = Rows(tmp_path / "results.csv")
+    with pytest.raises(SystemExit, match=r"line 1 of .* is not method,error"):
+        rows.add([{"method": "random", "error": 1.0}])
+    assert rows.path.read_bytes() == whole
+    rows.add([{"method": "random"}])  # what others measured, this one did not
+    assert rows.path.read_bytes() == whole + b"random,,,,,\n"
 
 
 def test_two_processes_do_not_mix_their_rows(tmp_path):
