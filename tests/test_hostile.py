@@ -210,6 +210,7 @@ CALLS = (
 SCALES = st.sampled_from([1e-20, 1e-10, 1, 1e10, 1e20])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 @settings(max_examples=5)
 @given(
