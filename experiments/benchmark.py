@@ -55,7 +55,7 @@ class Config:
     gradients: int = 500  # Per-sample gradients that the brain surgeons see.
     rounds: int = 9  # How many times each call runs at most, by turns with a gradient pass.
     seconds: float = 5.0  # A call that has run for so long, the gradient passes included, is not run again.
-    quick: bool = False  # Three networks, few samples, one stage: under a minute.
+    quick: bool = False  # Three networks, few samples, one stage: three minutes.
     output: Path = Path("results/benchmark")  # Folder for the results.
 
 
