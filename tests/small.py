@@ -52,6 +52,7 @@ def config(experiment: types.ModuleType, name: str, output) -> object:
 
 def main(stop: str, rows: str, name: str, *flags: str) -> None:
     """Runs an experiment that gets a signal as soon as its results hold so many rows."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background starts without
     add = results.Rows.add
 
     def add_and_stop(table, found):

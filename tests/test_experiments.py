@@ -180,6 +180,7 @@ def test_training_that_does_not_get_there_says_so():
         brain_surgeon.train_to_target(task, mlp, config)
 
 
+@pytest.mark.slow
 def test_the_frontier_of_a_surrogate(tmp_path, capsys):
     size = {"stages": 3, "calibration": 200, "seeds": 1, "surrogate_sparsities": (0.8,), "surrogate_epochs": 20}
     frontier.main(frontier.Config(networks=("surrogate",), output=tmp_path, **size))
@@ -195,6 +196,7 @@ def test_the_frontier_of_a_surrogate(tmp_path, capsys):
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_the_frontier_saves_what_it_prunes(tmp_path, monkeypatch):
     small.module("frontier", monkeypatch.setattr)
     size = {"stages": 1, "calibration": 200, "seeds": 1, "sparsities": (0.9,)}

@@ -265,6 +265,7 @@ def signalled(stop, rows, name, folder):
     return command, subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", small.RUNS)
 def test_a_killed_run_goes_on_to_the_same_table(name, tmp_path, monkeypatch):
     experiment, folder = small.module(name, monkeypatch.setattr), tmp_path / "a folder"
