@@ -64,13 +64,11 @@ def _matrix_product(equation, side, leaf: Leaf, other: Value, result: Value, fou
     follows = _followed(other.units, [*others[0]], found)
     found.products.append(Product(leaf.path, site, of_kernel, positions, what, side, reads, gives_samples, follows))
     number = len(found.products) - 1
-    if follows is not None:
-        found.count(other.units)
-        found.read.setdefault(follows, []).append(number)
-        if other.units.bare:
-            found.added.setdefault(follows, []).append(None)
-    else:
+    if follows is None:
         found.consume(other.units)
+    else:
+        found.use(other.units)
+        found.read.setdefault(follows, []).append(number)
     return result._replace(units=Units(frozenset({number}), of_product, bare=True))
 
 
@@ -143,7 +141,7 @@ def summed(equation, operands, result: Value, found: Found, within: str) -> Valu
             return result._replace(units=units[0]._replace(products=together))
         bare, biased = sorted(units, key=lambda u: not u.bare)
         if bare.bare and biased.bias:
-            found.count(biased)
+            found.use(biased)
             added = biased.bias._replace(within=biased.products)
             for number in bare.products:
                 found.added.setdefault(number, []).append(added)

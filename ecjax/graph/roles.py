@@ -46,11 +46,11 @@ CASTS = frozenset(
     sharding_constraint
     """.split()  # noqa: SIM905
 )
+_REARRANGEMENTS = ("broadcast_in_dim", "reshape", "squeeze", "transpose")
 # What takes only some entries of a leaf, or puts several leaves together.
-PARTS = CASTS | frozenset(
-    """
-    broadcast_in_dim concatenate dynamic_slice gather pad reshape rev slice split squeeze stack tile transpose unstack
-    """.split()  # noqa: SIM905
+PARTS = CASTS.union(
+    _REARRANGEMENTS,
+    "concatenate dynamic_slice gather pad rev slice split stack tile unstack".split(),  # noqa: SIM905
 )
 
 
@@ -111,12 +111,8 @@ def _after_custom(value: Value, name: str, found: Found) -> Value:
     """What comes out of a function with a derivative of its own: no leaf, and no bare product, whatever it computes."""
     if leaves_of(value):
         found.note(value, f"goes through {name}")
-    units = value.units
-    if units is not None and units.bare:
-        for product in units.products:
-            found.added.setdefault(product, []).append(None)
-    found.count(units)
-    units = units and units._replace(bare=False, bias=None)
+    found.use(value.units)
+    units = value.units and value.units._replace(bare=False, bias=None)
     return value._replace(leaf=None, parts=frozenset(), units=units, sources=value.sources | leaves_of(value))
 
 
@@ -154,33 +150,32 @@ def describe(equation) -> str:
 
 
 def _rearranged(equation, operand: Value, result: Value) -> Value | None:
-    """The result of a cast or a rearrangement of a leaf, or of units; None for another operation."""
-    name = equation.primitive.name
-    (shape,) = shapes(equation.outvars)
-    uniform = operand.uniform and name in (*CASTS, "broadcast_in_dim", "reshape", "squeeze", "transpose")
-    if name in CASTS and not is_float(equation.outvars[0]):
-        return None
-    change = None
-    if name in CASTS:
-        change = lambda axes: axes  # noqa: E731
-    elif name == "transpose":
-        change = lambda axes: tuple(axes[i] for i in equation.params["permutation"])  # noqa: E731
-    elif name in ("reshape", "squeeze", "expand_dims"):
-        change = lambda axes: layouts.reshaped(axes, shape)  # noqa: E731
-    elif name == "broadcast_in_dim":
-        change = lambda axes: _broadcast(axes, whole_numbers(equation.params["broadcast_dimensions"]), shape)  # noqa: E731
-    if change is None:
+    """The result of a cast or a rearrangement of a leaf, of units or of equal numbers; None for another operation."""
+    if equation.primitive.name in CASTS and not is_float(equation.outvars[0]):
         return None
     if operand.leaf is not None:
-        axes = change(operand.leaf.axes)
-        if axes is None:
-            return None
-        return result._replace(leaf=operand.leaf._replace(axes=axes), uniform=uniform)
+        axes = _axes_after(equation, operand.leaf.axes)
+        rearranged = operand.leaf._replace(axes=axes)
+        return None if axes is None else result._replace(leaf=rearranged, uniform=operand.uniform)
     if operand.units is not None:
-        axes = change(operand.units.axes)
+        axes = _axes_after(equation, operand.units.axes)
         return None if axes is None else result._replace(units=operand.units._replace(axes=axes))
-    if uniform:
+    if operand.uniform and equation.primitive.name in (*CASTS, *_REARRANGEMENTS):
         return result._replace(uniform=True, sources=operand.sources)
+    return None
+
+
+def _axes_after(equation, axes: Axes) -> Axes | None:
+    """The axes of a value after a cast or a rearrangement; None after another operation, or one that cuts a factor."""
+    name, (shape,) = equation.primitive.name, shapes(equation.outvars)
+    if name in CASTS:
+        return axes
+    if name == "transpose":
+        return tuple(axes[i] for i in equation.params["permutation"])
+    if name in ("reshape", "squeeze"):
+        return layouts.reshaped(axes, shape)
+    if name == "broadcast_in_dim":
+        return _broadcast(axes, whole_numbers(equation.params["broadcast_dimensions"]), shape)
     return None
 
 
@@ -203,12 +198,7 @@ def _otherwise(equation, operands: list[Value], results: list[Value], found: Fou
         parts = frozenset().union(*(leaves_of(operand) for operand in operands))
     sources = frozenset()
     for operand in operands:
-        if units is None:
-            found.consume(operand.units)
-        else:
-            found.count(operand.units)
-            for product in operand.units.products if operand.units and operand.units.bare else ():
-                found.added.setdefault(product, []).append(None)
+        (found.consume if units is None else found.use)(operand.units)
         if not parts and leaves_of(operand):
             what = _use(equation, depends)
             found.note(operand, what)

@@ -99,18 +99,18 @@ class Found:
             if what not in (known := self.others.setdefault(path, [])):
                 known.append(what)
 
-    def count(self, units: Units | None) -> None:
-        """Notes that an operation takes products whose bias was just added."""
+    def use(self, units: Units | None) -> None:
+        """Notes that an operation takes units: bare products without a bias, or those whose bias was just added."""
         if units and units.bias:
             self.biased[units.products] = self.biased.get(units.products, 0) + 1
+        for product in units.products if units and units.bare else ():
+            self.added.setdefault(product, []).append(None)
 
     def consume(self, units: Units | None) -> None:
-        """Notes that units, or products, go where they are not followed."""
-        self.count(units)
+        """Notes that units go where they are not followed."""
+        self.use(units)
         for product in units.products if units else ():
             self.read.setdefault(product, []).append(None)
-            if units.bare:
-                self.added.setdefault(product, []).append(None)
 
 
 def leaves_of(value: Value) -> frozenset[str]:
