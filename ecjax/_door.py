@@ -36,6 +36,7 @@ def layers(
     *,
     exclude: Iterable[str] | str = (),
     scored: bool = True,
+    clear: bool = True,
     each_alone: bool = True,
 ) -> Layers:
     """The layers of a network.
@@ -45,7 +46,8 @@ def layers(
         params: its parameters, of arrays alone (``_trees.split``).
         inputs: an array with samples in it, or only its shape.
         exclude: patterns of paths, which are left alone.
-        scored: whether every kernel must be one that can be scored.
+        scored: whether every kernel must be one that can be scored from moments.
+        clear: whether every kernel must at least have one clear role: each entry enters one product.
         each_alone: whether each sample's outputs must depend on this sample alone.
 
     Raises:
@@ -71,29 +73,13 @@ def layers(
             "the network has no kernel to prune: no leaf of its params is multiplied with what depends on the inputs"
             + (f"; {held}" if held else "")
         )
-    if scored:
-        require_scored(facts.layers)
+    for layer in facts.layers:
+        if (scored and layer.reason) or (clear and layer.layout is None):
+            raise ValueError(
+                f"kernel '{layer.kernel}' can't be scored{' yet' if scored else ''}: it {layer.reason}. Leave it out "
+                f"with exclude=('{layer.kernel}',); networks.layers shows all kernels"
+            )
     return facts.layers
-
-
-def require_scored(layers: Layers) -> None:
-    """Raises a ValueError that names the first kernel that can't be scored."""
-    for layer in layers:
-        if layer.reason:
-            raise ValueError(
-                f"kernel '{layer.kernel}' can't be scored yet: it {layer.reason}. Leave it out with "
-                f"exclude=('{layer.kernel}',); networks.layers shows all kernels"
-            )
-
-
-def require_one_product(layers: Layers) -> None:
-    """Raises a ValueError that names the first kernel whose entries don't enter one product one by one."""
-    for layer in layers:
-        if layer.layout is None:
-            raise ValueError(
-                f"kernel '{layer.kernel}' can't be scored: it {layer.reason}. Leave it out with "
-                f"exclude=('{layer.kernel}',); networks.layers shows all kernels"
-            )
 
 
 def _read(params, inputs, *, network, exclude) -> _Facts:
@@ -123,7 +109,7 @@ def _require_hashable(network: Callable) -> None:
 
 
 def _at_least_two(inputs) -> jax.ShapeDtypeStruct:
-    """The shape of the inputs, of two samples if there is one: an axis of length 1 can't be told from others."""
+    """The shape that ``graph.at_least_two`` gives the inputs."""
     return jax.ShapeDtypeStruct((max(inputs.shape[0], 2), *inputs.shape[1:]), inputs.dtype)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -50,6 +51,12 @@ def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
 def as_kernels(params: PyTree, leaves: Mapping[str, Any]) -> PyTree:
     """Kernels: a pytree shaped like ``params``, with None in place of every leaf that is not among ``leaves``."""
     return jax.tree_util.tree_map_with_path(lambda path, _: leaves.get(path_name(path)), params)
+
+
+def masked(params: PyTree, masks: PyTree) -> PyTree:
+    """The params with exact zeros where a mask is False."""
+    leaves = by_path(params)
+    return replace(params, {path: jnp.where(mask, leaves[path], 0) for path, mask in by_path(masks).items()})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,7 +69,7 @@ def joint_biases(
     options = {"metric": metric, "temperature": temperature, "iterations": iterations}
     sizes = {"products": products, "batch_size": batch_size, "curvature_samples": curvature_samples}
     network, params, static = _trees.split(network, params)
-    layers = _door.layers(network, params, inputs, scored=False)
+    layers = _door.layers(network, params, inputs, scored=False, clear=False)
     start = gauss_newton.start(params, damping)
     repaired = repair(network, start, every_bias(layers, params), inputs, targets, **options, **sizes)
     return _trees.whole(repaired.params, static)
@@ -124,11 +124,9 @@ def survivors(
     """
     network, params, static = _trees.split(network, params)
     free = every_survivor(params, masks)
-    leaves = _trees.by_path(params)
-    pruned = {path: jnp.where(mask, leaves[path], 0) for path, mask in _trees.by_path(masks).items()}
     options = {"metric": metric, "temperature": temperature, "iterations": iterations}
     sizes = {"products": products, "batch_size": batch_size, "curvature_samples": curvature_samples}
-    start = gauss_newton.start(_trees.replace(params, pruned), damping)
+    start = gauss_newton.start(_trees.masked(params, masks), damping)
     repaired = repair(network, start, free, inputs, targets, **options, **sizes)
     return _trees.whole(repaired.params, static)
 
@@ -272,7 +270,7 @@ def repair(
 
 
 def _outputs_shape(network: Network, params: Params, inputs: Array) -> tuple[int, ...]:
-    _door.layers(network, params, inputs, scored=False)
+    _door.layers(network, params, inputs, scored=False, clear=False)
     return jax.eval_shape(network, params, inputs).shape
 
 

@@ -89,7 +89,7 @@ def shard_params(network: Network, params: Params, inputs: Inputs | jax.ShapeDty
     """
     network, params, static = _trees.split(network, params)
     parts, specs = mesh.shape[MODEL], {}
-    for layer in _door.layers(network, params, inputs, scored=False, each_alone=False):
+    for layer in _door.layers(network, params, inputs, scored=False, clear=False, each_alone=False):
         if layer.layout is None or "out" not in layer.axes:
             continue
         axis = layer.axes.index("out")

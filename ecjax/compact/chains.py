@@ -53,7 +53,7 @@ def read(network: Network, params: Params, inputs: Inputs) -> Chain:
     network, params, _ = _trees.split(network, params)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in [*jax.tree.leaves(params), inputs]):
         raise ValueError("the shapes of what is compacted depend on values: call this outside of jit, vmap and grad")
-    layers = _door.layers(network, params, inputs, scored=False)
+    layers = _door.layers(network, params, inputs, scored=False, clear=False)
     for layer in layers:
         if layer.reason:
             raise ValueError(

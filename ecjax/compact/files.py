@@ -222,7 +222,7 @@ def _widths(network: Network, params: Params, inputs: Inputs) -> tuple[int, ...]
     """The widths of a multilayer perceptron; None for another network."""
     network, params, _ = _trees.split(network, params)
     try:
-        layers = _door.layers(network, params, inputs, scored=False, each_alone=False)
+        layers = _door.layers(network, params, inputs, scored=False, clear=False, each_alone=False)
         graph.chain(layers)
     except ValueError:  # not one of those that can be compacted; the examples tell it all the same
         return None

@@ -3,8 +3,11 @@
 import fnmatch
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from jaxtyping import PyTree
+
+from ecjax import _trees
 from ecjax.graph.layout import Layout
 
 
@@ -134,6 +137,12 @@ def chosen(patterns: Iterable[str] | str, paths: Sequence[str]) -> frozenset[str
             raise ValueError(f"the pattern {pattern!r} matches no leaf of the params; they are {', '.join(paths)}")
         found.update(here)
     return frozenset(found)
+
+
+def kernels(layers: Sequence[Layer], params: PyTree) -> dict[str, Any]:
+    """The kernels of some layers by path, in the order of the flattened params."""
+    paths = {layer.kernel for layer in layers}
+    return {path: leaf for path, leaf in _trees.by_path(params).items() if path in paths}
 
 
 def chain(layers: Sequence[Layer]) -> Sequence[Layer]:

@@ -44,8 +44,8 @@ def of_batch(
         >>> float(of_batch(jnp.arange(200) < 150).samples)
         150.0
     """
-    if inputs.shape[0] == 1:  # an axis of length 1 can't be told from others: the same sample twice, counted once
-        inputs, counted = jnp.repeat(inputs, 2, 0), jnp.concatenate([counted, jnp.zeros(1, bool)])
+    inputs = graph.at_least_two(inputs)
+    counted = jnp.pad(counted, (0, len(inputs) - len(counted)))
     reading = graph.read(network, params, inputs, exclude=exclude)
     outputs, backward, layer_inputs = jax.vjp(
         lambda taps: graph.tapped(reading, params, inputs, taps),

@@ -143,8 +143,9 @@ def of_batches(
     """
     seen = None
     for batch in batches:
-        checks.require_inputs(batch)
-        seen = seen or start(network, params, batch, exclude=exclude, of_weights=of_weights)
+        if seen is None:
+            checks.require_inputs(batch)
+            seen = start(network, params, batch, exclude=exclude, of_weights=of_weights)
         seen = update(seen, network, params, batch, **options)
     if seen is None:
         raise ValueError("there is not a single batch; moments of no samples say nothing")

@@ -51,4 +51,4 @@ def layers(
         Dense_1/kernel  8 × 2  in, out  Dense_1/bias  1          16       yes
     """
     network, params, _ = _trees.split(network, params)
-    return _door.layers(network, params, inputs, exclude=exclude, scored=False, each_alone=False)
+    return _door.layers(network, params, inputs, exclude=exclude, scored=False, clear=False, each_alone=False)

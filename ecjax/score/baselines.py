@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from ecjax import _door, _trees, checks, devices, precision
-from ecjax.graph import Layers
+from ecjax.graph.layers import kernels
 from ecjax.networks import Inputs, Loss, Network, Params, Patterns, Targets
 from ecjax.score.scores import Scores, checked, scores_of
 
@@ -32,8 +32,8 @@ def magnitude(network: Network, params: Params, inputs: Inputs, *, exclude: Patt
         [[2.0], [1.0]]
     """
     network, params, _ = _trees.split(network, params)
-    layers, leaves = _layers(network, params, inputs, exclude), _trees.by_path(params)
-    return checked(scores_of(params, layers, {layer.kernel: jnp.abs(leaves[layer.kernel]) for layer in layers}))
+    layers = _door.layers(network, params, inputs, exclude=exclude, scored=False, each_alone=False)
+    return checked(scores_of(params, layers, {p: jnp.abs(kernel) for p, kernel in kernels(layers, params).items()}))
 
 
 def gradient_magnitude(
@@ -62,13 +62,11 @@ def gradient_magnitude(
     checks.require_inputs(inputs)
     checks.require_targets(inputs, targets)
     network, params, _ = _trees.split(network, params)
-    layers, leaves = _layers(network, params, inputs, exclude, each_alone=True), _trees.by_path(params)
+    layers = _door.layers(network, params, inputs, exclude=exclude, scored=False)
     inputs, targets = devices.automatic((inputs, targets))
-    kernels = {layer.kernel: leaves[layer.kernel] for layer in layers}
-    slopes = _loss_gradient(network, params, kernels, inputs, targets, loss=loss)
-    return checked(
-        scores_of(params, layers, {path: jnp.abs(kernel * slopes[path]) for path, kernel in kernels.items()})
-    )
+    weights = kernels(layers, params)
+    slopes = _loss_gradient(network, params, weights, inputs, targets, loss=loss)
+    return checked(scores_of(params, layers, {path: jnp.abs(w * slopes[path]) for path, w in weights.items()}))
 
 
 @functools.partial(jax.jit, static_argnames=("network", "loss"))
@@ -99,16 +97,8 @@ def random(network: Network, params: Params, inputs: Inputs, *, key: PRNGKeyArra
         True
     """
     network, params, _ = _trees.split(network, params)
-    layers = _layers(network, params, inputs, exclude)
-    shapes = {layer.kernel: layer.shape for layer in layers}
-    paths = [path for path in _trees.by_path(params) if path in shapes]
-    keys = jax.random.split(key, len(paths))
-    draws = {path: jax.random.uniform(k, shapes[path]) for k, path in zip(keys, paths, strict=True)}
+    layers = _door.layers(network, params, inputs, exclude=exclude, scored=False, each_alone=False)
+    weights = kernels(layers, params)
+    keys = jax.random.split(key, len(weights))
+    draws = {path: jax.random.uniform(k, weights[path].shape) for k, path in zip(keys, weights, strict=True)}
     return scores_of(params, layers, draws)
-
-
-def _layers(network, params, inputs, exclude: Patterns, *, each_alone: bool = False) -> Layers:
-    """The layers, of any kind as long as each kernel's role is clear."""
-    layers = _door.layers(network, params, inputs, exclude=exclude, scored=False, each_alone=each_alone)
-    _door.require_one_product(layers)
-    return layers

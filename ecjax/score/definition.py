@@ -56,7 +56,6 @@ def elimination_compensation_by_definition(
     checks.require_positive(weights_at_once, "weights_at_once")
     network, params, _ = _trees.split(network, params)
     layers = _door.layers(network, params, inputs, exclude=exclude, scored=False)
-    _door.require_one_product(layers)
     inputs = devices.automatic(inputs)
     options = {"layers": layers, "metric": metric, "weights_at_once": int(weights_at_once)}
     return checked(_all_weights(network, params, inputs, **options))

@@ -87,9 +87,9 @@ def elimination_compensation_from_moments(params: Params, seen: Moments) -> Scor
 
 @jax.jit
 def _elimination_compensation(params: Params, seen: Moments) -> Scores:
-    importance, shift = {}, {}
+    importance, shift, leaves = {}, {}, _trees.by_path(params)
     for layer in seen.read:
-        kernel, found = _matrix(params, layer), seen.layers[layer.kernel]
+        kernel, found = _matrix(leaves, layer), seen.layers[layer.kernel]
         scatter = found.scatter if layer.bias else _second_moment(found)
         importance[layer.kernel] = _as_leaf(times_square(scatter / seen.samples, kernel), layer)
         shift[layer.kernel] = _as_leaf(kernel * found.mean if layer.bias else jnp.zeros_like(kernel), layer)
@@ -162,12 +162,10 @@ def optimal_brain_damage_from_moments(params: Params, seen: Moments) -> Scores:
 
 @jax.jit
 def _optimal_brain_damage(params: Params, seen: Moments) -> Scores:
-    importance = {
-        layer.kernel: _as_leaf(
-            times_square(_second_moment(seen.layers[layer.kernel]) / seen.samples, _matrix(params, layer)), layer
-        )
-        for layer in seen.read
-    }
+    importance, leaves = {}, _trees.by_path(params)
+    for layer in seen.read:
+        damage = _second_moment(seen.layers[layer.kernel]) / seen.samples
+        importance[layer.kernel] = _as_leaf(times_square(damage, _matrix(leaves, layer)), layer)
     return scores_of(params, seen.read, importance)
 
 
@@ -176,9 +174,9 @@ def _second_moment(found: moments.LayerMoments) -> Float[Array, "in out"]:
     return found.scatter + times_square(found.sensitivity, found.mean)
 
 
-def _matrix(params: Params, layer: Layer) -> Float[Array, "in out"]:
+def _matrix(leaves: dict[str, Array], layer: Layer) -> Float[Array, "in out"]:
     """A kernel as a matrix, in the precision of the moments."""
-    kernel = _trees.by_path(params)[layer.kernel]
+    kernel = leaves[layer.kernel]
     return graph.as_matrices(jnp.asarray(kernel, tap_dtype(kernel)), layer.layout)[0]
 
 

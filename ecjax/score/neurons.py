@@ -11,12 +11,12 @@ from jaxtyping import Float, PRNGKeyArray, PyTree
 
 from ecjax import _door, _trees, checks, devices, graph, metrics, moments, precision
 from ecjax.graph import Layer, Layers
-from ecjax.graph.layers import NO_LAYERS
+from ecjax.graph.layers import NO_LAYERS, as_patterns
 from ecjax.graph.taps import tap_dtype
 from ecjax.moments import Moments
 from ecjax.moments.additive import require
 from ecjax.networks import Inputs, Network, Params, Patterns
-from ecjax.score.scores import least, of_each
+from ecjax.score.scores import checked, least, of_each
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["importance", "constant"], meta_fields=["layers"])
@@ -41,17 +41,6 @@ class NeuronScores:
     importance: PyTree  # not checked here: a pytree is also mapped to what is no array
     constant: PyTree | None = None
     layers: Layers = NO_LAYERS
-
-
-def checked(scores: NeuronScores) -> NeuronScores:
-    """The same scores.
-
-    Raises:
-        ValueError: an importance or a constant is NaN or infinite.
-    """
-    checks.require_finite(scores.importance, "importances")
-    checks.require_finite(scores.constant, "constants")
-    return scores
 
 
 def neuron_elimination_compensation(
@@ -255,17 +244,15 @@ def neuron_variance(network: Network, params: Params, inputs: Inputs, *, exclude
     network, params, _ = _trees.split(network, params)
     layers = _door.layers(network, params, inputs, exclude=exclude)
     _require_biases(layers)
-    found = _variances(network, params, devices.automatic(inputs), layers=layers)
+    found = _variances(network, params, devices.automatic(inputs), layers=layers, exclude=as_patterns(exclude))
     return checked(NeuronScores(*found, layers))
 
 
-@functools.partial(jax.jit, static_argnames=("network", "layers"))
+@functools.partial(jax.jit, static_argnames=("network", "layers", "exclude"))
 @precision.in_full
-def _variances(network, params, inputs, *, layers):
-    if inputs.shape[0] == 1:  # an axis of length 1 can't be told from others; twice the same has the same variance
-        inputs = jnp.repeat(inputs, 2, 0)
-    excluded = tuple(path for path, what in layers.others.items() if what == "is excluded")
-    reading = graph.read(network, params, inputs, exclude=excluded)
+def _variances(network, params, inputs, *, layers, exclude):
+    inputs = graph.at_least_two(inputs)
+    reading = graph.read(network, params, inputs, exclude=exclude)
     _, layer_inputs = graph.tapped(reading, params, inputs, {})
     read = {own.kernel: layer_inputs[following.kernel] for own, following in _pairs(layers)}
     return {path: a.var(0) for path, a in read.items()}, {path: a.mean(0) for path, a in read.items()}

@@ -62,8 +62,7 @@ def nonlinear_elimination_compensation(
 @functools.partial(jax.jit, static_argnames=("network", "metric", "steps", "weights_at_once"))
 @precision.in_full
 def _all_weights(network, params, inputs, seen, *, metric, steps, weights_at_once) -> Scores:
-    if inputs.shape[0] == 1:  # an axis of length 1 can't be told from others; twice the same has the same mean
-        inputs = jnp.repeat(inputs, 2, 0)
+    inputs = graph.at_least_two(inputs)
     reading = graph.read(network, params, inputs, exclude=seen.exclude)
     outputs, layer_inputs = graph.tapped(reading, params, inputs, {})
     leaves = _trees.by_path(params)

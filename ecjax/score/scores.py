@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ from ecjax.graph import Layers
 from ecjax.graph.layers import NO_LAYERS
 from ecjax.graph.taps import tap_dtype
 from ecjax.networks import Kernels, Params
+
+AnyScores = TypeVar("AnyScores")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["importance", "bias_shift"], meta_fields=["layers"])
@@ -41,14 +44,15 @@ class Scores:
     layers: Layers = NO_LAYERS
 
 
-def checked(scores: Scores) -> Scores:
-    """The same scores.
+def checked(scores: AnyScores) -> AnyScores:
+    """The same scores, of weights or of neurons.
 
     Raises:
         ValueError: an importance or what makes up for it is NaN or infinite: the params are, or squares overflow.
     """
-    checks.require_finite(scores.importance, "importances")
-    checks.require_finite(scores.bias_shift, "bias shifts")
+    for field in dataclasses.fields(scores):
+        if field.name != "layers":
+            checks.require_finite(getattr(scores, field.name), f"{field.name.replace('_', ' ')}s")
     return scores
 
 

@@ -21,6 +21,7 @@ from jax import Array
 from jaxtyping import Float, Shaped
 
 from ecjax import _door, _trees, checks, devices, precision
+from ecjax.graph.layers import kernels
 from ecjax.networks import Inputs, Kernels, Loss, Network, Params, Patterns, Targets
 from ecjax.score import Scores
 
@@ -58,12 +59,9 @@ def loss_gradients(
     checks.require_inputs(inputs)
     checks.require_targets(inputs, targets)
     network, params, _ = _trees.split(network, params)
-    layers = _door.layers(network, params, inputs, exclude=exclude, scored=False)
-    _door.require_one_product(layers)
-    leaves = _trees.by_path(params)
-    kernels = {path: leaves[path] for path in leaves if path in {layer.kernel for layer in layers}}
+    weights = kernels(_door.layers(network, params, inputs, exclude=exclude, scored=False), params)
     inputs, targets = devices.automatic((inputs, targets))
-    return _trees.as_kernels(params, _loss_gradients(network, params, kernels, inputs, targets, loss=loss))
+    return _trees.as_kernels(params, _loss_gradients(network, params, weights, inputs, targets, loss=loss))
 
 
 @functools.partial(jax.jit, static_argnames=("network", "loss"))
