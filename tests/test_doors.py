@@ -137,6 +137,22 @@ def test_what_is_excluded_has_no_scores_and_does_not_count(name):
         jax.tree.map(np.testing.assert_array_equal, found.params["Dense_1"], example.params["Dense_1"])
 
 
+def test_a_bias_that_is_excluded_keeps_every_bit_in_one_shot():
+    example = examples.mlp()
+    scores = score.elimination_compensation(*example)
+    pruned = prune.one_shot(example.params, scores, 0.5, exclude="Dense_1/bias").params
+    before, after = networks.by_path(example.params), networks.by_path(pruned)
+    moved = {path for path in before if path.endswith("bias") and (after[path] != before[path]).any()}
+    assert moved == {"Dense_0/bias", "Dense_2/bias"}
+
+
+def test_a_criterion_for_neurons_that_scores_what_is_excluded():
+    example = examples.mlp()
+    message = "the criterion scores 'Dense_2/kernel', which is excluded: give it the same exclude"
+    with pytest.raises(ValueError, match=message):
+        prune.staged_neurons(*example, 0.5, repair=None, exclude="Dense_2/*", criterion=score.neuron_norm)
+
+
 @pytest.mark.parametrize("repair", prune.REPAIRS)
 def test_what_is_excluded_keeps_every_bit_through_stages_and_repairs(repair):
     example = examples.mlp()

@@ -65,7 +65,7 @@ def one_shot(
         sparsity: the fraction of weights to remove, in [0, 1]; biases don't count. May be traced. Left out for N:M.
         scope: where weights compete: "network", each "layer", or each "neuron" (the inputs of one output). Or a pair
             (N, M): of every M consecutive inputs of a neuron N stay, and of a last group of fewer, at most N.
-        exclude: patterns of paths of kernels that keep every bit, and do not count as weights.
+        exclude: patterns of paths of leaves that keep every bit, biases too; a kernel's weights do not count.
 
     Returns:
         Pruned: with masks for the kernels that have scores and are not excluded.
@@ -96,14 +96,13 @@ def one_shot(
     checks.require_no_nan(importance, "importances")
     layers = _known(scores.layers, importance, scope)
     found = _masks(importance, layers, sparsity, scope)
-    _require_finite_removed(importance, found)
     masks = _trees.as_kernels(params, found)
     if scores.bias_shift is None:
         return Pruned(apply_masks(params, masks), masks)
     checks.require_kernels(params, scores.bias_shift, "bias shifts")
     shifts = _left(_trees.by_path(scores.bias_shift), params, exclude)
     _known(scores.layers, shifts, "neuron")
-    return Pruned(apply_masks(_shift_biases(params, shifts, found, layers), masks), masks)
+    return Pruned(apply_masks(_shift_biases(params, shifts, found, layers, exclude), masks), masks)
 
 
 def _left(kernels: dict[str, Array], params: Params, exclude: Patterns) -> dict[str, Array]:
@@ -163,8 +162,7 @@ def apply_masks(params: Params, masks: Kernels) -> Params:
         0.0
     """
     checks.require_masks(params, masks)
-    leaves, kept = _trees.by_path(params), _trees.by_path(masks)
-    return _trees.replace(params, {path: jnp.where(mask, leaves[path], 0) for path, mask in kept.items()})
+    return _trees.masked(params, masks)
 
 
 def sparsity(masks: Kernels) -> float:
@@ -185,13 +183,8 @@ def _masks(
     sparsity: Sparsity | None,
     scope: str | tuple[int, int],
 ) -> dict[str, Array]:
-    if scope == "layer":
-        return {path: keep(layer.ravel(), sparsity).reshape(layer.shape) for path, layer in importance.items()}
-    if scope == "network":
-        kept = keep(jnp.concatenate([leaf.ravel() for leaf in importance.values()]), sparsity)
-        ends = list(itertools.accumulate(leaf.size for leaf in importance.values()))
-        parts = jnp.split(kept, ends[:-1])
-        return {path: part.reshape(importance[path].shape) for path, part in zip(importance, parts, strict=True)}
+    if scope in ("network", "layer"):
+        return keep_in_each(importance, sparsity, together=scope == "network")
     choose = (
         functools.partial(_keep_in_groups, stay=scope[0], group=scope[1])
         if isinstance(scope, tuple)
@@ -201,6 +194,24 @@ def _masks(
     for path, leaf in importance.items():
         matrices = jax.vmap(choose)(graph.as_matrices(leaf, layers[path].layout))
         found[path] = graph.as_leaf(matrices, layers[path].layout)
+    _require_finite_removed(importance, found)
+    return found
+
+
+def keep_in_each(importance: dict[str, Array], sparsity: Sparsity, *, together: bool) -> dict[str, Array]:
+    """False for the smallest of several arrays: of all together, or of each by itself.
+
+    Raises:
+        ValueError: an entry of infinite importance would go.
+    """
+    if together and importance:
+        kept = keep(jnp.concatenate([leaf.ravel() for leaf in importance.values()]), sparsity)
+        ends = list(itertools.accumulate(leaf.size for leaf in importance.values()))
+        parts = dict(zip(importance, jnp.split(kept, ends[:-1]), strict=True))
+    else:
+        parts = {path: keep(leaf.ravel(), sparsity) for path, leaf in importance.items()}
+    found = {path: part.reshape(importance[path].shape) for path, part in parts.items()}
+    _require_finite_removed(importance, found)
     return found
 
 
@@ -241,13 +252,14 @@ def smallest(values: Real[Array, " weights"], count: int | Array) -> Bool[Array,
 
 
 def _shift_biases(
-    params: Params, shifts: dict[str, Array], masks: dict[str, Array], layers: dict[str, Layer]
+    params: Params, shifts: dict[str, Array], masks: dict[str, Array], layers: dict[str, Layer], exclude: Patterns
 ) -> Params:
-    """Adds to each bias the shifts of its neuron's removed weights."""
+    """Adds to each bias that is not excluded the shifts of its neuron's removed weights."""
     leaves, biases = _trees.by_path(params), {}
+    excluded = chosen(exclude, list(leaves))
     for path, mask in masks.items():
         layer = layers[path]
-        if layer.bias is None:
+        if layer.bias is None or layer.bias in excluded:
             continue
         removed = graph.as_matrices(jnp.where(mask, 0, shifts[path]), layer.layout).sum(1, keepdims=True)
         bias = biases.get(layer.bias, leaves[layer.bias])  # several kernels may share the neurons of one bias

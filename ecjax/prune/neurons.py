@@ -12,7 +12,7 @@ from ecjax import _trees, checks, graph
 from ecjax.checks import Sparsity
 from ecjax.graph import Layer
 from ecjax.networks import Kernels, Params
-from ecjax.prune.masks import Pruned, apply_masks, keep
+from ecjax.prune.masks import Pruned, apply_masks, keep_in_each
 from ecjax.score import NeuronScores
 
 NEURON_SCOPES = ("network", "layer")
@@ -48,7 +48,8 @@ def neurons(params: Params, scores: NeuronScores, fraction: Sparsity, *, scope: 
         raise ValueError(f"scope is {scope!r}; for neurons it must be one of {', '.join(map(repr, NEURON_SCOPES))}")
     chain, leaves = graph.chain(scores.layers), _trees.by_path(params)
     _require_neurons(scores, chain, leaves)
-    kept = _kept({layer.kernel: scores.importance[layer.kernel] for layer in chain[:-1]}, fraction, scope)
+    importance = {layer.kernel: scores.importance[layer.kernel] for layer in chain[:-1]}
+    kept = keep_in_each(importance, fraction, together=scope == "network")
     masks = {layer.kernel: jnp.ones(layer.layout.sizes[1:], bool) for layer in chain}
     shifted = {}
     for own, following in itertools.pairwise(chain):
@@ -63,16 +64,6 @@ def neurons(params: Params, scores: NeuronScores, fraction: Sparsity, *, scope: 
     masks = {layer.kernel: graph.as_leaf(masks[layer.kernel][None], layer.layout) for layer in chain}
     as_kernels = _trees.as_kernels(params, masks)
     return Pruned(apply_masks(_trees.replace(params, shifted), as_kernels), as_kernels)
-
-
-def _kept(importance: dict[str, Array], fraction: Sparsity, scope: str) -> dict[str, Array]:
-    if scope == "layer":
-        return {path: keep(values, fraction) for path, values in importance.items()}
-    if not importance:
-        return {}
-    together = keep(jnp.concatenate(list(importance.values())), fraction)
-    ends = list(itertools.accumulate(values.size for values in importance.values()))
-    return dict(zip(importance, jnp.split(together, ends[:-1]), strict=True))
 
 
 def _require_neurons(scores: NeuronScores, chain: Sequence[Layer], leaves: dict) -> None:

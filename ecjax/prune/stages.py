@@ -12,6 +12,7 @@ from jax import Array, lax
 from ecjax import _door, _trees, batches, checks, compensate, devices, gauss_newton, metrics, precision, score
 from ecjax.checks import Sparsity
 from ecjax.graph import Layers
+from ecjax.graph.layers import chosen
 from ecjax.networks import Inputs, Kernels, Network, Params, Patterns, Targets
 from ecjax.prune.masks import Pruned, one_shot, require_scope
 from ecjax.prune.neurons import alive, neurons, ranked_last
@@ -161,6 +162,13 @@ def staged_neurons(
 
     def decide(network, params, masks, reached):
         scores = criterion(network, params, inputs)
+        excluded = chosen(exclude, list(_trees.by_path(params)))
+        for layer in scores.layers:
+            if layer.kernel in excluded:
+                raise ValueError(
+                    f"the criterion scores '{layer.kernel}', which is excluded: give it the same exclude, with "
+                    "functools.partial(criterion, exclude=...)"
+                )
         return neurons(params, ranked_last(scores, alive(scores, masks)), reached, scope=scope)
 
     shared = {"stages": stages, "repair": repair, "metric": metric, "targets": targets, "exclude": exclude}
@@ -195,7 +203,7 @@ def _in_stages(
     if options and not repair:
         raise ValueError(f"without a repair there is nothing to give {', '.join(options)} to")
     network, params, static = _trees.split(network, params)
-    layers = _door.layers(network, params, inputs, exclude=exclude, scored=False)
+    layers = _door.layers(network, params, inputs, exclude=exclude, scored=False, clear=False)
     inputs = devices.automatic(inputs)
     if targets is None and repair:
         # Samples that are spread over devices are few on each; together they stay where they are.
@@ -210,17 +218,18 @@ def _in_stages(
         pruned, masks = decide(network, state.params, masks, reached)
         state = state._replace(params=pruned)
         if repair:
-            free = _free(repair, layers, pruned, masks)
+            free = _free(repair, layers, pruned, masks, exclude)
             state = compensate.repair(network, state, free, inputs, targets, **options)
         if progress is not None:
             progress(Stage(number, stages, reached, state.objective))
     return Pruned(_trees.whole(state.params, static), masks)
 
 
-def _free(repair: str, layers: Layers, params: Params, masks: Kernels) -> gauss_newton.Free:
+def _free(repair: str, layers: Layers, params: Params, masks: Kernels, exclude: Patterns) -> gauss_newton.Free:
     """What a repair may move: nothing that is excluded."""
     free = compensate.every_bias(layers, params) if repair == "biases" else compensate.every_survivor(params, masks)
-    return {path: entries for path, entries in free.items() if layers.others.get(path) != "is excluded"}
+    excluded = chosen(exclude, list(_trees.by_path(params)))
+    return {path: entries for path, entries in free.items() if path not in excluded}
 
 
 @functools.partial(jax.jit, static_argnames=("network", "together"))
