@@ -29,7 +29,7 @@ from rich.table import Column, Table
 
 from ecjax import networks, prune, score, surgeon, train
 from ecjax.networks import Network, Params
-from experiments import report, results
+from experiments import flags, report, results
 from experiments.datasets import diffusion_sorption
 
 GRADIENT, JACOBIANS, DEFINITION = "gradient pass", "per-sample Jacobians", "EC by definition"
@@ -70,11 +70,7 @@ class Method(NamedTuple):
 
 def main(config: Config) -> None:
     """Runs the benchmark from networks to figure."""
-    counts, lists = (
-        ("base_samples", "stages", "gradients", "rounds"),
-        ("widths", "depths", "samples", "outputs", "probes"),
-    )
-    report.require_flags(config, fractions=(), counts=counts, distinct=lists)
+    flags.require(config, repeating=("base",))
     if config.quick:
         small = {"widths": (100,), "depths": (), "samples": (5000,), "outputs": (), "probes": (1,)}
         config = replace(config, base_samples=2000, stages=1, gradients=50, rounds=3, seconds=0.2, **small)

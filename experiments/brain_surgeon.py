@@ -18,6 +18,7 @@ import optax
 from ecjax import networks, prune, score, surgeon, train
 from ecjax.networks import Kernels, Network, Params
 from experiments import flags, report, results, sweep
+from experiments.datasets import hold_out
 
 MEASURES = report.CLASSIFIER_MEASURES | {"seconds": report.Measure("seconds", ".2f")}
 
@@ -88,8 +89,7 @@ def methods(network: Network, params: Params, config: Config) -> sweep.Methods:
 
 def main(config: Config) -> None:
     """Runs the experiment from data to figures."""
-    counts = ("seeds", "batch_size", "gradients", "draws")
-    report.require_flags(config, fractions=("sparsities",), counts=counts)
+    flags.require(config, repeating=("widths",))
     data = config.load()
     features, layers = flags.widths(data, config.widths)
     mlp, with_biases = networks.MLP(features, use_bias=False), networks.pure(networks.MLP(features))
@@ -128,7 +128,7 @@ def main(config: Config) -> None:
 
 def train_to_target(task: sweep.Task, mlp: networks.MLP, config: Config) -> Params:
     """Plain SGD until an epoch reaches the target on held-out training images, 200 epochs at the most."""
-    data, optimizer, reached = flags.held_out(task.data), optax.sgd(config.learning_rate), 0.0
+    data, optimizer, reached = hold_out(task.data), optax.sgd(config.learning_rate), 0.0
     inputs, targets = jnp.asarray(data.train_inputs), jnp.asarray(data.train_targets)
     state = train.start(mlp.init(jax.random.key(0), inputs[:1])["params"], optimizer, jax.random.key(1))
     options = {"optimizer": optimizer, "batch_size": config.batch_size}

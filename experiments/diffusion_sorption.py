@@ -23,7 +23,7 @@ from rich.table import Table
 from ecjax import networks, prune, score
 from ecjax.networks import Params
 from experiments import flags, report, results, sweep
-from experiments.datasets import Dataset, diffusion_sorption
+from experiments.datasets import Dataset, diffusion_sorption, hold_out
 from experiments.methods import METHODS, MethodName, criteria
 
 LOSS = report.Measure("mean squared error", ".1e", logarithmic=True)
@@ -62,13 +62,11 @@ def main(config: Config) -> None:
         small = {"architectures": ("32-32-32",), "noise": (0.005,), "seeds": 1, "sparsities": (0.2, 0.4, 0.7)}
         config = replace(config, epochs=100, small_network_sparsities=(0.4, 0.7), **small)
     every_hidden = [_widths(architecture) for architecture in config.architectures]
-    fractions, distinct = ("sparsities", "small_network_sparsities"), ("architectures", "noise", "methods")
-    counts = ("seeds", "epochs", "batch_size", "calibration", "nonlinear_calibration")
-    report.require_flags(config, fractions=fractions, counts=counts, distinct=distinct)
+    flags.require(config)
     grid = {"cells": config.cells, "times": config.times, "initial_concentration": config.initial_concentration}
     data = {noise: diffusion_sorption.load(noise=noise, **grid) for noise in config.noise}
     if config.validation:
-        data = {noise: flags.held_out(level) for noise, level in data.items()}
+        data = {noise: hold_out(level) for noise, level in data.items()}
     source = {"data": next(iter(data.values())).name}
 
     with results.opened(config.output, config, **source) as rows, report.progress() as bar:

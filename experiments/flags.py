@@ -1,7 +1,9 @@
-"""The flags that the experiments on handwritten digits share."""
+"""The flags that the experiments on handwritten digits share, and what is asked of the flags of all."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from experiments.datasets import Dataset, choose, hold_out
 
@@ -21,15 +23,26 @@ class Digits:
     def load(self) -> Dataset:
         """The data that these flags name."""
         data = choose.load_or_exit(self.data, self.data_dir)
-        return held_out(data) if self.validation else data
-
-
-def held_out(data: Dataset) -> Dataset:
-    """The training part alone, named after it: what is not trained on takes the place of the test part."""
-    return hold_out(data)._replace(name=f"{data.name}-validation")
+        return hold_out(data) if self.validation else data
 
 
 def widths(data: Dataset, hidden: tuple[int, ...]) -> tuple[tuple[int, ...], str]:
     """The widths of an MLP's hidden and last layers, and its name, which starts with the inputs: "784-300-100-10"."""
     features = (*hidden, int(data.train_targets.max()) + 1)
     return features, "-".join(map(str, (data.train_inputs.shape[1], *features)))
+
+
+def require(config: Any, *, repeating: Sequence[str] = ()) -> None:
+    """Refuses what would fail only after minutes: counts below 1, fractions outside [0, 1], and lists that repeat.
+
+    Only the lists in ``repeating`` may hold anything twice.
+    """
+    for name, value in vars(config).items():
+        flag, least = f"--{name.replace('_', '-')}", 0 if name == "fine_tuning_epochs" else 1
+        if type(value) is int and value < least:
+            raise SystemExit(f"{flag} must be at least {least}, got {value}")
+        if isinstance(value, tuple) and name not in repeating and len(set(value)) < len(value):
+            raise SystemExit(f"{flag} must not repeat anything, got {list(value)}")
+        outside = name.endswith(("sparsities", "fractions")) and [part for part in value if not 0 <= part <= 1]
+        if outside:
+            raise SystemExit(f"{flag} must lie in [0, 1], got {outside}")

@@ -20,7 +20,7 @@ import optax
 from ecjax import networks, prune, score, surgeon
 from ecjax.networks import Params
 from experiments import flags, report, results, saved, sweep
-from experiments.datasets import Dataset, diffusion_sorption
+from experiments.datasets import Dataset, diffusion_sorption, hold_out
 
 ERROR = report.Measure("relative error", ".1e", logarithmic=True)
 # By the output metric: what the table shows, and first the figure.
@@ -111,9 +111,7 @@ def methods(problem: Problem, config: Config) -> sweep.Methods:
 
 def main(config: Config) -> None:
     """Runs the experiment from data to figures."""
-    counts = ("seeds", "calibration", "stages", "products", "surrogate_epochs")
-    fractions = ("sparsities", "surrogate_sparsities")
-    report.require_flags(config, fractions=fractions, counts=counts, distinct=("networks",))
+    flags.require(config)
     if config.quick:
         small = {"sparsities": (0.8, 0.95, 0.98), "surrogate_sparsities": (0.5, 0.8, 0.95)}
         config = replace(config, seeds=1, calibration=min(config.calibration, 2000), surrogate_epochs=60, **small)
@@ -179,7 +177,7 @@ def _surrogate(config: Config, _data: Dataset | None) -> Problem:
         "test_error": lambda outputs, targets: jnp.linalg.norm(outputs - targets) / jnp.linalg.norm(targets),
         "test_loss": lambda outputs, targets: ((outputs - targets) ** 2).mean(),
     }
-    data = flags.held_out(data) if config.validation else data
+    data = hold_out(data) if config.validation else data
     task = sweep.Task(networks.pure(mlp), data, optax.squared_error, measures, batch_size=256)
     options = {"stages": 2 * config.stages, "products": config.products or 30}
     epochs = config.surrogate_epochs

@@ -38,8 +38,7 @@ class Config(flags.Digits):
 
 def main(config: Config) -> None:
     """Runs the experiment from data to figures."""
-    counts = ("seeds", "epochs", "batch_size", "calibration", "nonlinear_calibration")
-    report.require_flags(config, fractions=("sparsities",), counts=counts, distinct=("methods",))
+    flags.require(config, repeating=("widths",))
     data = config.load()
     epochs, tuning = (10, 1) if len(data.train_inputs) >= 10_000 else (60, 6)  # to as many steps
     epochs = epochs if config.epochs is None else config.epochs

@@ -52,7 +52,7 @@ def methods(network: Network, inputs: Array, stages: int) -> sweep.Methods:
 
 def main(config: Config) -> None:
     """Runs the experiment from data to figure."""
-    report.require_flags(config, fractions=("fractions",), counts=("seeds", "epochs", "calibration", "stages"))
+    flags.require(config)
     data = config.load()
     epochs = config.epochs or (10 if len(data.train_inputs) >= 10_000 else 60)
     inputs = jnp.asarray(data.train_inputs[: config.calibration])

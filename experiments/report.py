@@ -59,25 +59,6 @@ def follow(bar: Progress, found: Iterable[sweep.Row], into: sweep.Table, total: 
         bar.update(step, description=words, completed=into.rows.count(**into.shared))
 
 
-def require_flags(
-    config: Any, *, fractions: Sequence[str], counts: Sequence[str], distinct: Sequence[str] = ()
-) -> None:
-    """Refuses flags that would fail only after minutes of training.
-
-    ``fractions`` must lie in [0, 1], none of them twice; ``counts`` must be at least 1, or None; ``distinct`` must not
-    name anything twice.
-    """
-    for name in (*fractions, *distinct, *counts):
-        flag, value = f"--{name.replace('_', '-')}", getattr(config, name)
-        if name in counts and value is not None and value < 1:
-            raise SystemExit(f"{flag} must be at least 1, got {value}")
-        if name not in counts and len(set(value)) < len(value):
-            raise SystemExit(f"{flag} must not repeat anything, got {list(value)}")
-        outside = [fraction for fraction in value if not 0 <= fraction <= 1] if name in fractions else []
-        if outside:
-            raise SystemExit(f"{flag} must lie in [0, 1], got {outside}")
-
-
 def console() -> Console:
     """Where tables go: stdout, wide enough for them when it is a file or a pipe."""
     return Console(width=None if sys.stdout.isatty() else 150)

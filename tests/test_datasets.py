@@ -132,7 +132,7 @@ def test_names_a_missing_file(folder):
 def test_held_out_samples_are_the_last_sixth_of_the_training_part():
     inputs, targets = np.arange(26.0).reshape(13, 2), np.arange(13)
     held = hold_out(Dataset("numbers", inputs, targets, inputs[:0], targets[:0]))
-    assert held.name == "numbers"
+    assert held.name == "numbers-validation"
     np.testing.assert_array_equal(held.train_inputs, inputs[:11])
     np.testing.assert_array_equal(held.train_targets, targets[:11])
     np.testing.assert_array_equal(held.test_inputs, inputs[11:])

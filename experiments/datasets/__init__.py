@@ -18,8 +18,8 @@ class Dataset(NamedTuple):
 def hold_out(data: Dataset) -> Dataset:
     """The training part alone: its last sixth to test on, the rest to train on, so that no choice sees the test part.
 
-    Of MNIST's 60,000 training images the last 10,000 are held out, as is usual.
+    Of MNIST's 60,000 training images the last 10,000 are held out, as is usual; the name is then "MNIST-validation".
     """
     kept = len(data.train_inputs) - len(data.train_inputs) // 6
     inputs, targets = data.train_inputs, data.train_targets
-    return Dataset(data.name, inputs[:kept], targets[:kept], inputs[kept:], targets[kept:])
+    return Dataset(f"{data.name}-validation", inputs[:kept], targets[:kept], inputs[kept:], targets[kept:])
