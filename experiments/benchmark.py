@@ -86,7 +86,7 @@ def main(config: Config) -> None:
             if not rows.has(**keys, method=method.name):
                 bar.update(step, description=f"{axis} {value:,}: {method.name}")
                 found = measured(method, problem(widths, samples), config.rounds, config.seconds)
-                rows.add([keys | {"method": method.name} | found])
+                rows.add(keys | {"method": method.name} | found)
                 bar.advance(step)
         ranked = results.Rows(config.output / "probes.csv")
         # The outputs of a fresh network have little in common, those of a surrogate much.
@@ -98,7 +98,7 @@ def main(config: Config) -> None:
             missing = [number for number in config.probes if not ranked.has(network=name, probes=number)]
             bar.update(step, description=f"probes: {name}")
             for row in agreements(*made(), missing) if missing else ():
-                ranked.add([{"network": name} | row])
+                ranked.add({"network": name} | row)
     figure(rows.frame(), ranked.frame(), config.output / "benchmark.png")
     report.console().print(*tables(rows.frame(), ranked.frame()), sep="\n")
     report.console().print(f"results.csv, probes.csv, config.json and benchmark.png are in {config.output}/")

@@ -2,11 +2,9 @@
 
 import contextlib
 import csv
-import dataclasses
 import errno
 import hashlib
 import importlib.metadata
-import io
 import json
 import os
 import platform
@@ -14,7 +12,7 @@ import shlex
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +61,7 @@ class Rows:
                 self._bytes = file.truncate(content.rfind(b"\n") + 1)
         except OSError as error:
             raise SystemExit(f"{path} cannot be read and written: {error.strerror}") from error
-        lines = content[: self._bytes].decode(errors="replace").split("\n")[:-1]
+        lines = content[: self._bytes].decode(errors="replace").splitlines()
         self.columns = next(csv.reader(lines), [])
         for number, line in enumerate(lines[1:], 2):
             cells = [_number(cell) for cell in next(csv.reader([line]), [])]
@@ -87,25 +85,21 @@ class Rows:
         """Whether a finished row has these values in these columns."""
         return self.count(**keys) > 0
 
-    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Appends finished rows, which are on disk when this returns; the first of all names the columns."""
-        rows, text = [dict(row) for row in rows], io.StringIO()
-        self.columns = self.columns or [name for row in rows[:1] for name in row]
-        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
-        if not self._bytes:
-            writer.writeheader()
-        for row in rows:
-            if not row.keys() <= set(self.columns):
-                raise SystemExit(f"line 1 of {self.path} is not {','.join(row)}. {_ELSEWHERE}")
-            writer.writerow({name: None if value != value else value for name, value in row.items()})
+    def add(self, row: dict[str, Any]) -> None:
+        """Appends a finished row, which is on disk when this returns; the first of all names the columns."""
+        self.columns = self.columns or list(row)
+        if not row.keys() <= set(self.columns):
+            raise SystemExit(f"line 1 of {self.path} is not {','.join(row)}. {_ELSEWHERE}")
+        line = pd.DataFrame([row], columns=self.columns, dtype=object)  # an int stays one where others are missing
+        text = line.to_csv(header=not self._bytes, index=False, lineterminator="\n")
         with self.path.open("ab") as file:
             if file.tell() != self._bytes:
                 raise SystemExit(f"another process writes to {self.path}: wait for it or stop it, and start again")
-            file.write(text.getvalue().encode())
+            file.write(text.encode())
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file)
             self._bytes = file.tell()
-        self._rows += rows
+        self._rows.append(row)
 
     def frame(self) -> pd.DataFrame:
         """All finished rows, in the order in which they were finished."""
@@ -138,14 +132,14 @@ def claim(folder: Path, config: Any, **facts: Any) -> None:
     """
     versions = {f"{package} version": importlib.metadata.version(package) for package in _PACKAGES}
     machine = {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
-    text = json.dumps(dataclasses.asdict(config) | facts | machine | versions, indent=2, default=str) + "\n"
-    path, partial = folder / "config.json", folder / ".config.json"
+    text = json.dumps(vars(config) | facts | machine | versions, indent=2, default=str) + "\n"
+    path, partial, now = folder / "config.json", folder / ".config.json", json.loads(text)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(os.urandom(_ROOM))
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file)
         if not path.exists():
             strange = [name for name in ("results.csv", "report.csv", "trained") if (folder / name).exists()]
             if strange:
@@ -157,10 +151,9 @@ def claim(folder: Path, config: Any, **facts: Any) -> None:
         raise SystemExit(f"the folder {folder} cannot be used: {error.strerror}") from error
     except (ValueError, AttributeError, RecursionError) as error:
         raise SystemExit(f"{path} is damaged: {error!r}. {_ELSEWHERE}") from error
-    now, flags = json.loads(text), {field.name for field in dataclasses.fields(config)}
+    words = {name: f"--{name.replace('_', '-')}" for name in vars(config)}
     differing = [
-        f"{'--' + name.replace('_', '-') if name in flags else name} was {before.get(name, 'absent')} there, "
-        f"is {now.get(name, 'absent')}"
+        f"{words.get(name, name)} was {before.get(name, 'absent')} there, is {now.get(name, 'absent')}"
         for name in now | before
         if name not in _NO_NUMBER and before.get(name) != now.get(name)
     ]

@@ -54,7 +54,7 @@ class Folder:
             row = {"method": method, "sparsity": sparsity, "seed": seed} | form._asdict()
             times = {f"microseconds_batch_{batch}": 1e6 * seconds for batch, seconds in row.pop("seconds").items()}
             if not self.rows.has(method=method, sparsity=sparsity, name=form.name, runtime=form.runtime):
-                self.rows.add([row | times])
+                self.rows.add(row | times)
 
     def _place(self, method: str, sparsity: float, seed: int) -> Path:
         return self.path / f"{method.replace(' ', '-').replace(',', '')}-{sparsity:g}-{seed}.safetensors"

@@ -57,7 +57,7 @@ class Table(NamedTuple):
         """Keeps a row, unless it is there already."""
         row = self.shared | row
         if not self.rows.has(**{key: value for key, value in row.items() if key in _KEYS}):
-            self.rows.add([row])
+            self.rows.add(row)
 
 
 def decaying_adam(task: Task, learning_rate: float, epochs: int) -> optax.GradientTransformation:

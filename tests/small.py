@@ -55,8 +55,8 @@ def main(stop: str, rows: str, name: str, *flags: str) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background starts without
     add = results.Rows.add
 
-    def add_and_stop(table, found):
-        add(table, found)
+    def add_and_stop(table, row):
+        add(table, row)
         if len(table) >= int(rows):
             os.kill(os.getpid(), signal.Signals[stop])
 

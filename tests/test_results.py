@@ -35,7 +35,9 @@ FOUND = [
 def whole(tmp_path_factory):
     """The bytes of all rows."""
     path = tmp_path_factory.mktemp("rows") / "results.csv"
-    Rows(path).add(FOUND)
+    rows = Rows(path)
+    for row in FOUND:
+        rows.add(row)
     return path.read_bytes()
 
 
@@ -48,7 +50,7 @@ def path(tmp_path_factory):
 def test_rows_read_back_exactly(tmp_path):
     written = Rows(tmp_path / "results.csv")
     for row in FOUND:
-        written.add([row])
+        written.add(row)
     read = Rows(tmp_path / "results.csv")
     pd.testing.assert_frame_equal(read.frame(), pd.DataFrame(FOUND), check_exact=True)
     pd.testing.assert_frame_equal(written.frame(), read.frame(), check_exact=True)
@@ -65,7 +67,8 @@ def test_a_file_cut_off_anywhere_goes_on(path, whole, data):
     path.write_bytes(whole[:length])
     rows = Rows(path)
     assert len(rows) == max(whole[:length].count(b"\n") - 1, 0)
-    rows.add(FOUND[len(rows) :])
+    for row in FOUND[len(rows) :]:
+        rows.add(row)
     assert path.read_bytes() == whole
 
 
@@ -115,17 +118,17 @@ def test_rows_of_other_columns_are_refused(tmp_path, whole):
     (tmp_path / "results.csv").write_bytes(whole)
     rows = Rows(tmp_path / "results.csv")
     with pytest.raises(SystemExit, match=r"line 1 of .* is not method,error"):
-        rows.add([{"method": "random", "error": 1.0}])
+        rows.add({"method": "random", "error": 1.0})
     assert rows.path.read_bytes() == whole
-    rows.add([{"method": "random"}])  # what others measured, this one did not
+    rows.add({"method": "random"})  # what others measured, this one did not
     assert rows.path.read_bytes() == whole + b"random,,,,,\n"
 
 
 def test_two_processes_do_not_mix_their_rows(tmp_path):
     first, second = (Rows(tmp_path / "results.csv") for _ in range(2))
-    first.add(FOUND[:1])
+    first.add(FOUND[0])
     with pytest.raises(SystemExit, match="another process writes to"):
-        second.add(FOUND[:1])
+        second.add(FOUND[0])
 
 
 SMALL = mnist.Config(
@@ -219,9 +222,10 @@ def test_a_disk_that_fills_up_keeps_the_finished_rows(tmp_path, monkeypatch, who
 
     def main(config):
         with results.opened(tmp_path, config) as rows:
-            rows.add(FOUND[:2])
+            rows.add(FOUND[0])
+            rows.add(FOUND[1])
             limit_files(path.stat().st_size + 10)
-            rows.add(FOUND[2:])
+            rows.add(FOUND[2])
 
     monkeypatch.setattr(sys, "argv", ["experiment", "--data", "digits"])
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "an experiment", "--data", "digits"])
