@@ -51,24 +51,20 @@ def methods(network: Network, params: Params, config: Config) -> sweep.Methods:
     """By name: from what is seen and a sparsity to the pruned network."""
     damping = {"damping": config.damping}
 
-    def magnitude(seen: Seen, sparsity: float) -> Kernels:
-        return prune.one_shot(params, score.magnitude(network, params, seen.inputs), sparsity).masks
+    def magnitude(seen: Seen, sparsity: float) -> prune.Pruned:
+        return prune.one_shot(params, score.magnitude(network, params, seen.inputs), sparsity)
 
-    def saliency(seen: Seen, sparsity: float) -> Kernels:
-        scores = surgeon.brain_surgeon_saliency(params, seen.gradients, **damping)
-        return prune.one_shot(params, scores, sparsity).masks
+    def saliency(seen: Seen, sparsity: float) -> prune.Pruned:
+        return prune.one_shot(params, surgeon.brain_surgeon_saliency(params, seen.gradients, **damping), sparsity)
 
-    def selection(seen: Seen, sparsity: float, start: str = "magnitude") -> Kernels:
+    def selection(seen: Seen, sparsity: float, start: str = "magnitude") -> prune.Pruned:
         options = damping | {"start": start, "draws": config.draws, "key": seen.key}
-        return surgeon.combinatorial_selection(params, seen.gradients, sparsity, **options)
+        masks = surgeon.combinatorial_selection(params, seen.gradients, sparsity, **options)
+        return prune.Pruned(prune.apply_masks(params, masks), masks)
 
-    def by(select, update=None):
-        def pruned(seen: Seen, sparsity: float) -> prune.Pruned:
-            masks = select(seen, sparsity)
-            moved = update(params, masks, seen.gradients, **damping) if update else prune.apply_masks(params, masks)
-            return prune.Pruned(moved, masks)
-
-        return pruned
+    def updated(seen: Seen, sparsity: float, select, update=surgeon.combinatorial_update) -> prune.Pruned:
+        masks = select(seen, sparsity).masks
+        return prune.Pruned(update(params, masks, seen.gradients, **damping), masks)
 
     def elimination_compensation(seen: Seen, sparsity: float) -> prune.Pruned:
         """On the same network with biases of zero, which it moves."""
@@ -77,12 +73,12 @@ def methods(network: Network, params: Params, config: Config) -> sweep.Methods:
         return prune.one_shot(biased, scores, sparsity)
 
     return {
-        "magnitude": by(magnitude),
-        "magnitude + CBS-U": by(magnitude, surgeon.combinatorial_update),
-        "WoodFisher": by(saliency, surgeon.brain_surgeon_update),
-        "CBS-S (magnitude)": by(selection),
-        "CBS-S (RMP)": by(functools.partial(selection, start="rmp")),
-        "CBS-S + CBS-U": by(selection, surgeon.combinatorial_update),
+        "magnitude": magnitude,
+        "magnitude + CBS-U": functools.partial(updated, select=magnitude),
+        "WoodFisher": functools.partial(updated, select=saliency, update=surgeon.brain_surgeon_update),
+        "CBS-S (magnitude)": selection,
+        "CBS-S (RMP)": functools.partial(selection, start="rmp"),
+        "CBS-S + CBS-U": functools.partial(updated, select=selection),
         "EC (Fisher)": elimination_compensation,
     }
 
@@ -113,10 +109,9 @@ def main(config: Config) -> None:
             gradients = surgeon.loss_gradients(network, params, few, labels[chosen], sweep.cross_entropy)
             return Seen(few, jax.block_until_ready(gradients), key)
 
-        compared = methods(network, params, config)
-        table, stacked = sweep.Table(rows, {"data": data.name}), jax.tree.map(lambda leaf: leaf[None], params)
-        found = sweep.timed(task, stacked, compared, config.sparsities, seen, config.seeds, table)
-        report.follow(bar, found, table, 1 + config.seeds * len(compared) * len(config.sparsities))
+        compared, stacked = methods(network, params, config), jax.tree.map(lambda leaf: leaf[None], params)
+        table = sweep.Table(rows, bar, {"data": data.name})
+        sweep.timed(task, stacked, compared, config.sparsities, config.seeds, table, seen)
 
     title = f"{data.name}, MLP {layers} without biases, {config.seeds} samples of gradients"
     for column, measure in report.CLASSIFIER_MEASURES.items():

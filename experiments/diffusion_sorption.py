@@ -17,8 +17,6 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import pandas as pd
-from rich.table import Table
 
 from ecjax import networks, prune, score
 from ecjax.networks import Params
@@ -69,6 +67,7 @@ def main(config: Config) -> None:
         data = {noise: hold_out(level) for noise, level in data.items()}
     source = {"data": next(iter(data.values())).name}
 
+    tables, panels = [], {noise: [] for noise in config.noise}
     with results.opened(config.output, config, **source) as rows, report.progress() as bar:
         for hidden in every_hidden:
             layers = "-".join(map(str, (2, *hidden, 1)))
@@ -81,17 +80,24 @@ def main(config: Config) -> None:
                 few = inputs[: config.nonlinear_calibration]
                 compared = criteria(task.network, inputs, targets, few, task.loss, "euclidean")
                 optimizer = sweep.decaying_adam(task, config.learning_rate / 2, config.fine_tuning_epochs)
-                table = sweep.Table(rows, source | {"layers": layers, "noise": noise})
-                found = sweep.one_shot(task, params, config, compared, optimizer, table)
-                pruned = len(config.methods) * len(config.sparsities) * (2 if config.fine_tuning_epochs else 1)
-                report.follow(bar, found, table, config.seeds * (1 + pruned), f"{layers}, a = {noise:g}: ")
+                where = source | {"layers": layers, "noise": noise}
+                table = sweep.Table(rows, bar, where, name=f"{layers}, a = {noise:g}: ")
+                sweep.one_shot(task, params, config, compared, optimizer, table)
             for sparsity in config.small_network_sparsities:
                 passes = bar.track(range(config.epochs), description=f"{layers}: small dense, {sparsity:g}")
                 _add_small_networks(rows, source | {"layers": layers}, hidden, sparsity, data, config, passes)
-        _draw_snapshots(task, params, optimizer, f"MLP {layers}, a = {noise:g}", config)
 
-    _draw_losses(rows.frame(), config)
-    tables = [_table(chosen, layers, config) for layers, chosen in rows.frame().groupby("layers", sort=False)]
+            frame, keys = rows.frame().query("layers == @layers"), ["method", "sparsity", "seed", "phase"]
+            wide = frame.pivot_table(index=keys, columns="noise", values="test_loss", sort=False).reset_index()
+            title = f"{source['data']}, MLP {layers}, tanh, mean squared test error, {config.seeds} seeds"
+            measures = {noise: LOSS._replace(words=f"error, a = {noise:g}") for noise in config.noise}
+            tables.append(report.table(wide, measures, title))
+            for noise, row in panels.items():
+                chosen, title = frame[frame["noise"] == noise], f"{layers}, a = {noise:g}\n{{phase}}"
+                row += report.panels(chosen, "test_loss", LOSS, title)
+        _draw_snapshots(task, params, optimizer, f"MLP {layers}, a = {config.noise[-1]:g}", config)
+
+    report.figure(list(panels.values()), f"diffusion-sorption, tanh, {config.seeds} seeds", config.output / "loss.png")
     report.console().print(*tables, f"results.csv, config.json, loss.png and snapshots.png are in {config.output}/")
 
 
@@ -116,15 +122,17 @@ def _add_small_networks(
     rows, where, hidden, sparsity: float, data: dict[float, Dataset], config: Config, passes
 ) -> None:
     """Dense networks of as many parameters as pruned ones keep, trained from scratch, all noise levels at once."""
-    tables = [(sweep.Table(rows, where | {"noise": noise}), seed) for noise in data for seed in range(config.seeds)]
-    if all(table.has(sweep.SMALL, sparsity, seed, sweep.TRAINED) for table, seed in tables):
+    where = where | {"method": sweep.SMALL, "sparsity": sparsity, "phase": sweep.TRAINED}
+    keys = [where | {"noise": noise, "seed": seed} for noise in data for seed in range(config.seeds)]
+    if all(rows.has(**key) for key in keys):
         return
     mlp, task = _task(small_widths(hidden, sparsity), next(iter(data.values())), config)
     targets = jnp.stack([jnp.asarray(level.train_targets) for level in data.values()])
     params = _train(task, mlp, config, passes, targets)
     measured = sweep.measure(task, params, sweep.SMALL, sparsity, sweep.TRAINED)
-    for (table, seed), row in zip(tables, measured, strict=True):
-        table.add(row | {"seed": seed})
+    for key, row in zip(keys, measured, strict=True):
+        if not rows.has(**key):
+            rows.add(row | key)
 
 
 def small_widths(widths: tuple[int, ...], sparsity: float) -> tuple[int, ...]:
@@ -139,66 +147,35 @@ def small_widths(widths: tuple[int, ...], sparsity: float) -> tuple[int, ...]:
     return (max(fitting, default=1),) * len(widths)
 
 
-def _table(frame: pd.DataFrame, layers: str, config: Config) -> Table:
-    """A column for each noise level."""
-    keys = ["method", "sparsity", "seed", "phase"]
-    wide = frame.pivot_table(index=keys, columns="noise", values="test_loss", sort=False).reset_index()
-    measures = {noise: LOSS._replace(words=f"error, a = {noise:g}") for noise in config.noise}
-    title = f"{frame['data'].iloc[0]}, MLP {layers}, tanh, mean squared test error, {config.seeds} seeds"
-    return report.table(wide, measures, title)
-
-
-def _draw_losses(frame: pd.DataFrame, config: Config) -> None:
-    """A row of panels for each noise level, a column or two for each network."""
-    grid = [
-        [
-            panel
-            for layers, chosen in of_noise.groupby("layers", sort=False)
-            for panel in report.panels(chosen, "test_loss", LOSS, f"{layers}, a = {noise:g}\n{{phase}}")
-        ]
-        for noise, of_noise in frame.groupby("noise", sort=False)
-    ]
-    report.figure(grid, f"diffusion-sorption, tanh, {config.seeds} seeds", config.output / "loss.png")
-
-
 def _draw_snapshots(task: sweep.Task, params: Params, optimizer, title: str, config: Config) -> None:
     """u(x, t) at six times: noisy data, exact solution, and one network before and after fine-tuning."""
-    first = jax.tree.map(lambda leaf: leaf[:1], params)
-    inputs = jnp.asarray(task.data.train_inputs[: config.calibration])
-    scores = jax.vmap(lambda p: score.elimination_compensation(task.network, p, inputs))(first)
-    pruned = jax.vmap(prune.one_shot, in_axes=(0, 0, None))(first, scores, jnp.float32(config.snapshot_sparsity))
+    first = sweep.one_seed(params, 0)
+    scores = score.elimination_compensation(task.network, first, task.data.train_inputs[: config.calibration])
+    pruned = prune.one_shot(first, scores, config.snapshot_sparsity)
     lines = {"pruned": (pruned.params, "#D55E00")}
     if config.fine_tuning_epochs:
-        tuned = sweep.fine_tune(task, pruned, optimizer, config.fine_tuning_epochs)
-        lines["pruned and fine-tuned"] = (tuned, "#009E73")
+        stacked = jax.tree.map(lambda leaf: leaf[None], pruned)
+        tuned = sweep.fine_tune(task, stacked, optimizer, config.fine_tuning_epochs)
+        lines["pruned and fine-tuned"] = (sweep.one_seed(tuned, 0), "#009E73")
 
-    instants = np.linspace(0, diffusion_sorption.LAST_TIME, config.times + 1)[1:]
-    exact = diffusion_sorption.solve(
-        cells=config.cells, times=instants, initial_concentration=config.initial_concentration
-    )
-    x = (np.arange(config.cells) + 0.5) / config.cells
+    x, instants, exact = diffusion_sorption.grid(config.cells, config.times, config.initial_concentration)
     canvas, axes = plt.subplots(2, 3, figsize=(11, 6.5), sharex=True, sharey=True, layout="constrained")
     chosen = np.unique(np.geomspace(1, config.times, 6).round().astype(int)) - 1
     for axis, index in zip(axes.ravel(), chosen, strict=False):
         time = instants[index] / diffusion_sorption.LAST_TIME
-        here = np.isclose(task.data.train_inputs[:, 1], time)
-        dots = task.data.train_inputs[here, 0], task.data.train_targets[here, 0]
-        axis.plot(*(part[::4] for part in dots), "k.", markersize=3, label="noisy data (every fourth)")
+        fourth = np.flatnonzero(np.isclose(task.data.train_inputs[:, 1], time))[::4]
+        dots = task.data.train_inputs[fourth, 0], task.data.train_targets[fourth, 0]
+        axis.plot(*dots, "k.", markersize=3, label="noisy data (every fourth)")
         axis.plot(x, exact[index], color="#0072B2", linewidth=1.5, label="exact")
         points = jnp.asarray(np.stack([x, np.full_like(x, time)], -1), jnp.float32)
         for name, (network_params, colour) in lines.items():
-            outputs = jax.vmap(task.network, in_axes=(0, None))(network_params, points)[0, :, 0]
-            axis.plot(x, outputs, "--", color=colour, linewidth=2, label=name)
+            axis.plot(x, task.network(network_params, points)[:, 0], "--", color=colour, linewidth=2, label=name)
         axis.set_title(f"t = {instants[index]:.0f}")
-    exact_range = np.ptp(exact)
-    axes[0, 0].set_ylim(exact.min() - 0.2 * exact_range, exact.max() + 0.2 * exact_range)
+    axes[0, 0].set_ylim(exact.min() - 0.2 * np.ptp(exact), exact.max() + 0.2 * np.ptp(exact))
     canvas.supxlabel("x")
     canvas.supylabel("u(x, t)")
     canvas.suptitle(f"diffusion-sorption, {title}, EC at sparsity {config.snapshot_sparsity:g}")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    canvas.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    canvas.savefig(config.output / "snapshots.png", dpi=150)
-    plt.close(canvas)
+    report.save(canvas, config.output / "snapshots.png")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ MEASURES = {
     },
     "euclidean": {"test_error": ERROR, "test_loss": ERROR._replace(words="mean squared error")},
 }
-SECONDS = {"seconds": report.Measure("seconds", ".1f")}
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,8 @@ def methods(problem: Problem, config: Config) -> sweep.Methods:
     network, metric = problem.task.network, problem.metric
     inputs, targets = (jnp.asarray(array[: problem.calibration]) for array in problem.task.data[1:3])
 
-    def one_shot(params: Params, sparsity: float, criterion) -> prune.Pruned:
-        return prune.one_shot(params, criterion(network, params, inputs, metric=metric), sparsity)
+    def one_shot(params: Params, sparsity: float, criterion, **options) -> prune.Pruned:
+        return prune.one_shot(params, criterion(network, params, inputs, **options), sparsity)
 
     def combinatorial(params: Params, sparsity: float) -> prune.Pruned:
         """CBS-S from magnitude, then CBS-U; for a regression that fits, with gradients of the output, not the loss."""
@@ -96,11 +95,9 @@ def methods(problem: Problem, config: Config) -> sweep.Methods:
         return prune.staged(network, params, enough, sparsity, repair=repair, metric=metric, targets=aim, **options)
 
     return {
-        "magnitude": lambda params, sparsity: prune.one_shot(
-            params, score.magnitude(network, params, inputs), sparsity
-        ),
-        "optimal brain damage": functools.partial(one_shot, criterion=score.optimal_brain_damage),
-        "EC": functools.partial(one_shot, criterion=score.elimination_compensation),
+        "magnitude": functools.partial(one_shot, criterion=score.magnitude),
+        "optimal brain damage": functools.partial(one_shot, criterion=score.optimal_brain_damage, metric=metric),
+        "EC": functools.partial(one_shot, criterion=score.elimination_compensation, metric=metric),
         "CBS": combinatorial,
         "EC, staged": functools.partial(staged, repair=None),
         "EC, staged, biases": functools.partial(staged, repair="biases"),
@@ -134,15 +131,13 @@ def main(config: Config) -> None:
             save = config.save and config.save / problem.name
             network, inputs = problem.task.network, problem.task.data.train_inputs
             kept = saved.Folder(save, problem.activation, network, inputs, config, **facts) if save else None
-            where, compared = {"data": problem.task.data.name, "layers": problem.name}, methods(problem, config)
-            table, seen = sweep.Table(rows, where, kept), functools.partial(sweep.one_seed, params)
-            found = sweep.timed(problem.task, params, compared, problem.sparsities, seen, config.seeds, table)
-            total = config.seeds * (1 + len(compared) * len(problem.sparsities))
-            report.follow(bar, found, table, total, f"{problem.name}: ")
+            where = {"data": problem.task.data.name, "layers": problem.name}
+            table = sweep.Table(rows, bar, where, kept, f"{problem.name}: ")
+            sweep.timed(problem.task, params, methods(problem, config), problem.sparsities, config.seeds, table)
 
             frame, shown = rows.frame().query("layers == @problem.name"), MEASURES[problem.metric]
             title = f"{where['data']}, MLP {problem.name}, {config.seeds} seeds, no fine-tuning"
-            tables += [report.table(frame, shown | SECONDS, title)] + ([kept.finish()] if kept else [])
+            tables += [report.table(frame, shown | report.SECONDS, title)] + ([kept.finish()] if kept else [])
             panels += report.panels(frame, *next(iter(shown.items())), f"{where['data']}, {problem.name}")
     report.figure([panels], f"pruned without fine-tuning, {config.seeds} seeds", folder / "frontier.png")
     report.console().print(*tables, f"results.csv, config.json and frontier.png are in {folder}/")

@@ -28,5 +28,9 @@ def criteria(network, inputs, targets, few, loss, metric) -> dict[str, Callable[
 
 METHODS = tuple(criteria(*[None] * 6))  # their names, for which no data are needed
 MethodName = Literal[METHODS]
-# In tables and figures, where it is not the name with spaces.
-LABELS = {"ec-euclidean": "EC (Euclidean)", "ec-fisher": "EC (Fisher)", "nonlinear-ec": "nonlinear EC"}
+_LABELS = {"ec-euclidean": "EC (Euclidean)", "ec-fisher": "EC (Fisher)", "nonlinear-ec": "nonlinear EC"}
+
+
+def label(method: str) -> str:
+    """A method's name in tables and figures."""
+    return _LABELS.get(method, method.replace("-", " ")) if method in METHODS else method

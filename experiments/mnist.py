@@ -61,9 +61,7 @@ def main(config: Config) -> None:
         few = inputs[: config.nonlinear_calibration]
         compared = criteria(task.network, inputs, labels, few, task.loss, config.metric)
         optimizer = sweep.decaying_adam(task, config.learning_rate, tuning)
-        table = sweep.Table(rows, {"data": data.name}, kept)
-        total = config.seeds * (1 + len(config.methods) * len(config.sparsities) * (2 if tuning else 1))
-        report.follow(bar, sweep.one_shot(task, params, config, compared, optimizer, table), table, total)
+        sweep.one_shot(task, params, config, compared, optimizer, sweep.Table(rows, bar, {"data": data.name}, kept))
 
     title = f"{data.name}, MLP {layers}, {config.activation}, {config.seeds} seeds"
     for column, measure in report.CLASSIFIER_MEASURES.items():

@@ -21,7 +21,6 @@ from experiments.saved import ACTIVATIONS
 NETWORKS = {"relu": (300, 100), "tanh": (128, 64)}
 AXIS = "fraction of hidden neurons removed"
 MEASURES = {name: measure._replace(axis=AXIS) for name, measure in report.CLASSIFIER_MEASURES.items()}
-SECONDS = {"seconds": report.Measure("seconds", ".1f")}
 
 
 @dataclass(frozen=True)
@@ -36,17 +35,14 @@ class Config(flags.Digits):
 
 def methods(network: Network, inputs: Array, stages: int) -> sweep.Methods:
     """By name: from trained params and a fraction of the hidden neurons to the pruned network."""
+    norm, variance = score.neuron_norm, score.neuron_variance
+    ec = functools.partial(score.neuron_elimination_compensation, metric="fisher")
+    staged = functools.partial(prune.staged_neurons, metric="fisher", stages=stages)
     return {
-        "weight norm": lambda params, part: prune.neurons(params, score.neuron_norm(network, params, inputs), part),
-        "activation variance": lambda params, part: prune.neurons(
-            params, score.neuron_variance(network, params, inputs), part
-        ),
-        "structured EC": lambda params, part: prune.neurons(
-            params, score.neuron_elimination_compensation(network, params, inputs, metric="fisher"), part
-        ),
-        "structured EC, staged": lambda params, part: prune.staged_neurons(
-            network, params, inputs, part, metric="fisher", stages=stages
-        ),
+        "weight norm": lambda params, part: prune.neurons(params, norm(network, params, inputs), part),
+        "activation variance": lambda params, part: prune.neurons(params, variance(network, params, inputs), part),
+        "structured EC": lambda params, part: prune.neurons(params, ec(network, params, inputs), part),
+        "structured EC, staged": lambda params, part: staged(network, params, inputs, part),
     }
 
 
@@ -68,15 +64,12 @@ def main(config: Config) -> None:
             params = results.trained(folder, layers, sweep.train_seeds, task, *training)
 
             compared = methods(task.network, inputs, config.stages)
-            table = sweep.Table(rows, {"data": data.name, "layers": layers})
-            seen = functools.partial(sweep.one_seed, params)
-            found = sweep.timed(task, params, compared, config.fractions, seen, config.seeds, table)
-            total = config.seeds * (1 + len(compared) * len(config.fractions))
-            report.follow(bar, found, table, total, f"{layers}: ")
+            table = sweep.Table(rows, bar, {"data": data.name, "layers": layers}, name=f"{layers}: ")
+            sweep.timed(task, params, compared, config.fractions, config.seeds, table)
 
             frame = rows.frame().query("layers == @layers")
             title = f"{data.name}, MLP {layers}, {activation}, {config.seeds} seeds, sparsity of neurons"
-            tables.append(report.table(frame, MEASURES | SECONDS, title))
+            tables.append(report.table(frame, MEASURES | report.SECONDS, title))
             panels += report.panels(frame, "test_accuracy", MEASURES["test_accuracy"], f"{layers}, {activation}")
 
     title = f"{data.name}, hidden neurons removed without fine-tuning, {config.seeds} seeds"

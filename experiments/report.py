@@ -2,7 +2,7 @@
 
 import itertools
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from experiments import sweep
-from experiments.methods import LABELS, METHODS
+from experiments.methods import METHODS, label
 from experiments.sweep import DENSE, FINE_TUNED, PRUNED, SMALL, TRAINED
 
 # Okabe and Ito's palette, told apart by the colour-blind; the markers say the same again. Each method keeps its own.
@@ -41,6 +40,7 @@ CLASSIFIER_MEASURES = {
     "test_loss": Measure("loss", ".4f", logarithmic=True),
     "test_accuracy": Measure("accuracy (%)", ".2f", factor=100.0),
 }
+SECONDS = {"seconds": Measure("seconds", ".1f")}
 
 
 def progress() -> Progress:
@@ -50,23 +50,9 @@ def progress() -> Progress:
     return Progress(*columns, *times, console=Console(stderr=True))
 
 
-def follow(bar: Progress, found: Iterable[sweep.Row], into: sweep.Table, total: int, name: str = "") -> None:
-    """Keeps rows as they are found, and shows how many of all there are."""
-    step = bar.add_task(name, total=total, completed=into.rows.count(**into.shared))
-    for row in found:
-        into.add(row)
-        words = f"{name}{label(row['method'])}, {row['sparsity']:g}"
-        bar.update(step, description=words, completed=into.rows.count(**into.shared))
-
-
 def console() -> Console:
     """Where tables go: stdout, wide enough for them when it is a file or a pipe."""
     return Console(width=None if sys.stdout.isatty() else 150)
-
-
-def label(method: str) -> str:
-    """A method's name in tables and figures."""
-    return LABELS.get(method, method.replace("-", " ")) if method in METHODS else method
 
 
 def table(frame: pd.DataFrame, measures: Mapping[Any, Measure], title: str) -> Table:
@@ -115,7 +101,12 @@ def figure(grid: Sequence[Sequence[Panel]], title: str, path: Path) -> None:
     for before, axis in (pair for row in axes for pair in itertools.pairwise(row[::-1])):
         before.set_ylabel("" if before.get_ylabel() == axis.get_ylabel() else before.get_ylabel())
     canvas.suptitle(title)
-    named = {name: line for axis in axes.flat for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    save(canvas, path)
+
+
+def save(canvas: plt.Figure, path: Path) -> None:
+    """Writes a figure with one legend of all panels below."""
+    named = {name: line for axis in canvas.axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
     canvas.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, frameon=False)
     canvas.savefig(path, dpi=150)
     plt.close(canvas)

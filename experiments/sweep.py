@@ -1,19 +1,22 @@
-"""Methods × sparsities × seeds as generators of finished rows: all seeds under one ``vmap``, or one by one, timed."""
+"""Methods × sparsities × seeds, whose rows are kept as they are found: all seeds under one ``vmap``, or one by one."""
 
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from rich.progress import Progress
 
 from ecjax import networks, prune, train
 from ecjax.networks import Network, Params
 from experiments.datasets import Dataset
+from experiments.methods import label
 from experiments.results import Rows
 from experiments.saved import Folder
 
@@ -41,23 +44,32 @@ class Task(NamedTuple):
     batch_size: int = 128
 
 
-class Table(NamedTuple):
-    """Where the rows of a sweep go: all rows, the columns that these share, and a folder for networks to be saved."""
+@dataclass
+class Table:
+    """Where the rows of a sweep go: all rows, a progress bar, the columns these share, and a folder for networks."""
 
     rows: Rows
+    bar: Progress
     shared: Row
     kept: Folder | None = None
+    name: str = ""  # at the progress bar, before each method's
 
     def has(self, method: str, sparsity: float, seed: int, phase: str) -> bool:
         """Whether a row is finished, and its network saved if it is to be."""
         key = {"method": method, "sparsity": sparsity, "seed": seed}
         return (self.kept is None or self.kept.has(**key)) and self.rows.has(**self.shared, **key, phase=phase)
 
-    def add(self, row: Row) -> None:
-        """Keeps a row, unless it is there already."""
-        row = self.shared | row
-        if not self.rows.has(**{key: value for key, value in row.items() if key in _KEYS}):
-            self.rows.add(row)
+    def expect(self, total: int) -> None:
+        """Shows how many rows of all there are, from now on."""
+        self.step = self.bar.add_task(self.name, total=total, completed=self.rows.count(**self.shared))
+
+    def add(self, found: Iterable[Row]) -> None:
+        """Keeps rows, unless they are there already."""
+        for row in (self.shared | row for row in found):
+            if not self.rows.has(**{key: value for key, value in row.items() if key in _KEYS}):
+                self.rows.add(row)
+            words = f"{self.name}{label(row['method'])}, {row['sparsity']:g}"
+            self.bar.update(self.step, description=words, completed=self.rows.count(**self.shared))
 
 
 def decaying_adam(task: Task, learning_rate: float, epochs: int) -> optax.GradientTransformation:
@@ -126,7 +138,7 @@ def _measure(network, params, inputs, targets, measures):
     return [jax.vmap(measure, in_axes=(0, None))(outputs, targets) for measure in measures]
 
 
-def one_shot(task: Task, params: Params, config: Any, criteria, optimizer, table: Table) -> Iterator[Row]:
+def one_shot(task: Task, params: Params, config: Any, criteria, optimizer, table: Table) -> None:
     """Prunes the networks of every seed, stacked along a leading axis, and fine-tunes them; what is there is left out.
 
     The flags say by which criteria, to which sparsities, and for how many epochs.
@@ -134,8 +146,9 @@ def one_shot(task: Task, params: Params, config: Any, criteria, optimizer, table
     seeds, epochs = range(len(jax.tree.leaves(params)[0])), config.fine_tuning_epochs
     keys = jax.vmap(jax.random.key)(jnp.arange(len(seeds)))
     prune_seeds = jax.jit(jax.vmap(prune.one_shot, in_axes=(0, 0, None)))
-    last = FINE_TUNED if epochs else PRUNED
-    yield from measure(task, params, DENSE, 0.0, TRAINED)
+    last, phases = (FINE_TUNED, 2) if epochs else (PRUNED, 1)
+    table.expect(len(seeds) * (1 + len(config.methods) * len(config.sparsities) * phases))
+    table.add(measure(task, params, DENSE, 0.0, TRAINED))
     for method in config.methods:
         left = [s for s in config.sparsities if not all(table.has(method, s, seed, last) for seed in seeds)]
         if left:
@@ -148,16 +161,18 @@ def one_shot(task: Task, params: Params, config: Any, criteria, optimizer, table
                 found += measure(task, final, method, sparsity, FINE_TUNED)
             for seed in seeds if table.kept else ():
                 table.kept.add(one_seed(final, seed), method, sparsity, seed)
-            yield from found
+            table.add(found)
 
 
-def timed(task: Task, params: Params, methods: Methods, sparsities, seen, seeds: int, table: Table) -> Iterator[Row]:
+def timed(task: Task, params: Params, methods: Methods, sparsities, seeds: int, table: Table, seen=None) -> None:
     """Prunes one network at a time, and takes the seconds, compilation aside; what is there is left out.
 
-    The methods get what ``seen`` gives for a seed, and a sparsity.
+    The methods get the params of a seed, or what ``seen`` gives for it, and a sparsity.
     """
-    yield from (row | {"seconds": None} for row in measure(task, params, DENSE, 0.0, TRAINED))
-    compiled = set()
+    seen = seen or functools.partial(one_seed, params)
+    dense, compiled = measure(task, params, DENSE, 0.0, TRAINED), set()
+    table.expect(len(dense) + seeds * len(methods) * len(sparsities))
+    table.add(row | {"seconds": None} for row in dense)
     for seed in range(seeds):
         left = [key for key in itertools.product(methods, sparsities) if not table.has(*key, seed, PRUNED)]
         given = seen(seed) if left else None
@@ -171,4 +186,4 @@ def timed(task: Task, params: Params, methods: Methods, sparsities, seen, seeds:
             (row,) = measure(task, jax.tree.map(lambda leaf: leaf[None], pruned.params), method, sparsity, PRUNED)
             if table.kept:
                 table.kept.add(pruned.params, method, sparsity, seed)
-            yield row | {"seed": seed, "seconds": seconds}
+            table.add([row | {"seed": seed, "seconds": seconds}])

@@ -25,15 +25,21 @@ def load(
     *, noise: float, cells: int = 256, times: int = 101, initial_concentration: float = 0.1, seed: int = 0
 ) -> Dataset:
     """Points (x, t), evenly spaced, scaled to [0, 1]: 80 % with u + U(−noise, noise) to train on, the others with u."""
-    instants = np.linspace(0, LAST_TIME, times + 1)[1:]
-    exact = solve(cells=cells, times=instants, initial_concentration=initial_concentration)
-    x, t = np.meshgrid((np.arange(cells) + 0.5) / cells, instants / LAST_TIME)
+    places, instants, exact = grid(cells, times, initial_concentration)
+    x, t = np.meshgrid(places, instants / LAST_TIME)
     inputs = np.stack([x, t], -1).reshape(-1, 2).astype(np.float32)
     targets = exact.reshape(-1, 1).astype(np.float32)
     generator = np.random.default_rng(seed)
     train, test = np.split(generator.permutation(len(inputs)), [round(0.8 * len(inputs))])
     error = generator.uniform(-noise, noise, (len(train), 1)).astype(np.float32)
     return Dataset("diffusion-sorption", inputs[train], targets[train] + error, inputs[test], targets[test])
+
+
+def grid(cells: int, times: int, initial_concentration: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The centres of the cells, so many times up to 500, and u there, of shape (times, cells)."""
+    instants = np.linspace(0, LAST_TIME, times + 1)[1:]
+    u = solve(cells=cells, times=instants, initial_concentration=initial_concentration)
+    return (np.arange(cells) + 0.5) / cells, instants, u
 
 
 def time_derivative(_time, concentration, _):
