@@ -338,8 +338,6 @@ def figure(frame: pd.DataFrame, ranking: pd.DataFrame, path: Path) -> None:
             options = {"style": styles, "color": COLOURS, "mfc": "none", "logx": axis != "depth", "logy": True}
             curves.reindex(columns=methods).plot(ax=panel, legend=False, **options)
             panel.set(xlabel=AXES[axis], ylabel=label)
-    lines = next((panel.get_legend_handles_labels() for panel in axes.flat if panel.has_data()), ([], []))
-    canvas.legend(*lines, loc="outside lower center", ncols=3, frameon=False)
     if len(ranking):
         words = {"spearman": "Spearman", "overlap": "same weights kept at 0.9"}
         curves = ranking.rename(columns=words).pivot(index="probes", columns="network")
@@ -350,8 +348,7 @@ def figure(frame: pd.DataFrame, ranking: pd.DataFrame, path: Path) -> None:
     for panel in axes.flat:
         panel.set_visible(panel.has_data())
         panel.grid(which="both", alpha=0.2)
-    canvas.savefig(path, dpi=150)
-    plt.close(canvas)
+    report.save(canvas, path, ncols=3)
 
 
 if __name__ == "__main__":

@@ -118,22 +118,20 @@ def main(config: Config) -> None:
     folder = config.output or Path("results") / f"frontier-{name.lower()}"
     facts = {"data": name, "data_sha256": results.digest(data or ()), "output": folder}
     measures = [measure for problem in problems for measure in (*problem.task.measures, "seconds")]
-    columns = ("data", "layers", "method", "sparsity", "seed", "phase", *dict.fromkeys(measures))
+    columns = ["data", "layers", "method", "sparsity", "seed", "phase", *dict.fromkeys(measures)]
 
     tables, panels = [], []
     with results.opened(folder, config, **facts) as rows, report.progress() as bar:
-        rows.columns = rows.columns or list(columns)
+        rows.columns = rows.columns or columns
         for problem in problems:
             passes = bar.track(range(problem.epochs), description=f"{problem.name}: training")
-            training = problem.task, problem.mlp, config.seeds, problem.optimizer, passes
-            params = results.trained(folder, problem.name, sweep.train_seeds, *training)
+            task, training = problem.task, (problem.mlp, config.seeds, problem.optimizer, passes)
+            params = results.trained(folder, problem.name, sweep.train_seeds, task, *training)
 
-            save = config.save and config.save / problem.name
-            network, inputs = problem.task.network, problem.task.data.train_inputs
-            kept = saved.Folder(save, problem.activation, network, inputs, config, **facts) if save else None
-            where = {"data": problem.task.data.name, "layers": problem.name}
+            save, where = config.save and config.save / problem.name, {"data": task.data.name, "layers": problem.name}
+            kept = saved.Folder(save, problem.activation, task, config, **facts) if save else None
             table = sweep.Table(rows, bar, where, kept, f"{problem.name}: ")
-            sweep.timed(problem.task, params, methods(problem, config), problem.sparsities, config.seeds, table)
+            sweep.timed(task, params, methods(problem, config), problem.sparsities, config.seeds, table)
 
             frame, shown = rows.frame().query("layers == @problem.name"), MEASURES[problem.metric]
             title = f"{where['data']}, MLP {problem.name}, {config.seeds} seeds, no fine-tuning"

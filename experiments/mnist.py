@@ -50,8 +50,7 @@ def main(config: Config) -> None:
 
     folder = config.output or Path("results") / data.name.lower()
     facts = {"data": data.name, "data_sha256": results.digest(data), "layers": layers, "output": folder}
-    saving = config.activation, task.network, data.train_inputs, config
-    kept = saved.Folder(config.save, *saving, **facts) if config.save else None
+    kept = saved.Folder(config.save, config.activation, task, config, **facts) if config.save else None
     with results.opened(folder, config, **facts) as rows, report.progress() as bar:
         optimizer = sweep.decaying_adam(task, config.learning_rate, epochs)
         passes = bar.track(range(epochs), description="training")

@@ -62,11 +62,10 @@ def table(frame: pd.DataFrame, measures: Mapping[Any, Measure], title: str) -> T
     columns = [Column(f"{measure.words},\n{phase}", justify="right") for (_, measure), phase in shown]
     result = Table(Column("sparsity", justify="right"), "method", *columns, title=title)
     # The dense networks stand in the first column of a measure, those that were small from the start in the last.
-    trained = {(DENSE, phases[0]): TRAINED, (SMALL, phases[-1]): TRAINED}
-    for sparsity, group in frame.groupby("sparsity"):
+    places = frame["phase"].mask(frame["method"] == DENSE, phases[0]).mask(frame["method"] == SMALL, phases[-1])
+    for sparsity, group in frame.assign(phase=places).groupby("sparsity"):
         for method, chosen in group.groupby("method", sort=False):
-            values = [chosen[chosen["phase"] == trained.get((method, phase), phase)] for _, phase in shown]
-            cells = [_number(part[column], measure) for part, ((column, measure), _) in zip(values, shown, strict=True)]
+            cells = [_number(chosen.loc[chosen["phase"] == phase, name], how) for (name, how), phase in shown]
             result.add_row(f"{sparsity:g}", label(method), *cells)
         result.add_section()
     return result
@@ -74,7 +73,7 @@ def table(frame: pd.DataFrame, measures: Mapping[Any, Measure], title: str) -> T
 
 def _number(values: pd.Series, measure: Measure) -> str:
     mean, deviation = (format(number * measure.factor, measure.number) for number in (values.mean(), values.std()))
-    return "" if values.dropna().empty else mean if len(values.dropna()) == 1 else f"{mean} ± {deviation}"
+    return f"{mean} ± {deviation}" if values.count() > 1 else mean if values.count() else ""
 
 
 Panel = tuple[str, pd.DataFrame, str, Measure]
@@ -104,27 +103,26 @@ def figure(grid: Sequence[Sequence[Panel]], title: str, path: Path) -> None:
     save(canvas, path)
 
 
-def save(canvas: plt.Figure, path: Path) -> None:
-    """Writes a figure with one legend of all panels below."""
-    named = {name: line for axis in canvas.axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
-    canvas.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, frameon=False)
+def save(canvas: plt.Figure, path: Path, ncols: int = 4) -> None:
+    """Writes a figure with one legend below of all panels that have none of their own."""
+    panels = [axis.get_legend_handles_labels() for axis in canvas.axes if not axis.get_legend()]
+    named = {name: line for panel in panels for line, name in zip(*panel, strict=True)}
+    canvas.legend(named.values(), named.keys(), loc="outside lower center", ncols=ncols, frameon=False)
     canvas.savefig(path, dpi=150)
     plt.close(canvas)
 
 
 def curves(axis: plt.Axes, title: str, frame: pd.DataFrame, column: str, measure: Measure) -> None:
     """A measure against sparsity: the mean over seeds of each method, and a band of one standard deviation."""
-    pruned = frame[frame["method"] != DENSE]
-    dense = frame.loc[frame["method"] == DENSE, column].mean() * measure.factor
-    axis.axhline(dense, color="black", linestyle="--", linewidth=1, label=DENSE)
-    names = dict.fromkeys(pruned["method"])
-    styles = _STYLES if names.keys() <= _STYLES.keys() else dict(zip(names, itertools.cycle(_PALETTE), strict=False))
+    pruned, dense = frame[frame["method"] != DENSE], frame.loc[frame["method"] == DENSE, column].mean()
+    axis.axhline(dense * measure.factor, color="black", linestyle="--", linewidth=1, label=DENSE)
+    names = pruned["method"].unique()
+    styles = _STYLES if _STYLES.keys() >= set(names) else dict(zip(names, itertools.cycle(_PALETTE), strict=False))
     for method, chosen in pruned.groupby("method", sort=False):
-        by_sparsity = chosen.groupby("sparsity")[column]
+        by_sparsity, (colour, marker) = chosen.groupby("sparsity")[column], styles[method]
         mean, spread = by_sparsity.mean() * measure.factor, by_sparsity.std().fillna(0) * measure.factor
-        colour, marker = styles[method]
-        line = ":" if method == SMALL else "-"
-        axis.plot(mean, color=colour, marker=marker, markersize=5, linestyle=line, label=label(method))
+        options = {"marker": marker, "markersize": 5, "linestyle": ":" if method == SMALL else "-"}
+        axis.plot(mean, color=colour, label=label(method), **options)
         low = (mean - spread).clip(lower=mean * 0.1) if measure.logarithmic else mean - spread
         axis.fill_between(mean.index, low, mean + spread, color=colour, alpha=0.2, linewidth=0)
     _spread_out_high_sparsity(axis, sorted(set(pruned["sparsity"])))

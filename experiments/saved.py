@@ -6,11 +6,10 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from rich.table import Column, Table
 
 from ecjax import compact
-from ecjax.networks import Network, Params
+from ecjax.networks import Params
 from experiments import results
 
 
@@ -30,13 +29,11 @@ ACTIVATIONS = {
 class Folder:
     """Collects pruned networks in a folder; each and its rows of the report are written at once."""
 
-    def __init__(
-        self, path: Path, activation: str, network: Network, inputs: Array | np.ndarray, config: Any, **facts: Any
-    ):
+    def __init__(self, path: Path, activation: str, task: Any, config: Any, **facts: Any):
         """Goes on where an earlier start with the same configuration was (see ``results.claim``)."""
         results.claim(path, config, **facts)
         self.path, self.activation, self.rows = path, activation, results.Rows(path / "report.csv")
-        self.network, self.inputs = network, jnp.asarray(inputs[:256])
+        self.network, self.inputs = task.network, jnp.asarray(task.data.train_inputs[:256])
 
     def has(self, method: str, sparsity: float, seed: int) -> bool:
         """Whether a network is saved, and reported if it is the first."""
@@ -61,14 +58,12 @@ class Folder:
 
     def finish(self) -> Table:
         """The report of the highest sparsity as a table."""
-        frame = self.rows.frame()
-        highest = frame["sparsity"].max()
-        names = ("method", "form", "parameters", "non-zeros", "bytes", "multiply-adds", "µs, batch 1", "µs, 256")
-        columns = [Column(name, justify="right" if number > 1 else "left") for number, name in enumerate(names)]
-        table = Table(*columns, title=f"sparsity {highest:g}; every network and report.csv are in {self.path}/")
-        for row in frame[frame["sparsity"] == highest].itertuples():
-            numbers = row.parameters, row.nonzeros, row.bytes, row.multiply_adds
-            times = row.microseconds_batch_1, row.microseconds_batch_256
-            cells = f"{row.name}, {row.runtime}", *(f"{number:,.0f}" for number in (*numbers, *times))
-            table.add_row(row.method, *cells, end_section=(row.name, row.runtime) == ("sparse", "NumPy"))
+        frame = self.rows.frame().query("sparsity == sparsity.max()")
+        title = f"sparsity {frame['sparsity'].iloc[0]:g}; every network and report.csv are in {self.path}/"
+        numbers = ("parameters", "non-zeros", "bytes", "multiply-adds", "µs, batch 1", "µs, 256")
+        table = Table("method", "form", *(Column(name, justify="right") for name in numbers), title=title)
+        names = ["parameters", "nonzeros", "bytes", "multiply_adds", "microseconds_batch_1", "microseconds_batch_256"]
+        for method, form, runtime, *values in frame[["method", "name", "runtime", *names]].itertuples(index=False):
+            cells = (f"{value:,.0f}" for value in values)
+            table.add_row(method, f"{form}, {runtime}", *cells, end_section=(form, runtime) == ("sparse", "NumPy"))
         return table
