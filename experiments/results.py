@@ -11,17 +11,17 @@ import platform
 import shlex
 import sys
 import tempfile
-import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pandas as pd
 import tyro
-from flax import traverse_util
+
+from ecjax import compact
+from ecjax.networks import Params
 
 _PACKAGES = ("ecjax", "jax", "jaxlib", "flax", "optax", "numpy", "tensorflow-datasets", "scikit-learn")
 _NO_NUMBER = {"output", "data_dir", "python"}  # they change no number; other data are told apart by their digest
@@ -161,25 +161,21 @@ def claim(folder: Path, config: Any, **facts: Any) -> None:
         raise SystemExit(f"{folder} holds another run: {'; '.join(differing)}. {_ELSEWHERE}")
 
 
-def digest(data: Iterable[Any]) -> str:
-    """Tells data sets apart: the beginning of the SHA-256 of their arrays; what is no array is left out."""
-    arrays = [array for array in data if isinstance(array, np.ndarray)]
-    content = b"".join(f"{array.dtype} {array.shape} ".encode() + array.tobytes() for array in arrays)
+def digest(data: Sequence[Any]) -> str:
+    """Tells data sets apart: the beginning of the SHA-256 of their arrays, which come after the name."""
+    content = b"".join(f"{array.dtype} {array.shape} ".encode() + array.tobytes() for array in data[1:])
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def trained(folder: Path, name: str, train: Callable[..., dict], *arguments: Any) -> dict:
-    """What ``train(*arguments)`` gives, nested dicts of arrays, or gave to an earlier start, bit for bit."""
-    path = folder / "trained" / f"{name}.npz"
+def trained(folder: Path, name: str, train: Callable[..., Params], *arguments: Any) -> Params:
+    """What ``train(*arguments)`` gives, or gave to an earlier start, bit for bit."""
+    path = folder / "trained" / f"{name}.safetensors"
     if path.exists():
         try:
-            with np.load(path) as file:
-                return traverse_util.unflatten_dict({key: jnp.asarray(file[key]) for key in file}, sep="/")
-        except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-            raise SystemExit(f"{path} is damaged: {error}. Delete it, and start again") from error
+            return jax.tree.map(jnp.asarray, compact.load(path).params)
+        except ValueError as error:
+            raise SystemExit(f"{error}. Delete it, and start again") from error
     params = train(*arguments)
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".partial.npz")
-    np.savez(partial, **traverse_util.flatten_dict(jax.tree.map(np.asarray, params), sep="/"))
-    partial.replace(path)  # so that it is whole or not there
+    compact.save(path, params)
     return params
