@@ -157,8 +157,8 @@ def pruning(config: Config) -> list[Method]:
         masks = prune.one_shot(params, surgeon.brain_surgeon_saliency(params, rows), 0.9).masks
         return surgeon.brain_surgeon_update(params, masks, rows)
 
-    found = [method for method in scoring(config.base, ()) if method.name == GRADIENT]
-    found.append(Method("EC, one shot", one_shot))
+    gradient = next(method for method in scoring(config.base, ()) if method.name == GRADIENT)
+    found = [gradient, Method("EC, one shot", one_shot)]
     for repair in prune.REPAIRS:
         call = functools.partial(prune.staged, sparsity=0.9, stages=config.stages, repair=repair, metric="fisher")
         found.append(Method(f"EC, {config.stages} stages{f', {repair}' if repair else ''}", call))
@@ -281,13 +281,12 @@ def agreement(params: Params, exact: score.Scores, found: score.Scores) -> tuple
 
 def surrogate(concentrations: int, epochs: int) -> tuple[Network, Params, Array]:
     """A network that has learnt, from a place and the concentration at first, that at 1,000 times."""
-    places, times, first = 64, 1000, np.linspace(0, 0.2, concentrations)
-    instants = np.linspace(0, diffusion_sorption.LAST_TIME, times + 1)[1:]
-    solutions = [diffusion_sorption.solve(cells=places, times=instants, initial_concentration=u) for u in first]
-    x, start = np.meshgrid((np.arange(places) + 0.5) / places, first / 0.2)
+    first = np.linspace(0, 0.2, concentrations)
+    places, _, solutions = zip(*(diffusion_sorption.grid(64, 1000, u) for u in first), strict=True)
+    x, start = np.meshgrid(places[0], first / 0.2)
     inputs = np.stack([x, start], -1).reshape(-1, 2).astype(np.float32)
     targets = np.concatenate([solution.T for solution in solutions]).astype(np.float32)
-    mlp = networks.MLP((64, 64, times), jnp.tanh)
+    mlp = networks.MLP((64, 64, 1000), jnp.tanh)
     network, params = networks.pure(mlp), mlp.init(jax.random.key(0), inputs[:1])["params"]
     fit = {"loss": optax.squared_error, "optimizer": optax.adam(1e-3), "key": jax.random.key(1), "batch_size": 64}
     return network, train.fit(network, params, inputs, targets, epochs=epochs, **fit).params, jnp.asarray(inputs)

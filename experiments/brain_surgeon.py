@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import optax
 
 from ecjax import networks, prune, score, surgeon, train
-from ecjax.networks import Kernels, Network, Params
 from experiments import flags, report, results, sweep
 from experiments.datasets import hold_out
 
@@ -43,11 +42,11 @@ class Seen(NamedTuple):
     """What a method sees of one seed: a sample of images, their gradients, and a key."""
 
     inputs: jax.Array
-    gradients: Kernels
+    gradients: networks.Kernels
     key: jax.Array
 
 
-def methods(network: Network, params: Params, config: Config) -> sweep.Methods:
+def methods(network: networks.Network, params: networks.Params, config: Config) -> sweep.Methods:
     """By name: from what is seen and a sparsity to the pruned network."""
     damping = {"damping": config.damping}
 
@@ -91,7 +90,7 @@ def main(config: Config) -> None:
     mlp, with_biases = networks.MLP(features, use_bias=False), networks.pure(networks.MLP(features))
     without_biases = networks.pure(mlp)
 
-    def network(params: Params, inputs: jax.Array) -> jax.Array:
+    def network(params: networks.Params, inputs: jax.Array) -> jax.Array:
         return (with_biases if "bias" in params["Dense_0"] else without_biases)(params, inputs)
 
     task = sweep.Task(network, data, sweep.cross_entropy, sweep.CLASSIFIER_MEASURES, config.batch_size)
@@ -121,7 +120,7 @@ def main(config: Config) -> None:
     report.console().print(report.table(rows.frame(), MEASURES, title), note)
 
 
-def train_to_target(task: sweep.Task, mlp: networks.MLP, config: Config) -> Params:
+def train_to_target(task: sweep.Task, mlp: networks.MLP, config: Config) -> networks.Params:
     """Plain SGD until an epoch reaches the target on held-out training images, 200 epochs at the most."""
     data, optimizer, reached = hold_out(task.data), optax.sgd(config.learning_rate), 0.0
     inputs, targets = jnp.asarray(data.train_inputs), jnp.asarray(data.train_targets)

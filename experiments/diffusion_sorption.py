@@ -19,7 +19,6 @@ import numpy as np
 import optax
 
 from ecjax import networks, prune, score
-from ecjax.networks import Params
 from experiments import flags, report, results, sweep
 from experiments.datasets import Dataset, diffusion_sorption, hold_out
 from experiments.methods import METHODS, MethodName, criteria
@@ -113,7 +112,7 @@ def _task(hidden: tuple[int, ...], data: Dataset, config: Config) -> tuple[netwo
     return mlp, sweep.Task(networks.pure(mlp), data, optax.squared_error, measures, config.batch_size)
 
 
-def _train(task: sweep.Task, mlp: networks.MLP, config: Config, passes, targets=None) -> Params:
+def _train(task: sweep.Task, mlp: networks.MLP, config: Config, passes, targets=None) -> networks.Params:
     optimizer = sweep.decaying_adam(task, config.learning_rate, config.epochs)
     return sweep.train_seeds(task, mlp, config.seeds, optimizer, passes, targets)
 
@@ -147,7 +146,7 @@ def small_widths(widths: tuple[int, ...], sparsity: float) -> tuple[int, ...]:
     return (max(fitting, default=1),) * len(widths)
 
 
-def _draw_snapshots(task: sweep.Task, params: Params, optimizer, title: str, config: Config) -> None:
+def _draw_snapshots(task: sweep.Task, params: networks.Params, optimizer, title: str, config: Config) -> None:
     """u(x, t) at six times: noisy data, exact solution, and one network before and after fine-tuning."""
     first = sweep.one_seed(params, 0)
     scores = score.elimination_compensation(task.network, first, task.data.train_inputs[: config.calibration])

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import optax
 
 from ecjax import networks, prune, score, surgeon
-from ecjax.networks import Params
 from experiments import flags, report, results, saved, sweep
 from experiments.datasets import Dataset, diffusion_sorption, hold_out
 
@@ -74,10 +73,10 @@ def methods(problem: Problem, config: Config) -> sweep.Methods:
     network, metric = problem.task.network, problem.metric
     inputs, targets = (jnp.asarray(array[: problem.calibration]) for array in problem.task.data[1:3])
 
-    def one_shot(params: Params, sparsity: float, criterion, **options) -> prune.Pruned:
+    def one_shot(params: networks.Params, sparsity: float, criterion, **options) -> prune.Pruned:
         return prune.one_shot(params, criterion(network, params, inputs, **options), sparsity)
 
-    def combinatorial(params: Params, sparsity: float) -> prune.Pruned:
+    def combinatorial(params: networks.Params, sparsity: float) -> prune.Pruned:
         """CBS-S from magnitude, then CBS-U; for a regression that fits, with gradients of the output, not the loss."""
         loss = sweep.cross_entropy if metric == "fisher" else lambda outputs, _: outputs[..., 0]
         few, damping = slice(problem.gradients), config.damping
@@ -86,7 +85,7 @@ def methods(problem: Problem, config: Config) -> sweep.Methods:
         masks = surgeon.combinatorial_selection(params, gradients, sparsity, **options)
         return prune.Pruned(surgeon.combinatorial_update(params, masks, gradients, damping=damping), masks)
 
-    def staged(params: Params, sparsity: float, repair: str | None, labels: bool = False) -> prune.Pruned:
+    def staged(params: networks.Params, sparsity: float, repair: str | None, labels: bool = False) -> prune.Pruned:
         options = problem.options if repair else {"stages": problem.options["stages"]}
         if repair == "biases" or labels:
             options = options | {"temperature": 1}  # few parameters: the first choice is what they can save

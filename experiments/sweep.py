@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
 from rich.progress import Progress
 
 from ecjax import networks, prune, train
@@ -40,7 +39,7 @@ class Task(NamedTuple):
     network: Network
     data: Dataset
     loss: train.Loss
-    measures: dict[str, Callable[[Array, Array], Array]]
+    measures: dict[str, Callable[[jax.Array, jax.Array], jax.Array]]
     batch_size: int = 128
 
 
