@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from ecjax import networks, prune, score, surgeon
-from experiments import flags, report, results, saved, sweep
+from experiments import flags, report, results, sweep
 from experiments.datasets import Dataset, diffusion_sorption, hold_out
 
 ERROR = report.Measure("relative error", ".1e", logarithmic=True)
@@ -128,13 +128,13 @@ def main(config: Config) -> None:
             params = results.trained(folder, problem.name, sweep.train_seeds, task, *training)
 
             save, where = config.save and config.save / problem.name, {"data": task.data.name, "layers": problem.name}
-            kept = saved.Folder(save, problem.activation, task, config, **facts) if save else None
+            kept = results.Folder(save, problem.activation, task, config, **facts) if save else None
             table = sweep.Table(rows, bar, where, kept, f"{problem.name}: ")
             sweep.timed(task, params, methods(problem, config), problem.sparsities, config.seeds, table)
 
             frame, shown = rows.frame().query("layers == @problem.name"), MEASURES[problem.metric]
             title = f"{where['data']}, MLP {problem.name}, {config.seeds} seeds, no fine-tuning"
-            tables += [report.table(frame, shown | report.SECONDS, title)] + ([kept.finish()] if kept else [])
+            tables += [report.table(frame, shown | report.SECONDS, title)] + ([report.sizes(kept)] if kept else [])
             panels += report.panels(frame, *next(iter(shown.items())), f"{where['data']}, {problem.name}")
     report.figure([panels], f"pruned without fine-tuning, {config.seeds} seeds", folder / "frontier.png")
     report.console().print(*tables, f"results.csv, config.json and frontier.png are in {folder}/")

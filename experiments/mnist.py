@@ -12,7 +12,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 from ecjax import networks
-from experiments import flags, report, results, saved, sweep
+from experiments import flags, report, results, sweep
 from experiments.methods import METHODS, MethodName, criteria
 
 
@@ -45,12 +45,12 @@ def main(config: Config) -> None:
     tuning = tuning if config.fine_tuning_epochs is None else config.fine_tuning_epochs
     config = replace(config, epochs=epochs, fine_tuning_epochs=tuning)
     features, layers = flags.widths(data, config.widths)
-    mlp = networks.MLP(features, activation=saved.ACTIVATIONS[config.activation][0])
+    mlp = networks.MLP(features, activation=results.ACTIVATIONS[config.activation][0])
     task = sweep.Task(networks.pure(mlp), data, sweep.cross_entropy, sweep.CLASSIFIER_MEASURES, config.batch_size)
 
     folder = config.output or Path("results") / data.name.lower()
     facts = {"data": data.name, "data_sha256": results.digest(data), "layers": layers, "output": folder}
-    kept = saved.Folder(config.save, config.activation, task, config, **facts) if config.save else None
+    kept = results.Folder(config.save, config.activation, task, config, **facts) if config.save else None
     with results.opened(folder, config, **facts) as rows, report.progress() as bar:
         optimizer = sweep.decaying_adam(task, config.learning_rate, epochs)
         passes = bar.track(range(epochs), description="training")
@@ -66,7 +66,7 @@ def main(config: Config) -> None:
     for column, measure in report.CLASSIFIER_MEASURES.items():
         panels = report.panels(rows.frame(), column, measure)
         report.figure([panels], title, folder / f"{column.removeprefix('test_')}.png")
-    tables = [report.table(rows.frame(), report.CLASSIFIER_MEASURES, title)] + ([kept.finish()] if kept else [])
+    tables = [report.table(rows.frame(), report.CLASSIFIER_MEASURES, title)] + ([report.sizes(kept)] if kept else [])
     report.console().print(*tables, f"results.csv, config.json, loss.png and accuracy.png are in {folder}/")
 
 

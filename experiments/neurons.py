@@ -14,7 +14,6 @@ import optax
 
 from ecjax import networks, prune, score
 from experiments import flags, report, results, sweep
-from experiments.saved import ACTIVATIONS
 
 NETWORKS = {"relu": (300, 100), "tanh": (128, 64)}
 AXIS = "fraction of hidden neurons removed"
@@ -56,7 +55,7 @@ def main(config: Config) -> None:
     with results.opened(folder, config, **facts) as rows, report.progress() as bar:
         for activation, hidden in NETWORKS.items():
             features, layers = flags.widths(data, hidden)
-            mlp = networks.MLP(features, ACTIVATIONS[activation][0])
+            mlp = networks.MLP(features, results.ACTIVATIONS[activation][0])
             task = sweep.Task(networks.pure(mlp), data, sweep.cross_entropy, sweep.CLASSIFIER_MEASURES)
             training = mlp, config.seeds, optax.adam(1e-3), bar.track(range(epochs), description=f"{layers}: training")
             params = results.trained(folder, layers, sweep.train_seeds, task, *training)

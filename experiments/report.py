@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from experiments.methods import METHODS, label
+from experiments.results import Folder
 from experiments.sweep import DENSE, FINE_TUNED, PRUNED, SMALL, TRAINED
 
 # Okabe and Ito's palette, told apart by the colour-blind; the markers say the same again. Each method keeps its own.
@@ -74,6 +75,19 @@ def table(frame: pd.DataFrame, measures: Mapping[Any, Measure], title: str) -> T
 def _number(values: pd.Series, measure: Measure) -> str:
     mean, deviation = (format(number * measure.factor, measure.number) for number in (values.mean(), values.std()))
     return f"{mean} ± {deviation}" if values.count() > 1 else mean if values.count() else ""
+
+
+def sizes(kept: Folder) -> Table:
+    """What the saved networks of the highest sparsity take."""
+    frame = kept.rows.frame().query("sparsity == sparsity.max()")
+    title = f"sparsity {frame['sparsity'].iloc[0]:g}; every network and report.csv are in {kept.path}/"
+    numbers = ("parameters", "non-zeros", "bytes", "multiply-adds", "µs, batch 1", "µs, 256")
+    table = Table("method", "form", *(Column(name, justify="right") for name in numbers), title=title)
+    names = ["parameters", "nonzeros", "bytes", "multiply_adds", "microseconds_batch_1", "microseconds_batch_256"]
+    for method, form, runtime, *values in frame[["method", "name", "runtime", *names]].itertuples(index=False):
+        cells = (f"{value:,.0f}" for value in values)
+        table.add_row(method, f"{form}, {runtime}", *cells, end_section=(form, runtime) == ("sparse", "NumPy"))
+    return table
 
 
 Panel = tuple[str, pd.DataFrame, str, Measure]

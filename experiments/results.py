@@ -1,4 +1,4 @@
-"""Results that survive: a folder that belongs to one configuration, its finished rows, and its trained networks."""
+"""Results that survive: a folder that belongs to one configuration, its finished rows, and its networks."""
 
 import contextlib
 import csv
@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pandas as pd
 import tyro
 
@@ -179,3 +181,42 @@ def trained(folder: Path, name: str, train: Callable[..., Params], *arguments: A
     path.parent.mkdir(exist_ok=True)
     compact.save(path, params)
     return params
+
+
+# By name: for JAX, and for NumPy alone; of GELU Flax's default, the approximation by tanh.
+ACTIVATIONS = {
+    "relu": (nn.relu, lambda z: np.maximum(z, 0)),
+    "tanh": (jnp.tanh, np.tanh),
+    "gelu": (nn.gelu, lambda z: 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))),
+}
+
+
+class Folder:
+    """Collects pruned networks in a folder; each and its rows of the report are written at once."""
+
+    def __init__(self, path: Path, activation: str, task: Any, config: Any, **facts: Any):
+        """Goes on where an earlier start with the same configuration was (see ``claim``)."""
+        claim(path, config, **facts)
+        self.path, self.activation, self.rows = path, activation, Rows(path / "report.csv")
+        self.network, self.inputs = task.network, jnp.asarray(task.data.train_inputs[:256])
+
+    def has(self, method: str, sparsity: float, seed: int) -> bool:
+        """Whether a network is saved, and reported if it is the first."""
+        last = {"method": method, "sparsity": sparsity, "name": "sparse", "runtime": "NumPy"}
+        return self._place(method, sparsity, seed).exists() and (seed > 0 or self.rows.has(**last))
+
+    def add(self, params: Params, method: str, sparsity: float, seed: int) -> None:
+        """Saves a network, and measures it if it is the first of its method and sparsity."""
+        jax_form, numpy_form = ACTIVATIONS[self.activation]
+        smaller, small = compact.compact(self.network, params, self.inputs)
+        compact.save(self._place(method, sparsity, seed), small, network=smaller, inputs=self.inputs)
+        if seed or self.has(method, sparsity, seed):
+            return
+        for form in compact.report(self.network, params, self.inputs, jax_form, numpy_activation=numpy_form):
+            row = {"method": method, "sparsity": sparsity, "seed": seed} | form._asdict()
+            times = {f"microseconds_batch_{batch}": 1e6 * seconds for batch, seconds in row.pop("seconds").items()}
+            if not self.rows.has(method=method, sparsity=sparsity, name=form.name, runtime=form.runtime):
+                self.rows.add(row | times)
+
+    def _place(self, method: str, sparsity: float, seed: int) -> Path:
+        return self.path / f"{method.replace(' ', '-').replace(',', '')}-{sparsity:g}-{seed}.safetensors"

@@ -16,8 +16,7 @@ from ecjax import networks, prune, train
 from ecjax.networks import Network, Params
 from experiments.datasets import Dataset
 from experiments.methods import label
-from experiments.results import Rows
-from experiments.saved import Folder
+from experiments.results import Folder, Rows
 
 DENSE, SMALL = "dense", "small dense"
 TRAINED, PRUNED, FINE_TUNED = "trained", "pruned", "fine-tuned"

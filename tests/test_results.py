@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ecjax import compact
-from experiments import flags, mnist, neurons, results, saved, sweep
+from experiments import flags, mnist, neurons, results, sweep
 from experiments.datasets import digits
 from experiments.results import Rows
 from tests import small
@@ -310,7 +310,7 @@ FORMS = [FORM._replace(name=name, runtime=runtime) for runtime in ("JAX", "NumPy
 
 def test_saved_networks_and_their_report_go_on(tmp_path, monkeypatch):
     small.module("mnist", monkeypatch.setattr)
-    monkeypatch.setattr(saved.compact, "report", lambda *_, **__: FORMS)
+    monkeypatch.setattr(results.compact, "report", lambda *_, **__: FORMS)
     config = replace(SMALL, output=tmp_path, save=tmp_path / "saved")
     mnist.main(config)
     report_rows, networks = (tmp_path / "saved/report.csv").read_bytes(), state(tmp_path / "saved")
