@@ -29,7 +29,7 @@ from rich.table import Column, Table
 
 from ecjax import networks, prune, score, surgeon, train
 from ecjax.networks import Network, Params
-from experiments import flags, report, results
+from experiments import flags, report, results, sweep
 from experiments.datasets import diffusion_sorption
 
 GRADIENT, JACOBIANS, DEFINITION = "gradient pass", "per-sample Jacobians", "EC by definition"
@@ -37,7 +37,6 @@ AXES = {"width": "width of the layers", "depth": "layers", "samples": "samples",
 # Okabe and Ito's palette, told apart by the colour-blind; the markers say the same again.
 COLOURS = ("#999999", "#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
 MARKERS = "vsoD^PX<>"
-cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
 
 @dataclass(frozen=True)
@@ -100,8 +99,8 @@ def main(config: Config) -> None:
             for row in agreements(*made(), missing) if missing else ():
                 ranked.add({"network": name} | row)
     figure(rows.frame(), ranked.frame(), config.output / "benchmark.png")
-    report.console().print(*tables(rows.frame(), ranked.frame()), sep="\n")
-    report.console().print(f"results.csv, probes.csv, config.json and benchmark.png are in {config.output}/")
+    where = f"results.csv, probes.csv, config.json and benchmark.png are in {config.output}/"
+    report.console().print(*tables(rows.frame(), ranked.frame()), where)
 
 
 def cases(config: Config) -> Iterator[tuple[str, int, tuple[int, ...], int]]:
@@ -150,7 +149,7 @@ def pruning(config: Config) -> list[Method]:
     def brain_surgeon(network, params, inputs, *, combinatorial):
         few = inputs[: config.gradients]
         labels = jnp.arange(len(few)) % config.base[-1]
-        rows = surgeon.loss_gradients(network, params, few, labels, cross_entropy)
+        rows = surgeon.loss_gradients(network, params, few, labels, sweep.cross_entropy)
         if combinatorial:
             masks = surgeon.combinatorial_selection(params, rows, 0.9, start="magnitude", key=jax.random.key(0))
             return surgeon.combinatorial_update(params, masks, rows)
@@ -172,7 +171,7 @@ def pruning(config: Config) -> list[Method]:
 def gradient_pass(network: Network, params: Params, inputs: Array) -> Params:
     """What everything is measured in: the gradient of a mean loss with respect to all params."""
     labels = jnp.arange(len(inputs)) % jax.eval_shape(network, params, inputs).shape[1]  # each class in turn
-    return jax.grad(lambda params: cross_entropy(network(params, inputs), labels).mean())(params)
+    return jax.grad(lambda params: sweep.cross_entropy(network(params, inputs), labels).mean())(params)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="at_once")

@@ -83,8 +83,14 @@ def main(config: Config) -> None:
                 table = sweep.Table(rows, bar, where, name=f"{layers}, a = {noise:g}: ")
                 sweep.one_shot(task, params, config, compared, optimizer, table)
             for sparsity in config.small_network_sparsities:
+                where = source | {"layers": layers, "method": sweep.SMALL, "sparsity": sparsity, "phase": sweep.TRAINED}
+                keys = [where | {"noise": noise, "seed": seed} for noise in data for seed in range(config.seeds)]
                 passes = bar.track(range(config.epochs), description=f"{layers}: small dense, {sparsity:g}")
-                _add_small_networks(rows, source | {"layers": layers}, hidden, sparsity, data, config, passes)
+                missing = [key for key in keys if not rows.has(**key)]
+                found = _small_networks(hidden, sparsity, data, config, passes) if missing else ()
+                for key, row in zip(keys, found, strict=False):
+                    if key in missing:
+                        rows.add(row | key)
 
             frame, keys = rows.frame().query("layers == @layers"), ["method", "sparsity", "seed", "phase"]
             wide = frame.pivot_table(index=keys, columns="noise", values="test_loss", sort=False).reset_index()
@@ -117,21 +123,12 @@ def _train(task: sweep.Task, mlp: networks.MLP, config: Config, passes, targets=
     return sweep.train_seeds(task, mlp, config.seeds, optimizer, passes, targets)
 
 
-def _add_small_networks(
-    rows, where, hidden, sparsity: float, data: dict[float, Dataset], config: Config, passes
-) -> None:
+def _small_networks(hidden, sparsity: float, data: dict[float, Dataset], config: Config, passes) -> list[sweep.Row]:
     """Dense networks of as many parameters as pruned ones keep, trained from scratch, all noise levels at once."""
-    where = where | {"method": sweep.SMALL, "sparsity": sparsity, "phase": sweep.TRAINED}
-    keys = [where | {"noise": noise, "seed": seed} for noise in data for seed in range(config.seeds)]
-    if all(rows.has(**key) for key in keys):
-        return
     mlp, task = _task(small_widths(hidden, sparsity), next(iter(data.values())), config)
     targets = jnp.stack([jnp.asarray(level.train_targets) for level in data.values()])
     params = _train(task, mlp, config, passes, targets)
-    measured = sweep.measure(task, params, sweep.SMALL, sparsity, sweep.TRAINED)
-    for key, row in zip(keys, measured, strict=True):
-        if not rows.has(**key):
-            rows.add(row | key)
+    return sweep.measure(task, params, sweep.SMALL, sparsity, sweep.TRAINED)
 
 
 def small_widths(widths: tuple[int, ...], sparsity: float) -> tuple[int, ...]:

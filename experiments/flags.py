@@ -1,9 +1,7 @@
 """The flags that the experiments on handwritten digits share, and what is asked of the flags of all."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from experiments.datasets import Dataset, choose, hold_out
 
@@ -32,7 +30,7 @@ def widths(data: Dataset, hidden: tuple[int, ...]) -> tuple[tuple[int, ...], str
     return features, "-".join(map(str, (data.train_inputs.shape[1], *features)))
 
 
-def require(config: Any, *, repeating: Sequence[str] = ()) -> None:
+def require(config: object, *, repeating: tuple[str, ...] = ()) -> None:
     """Refuses what would fail only after minutes: counts below 1, fractions outside [0, 1], and lists that repeat.
 
     Only the lists in ``repeating`` may hold anything twice.

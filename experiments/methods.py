@@ -1,5 +1,6 @@
 """The pruning criteria that the experiments compare."""
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -11,14 +12,12 @@ def criteria(network, inputs, targets, few, loss, metric) -> dict[str, Callable[
 
     ``few`` are inputs for the nonlinear criterion, whose cost is weights times samples.
     """
-    linear = score.elimination_compensation
-    nonlinear = score.nonlinear_elimination_compensation
+    linear, nonlinear = score.elimination_compensation, score.nonlinear_elimination_compensation
+    gradient = functools.partial(score.gradient_magnitude, targets=targets, loss=loss)
     return {
         "random": lambda params, key: score.random(network, params, inputs, key=key),
         "magnitude": lambda params, key: score.magnitude(network, params, inputs),
-        "gradient-magnitude": lambda params, key: score.gradient_magnitude(
-            network, params, inputs, targets=targets, loss=loss
-        ),
+        "gradient-magnitude": lambda params, key: gradient(network, params, inputs),
         "optimal-brain-damage": lambda params, key: score.optimal_brain_damage(network, params, inputs, metric=metric),
         "ec-euclidean": lambda params, key: linear(network, params, inputs),
         "ec-fisher": lambda params, key: linear(network, params, inputs, metric="fisher"),

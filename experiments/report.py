@@ -2,7 +2,6 @@
 
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from experiments.methods import METHODS, label
@@ -46,9 +45,8 @@ SECONDS = {"seconds": Measure("seconds", ".1f")}
 
 def progress() -> Progress:
     """A progress bar on stderr with an estimate of the time left."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    times = (TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"))
-    return Progress(*columns, *times, console=Console(stderr=True))
+    times = (TimeElapsedColumn(), "elapsed,", TimeRemainingColumn(), "left")
+    return Progress("{task.description}", BarColumn(), MofNCompleteColumn(), *times, console=Console(stderr=True))
 
 
 def console() -> Console:
@@ -56,7 +54,7 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 150)
 
 
-def table(frame: pd.DataFrame, measures: Mapping[Any, Measure], title: str) -> Table:
+def table(frame: pd.DataFrame, measures: dict[Any, Measure], title: str) -> Table:
     """Mean ± standard deviation over seeds, a line for each method and sparsity, the dense network first."""
     phases = [phase for phase in _PHASES if phase in set(frame["phase"])]
     shown = list(itertools.product(measures.items(), phases))
@@ -102,7 +100,7 @@ def panels(frame: pd.DataFrame, column: str, measure: Measure, title: str = "{ph
     ]
 
 
-def figure(grid: Sequence[Sequence[Panel]], title: str, path: Path) -> None:
+def figure(grid: list[list[Panel]], title: str, path: Path) -> None:
     """Rows of panels of curves against sparsity, with one legend below."""
     rows, columns = len(grid), len(grid[0])
     size = max(min(5.5, _WIDTH / columns) * columns, 7), (3.7 if columns < 3 else 3) * rows + 1

@@ -132,9 +132,9 @@ def claim(folder: Path, config: Any, **facts: Any) -> None:
 
     A folder that cannot be written to, has no room, or belongs to another configuration is a SystemExit.
     """
-    versions = {f"{package} version": importlib.metadata.version(package) for package in _PACKAGES}
-    machine = {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
-    text = json.dumps(vars(config) | facts | machine | versions, indent=2, default=str) + "\n"
+    facts |= {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
+    facts |= {f"{package} version": importlib.metadata.version(package) for package in _PACKAGES}
+    text = json.dumps(vars(config) | facts, indent=2, default=str) + "\n"
     path, partial, now = folder / "config.json", folder / ".config.json", json.loads(text)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,5 @@
 """The handwritten digits bundled with scikit-learn: 1,797 images of 8×8 pixels, there without a network."""
 
-from pathlib import Path
-
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -9,7 +7,7 @@ from sklearn.model_selection import train_test_split
 from experiments.datasets import Dataset
 
 
-def load(_folder: Path | None = None) -> Dataset:
+def load(_folder: object = None) -> Dataset:
     """All 1,797 digits, scaled to [0, 1]; every fifth is for testing, classes balanced, always the same split."""
     images, labels = load_digits(return_X_y=True)
     images, labels = (images / 16).astype(np.float32), labels.astype(np.int32)
