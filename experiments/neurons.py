@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from ecjax import networks, prune, score
 from experiments import flags, report, results, sweep
@@ -30,7 +31,7 @@ class Config(flags.Digits):
     stages: int = 10  # Stages of the staged method.
 
 
-def methods(network: networks.Network, inputs: jax.Array, stages: int) -> sweep.Methods:
+def methods(network: networks.Network, inputs: Array, stages: int) -> sweep.Methods:
     """By name: from trained params and a fraction of the hidden neurons to the pruned network."""
     norm, variance = score.neuron_norm, score.neuron_variance
     ec = functools.partial(score.neuron_elimination_compensation, metric="fisher")
