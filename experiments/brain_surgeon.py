@@ -83,7 +83,7 @@ def methods(network: networks.Network, params: networks.Params, config: Config) 
 
 
 def main(config: Config) -> None:
-    """Runs the experiment from data to figures."""
+    """Runs the experiment from data to figures and table."""
     flags.require(config, repeating=("widths",))
     data = config.load()
     features, layers = flags.widths(data, config.widths)
