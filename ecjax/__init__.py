@@ -1,27 +1,44 @@
-"""Prune fully-connected networks in JAX and keep what they know.
+"""Prune neural networks in JAX, and keep what they know.
 
-``networks`` says what can be pruned, ``score`` how much each weight matters, ``prune`` removes weights,
-``compensate`` repairs what is left, ``surgeon`` chooses weights together and moves the others, ``compact`` makes what
-remains smaller, ``train`` trains; ``moments`` takes data in batches, ``devices`` spreads it. See the README for the
-formulas.
+A network is any pure function ``network(params, inputs) -> outputs``; ``params`` is any pytree. Start here:
+
+    networks   what a network is, doors from Flax, and ``networks.layers``: what can be pruned, as a table
+    score      criteria: how much each weight matters
+    prune      removes weights or neurons, in one shot or in stages
+    repair     lets what is left make up for what was removed
+    compact    makes what remains smaller, and saves it
+
+and further: ``metrics`` measures changes of the outputs, ``moments`` takes data in batches, ``surgeon`` chooses weights
+together and moves the others, ``train`` trains, ``devices`` spreads data and params over several. In five lines:
+
+    from ecjax import networks, prune
+
+    network = networks.from_linen(module)
+    print(networks.layers(network, params, inputs))
+    pruned = prune.staged(network, params, inputs, sparsity=0.9, metric="fisher")
+    # pruned.params, pruned.masks
+
+``help(prune.staged)`` says more; the README has the formulas, and where each is in the code and in the tests.
 
 Every docstring has an example that the tests run. All share these names, a small classifier and what is made of it:
 
+    >>> import functools
     >>> import pathlib
+    >>> from typing import NamedTuple
     >>> import flax.linen as nn
     >>> import jax
     >>> import jax.numpy as jnp
     >>> import numpy as np
     >>> import optax
     >>> from flax import nnx
-    >>> from ecjax import batches, checks, compact, compensate, devices, gauss_newton, graph, metrics, moments
-    >>> from ecjax import networks, precision, prune, score, surgeon, train
+    >>> from ecjax import compact, devices, graph, metrics, moments, networks, prune, repair, score, staged, surgeon
+    >>> from ecjax import train
 
     >>> inputs = jax.random.normal(jax.random.key(0), (200, 4))
     >>> labels = (inputs[:, 0] > inputs[:, 1]).astype(int)
     >>> loss, optimizer = optax.softmax_cross_entropy_with_integer_labels, optax.adam(0.01)
     >>> mlp = networks.MLP(features=(8, 2))
-    >>> network, params = networks.pure(mlp), mlp.init(jax.random.key(1), inputs)["params"]
+    >>> network, params = networks.from_linen(mlp), mlp.init(jax.random.key(1), inputs)["params"]
     >>> fit = {"loss": loss, "optimizer": optimizer, "key": jax.random.key(2)}
     >>> trained = train.fit(network, params, inputs, labels, epochs=200, **fit)
     >>> params = trained.params
@@ -33,6 +50,18 @@ Every docstring has an example that the tests run. All share these names, a smal
     >>> gradients = surgeon.loss_gradients(network, params, inputs, labels, loss)
 """
 
-from ecjax import compact, compensate, devices, moments, networks, prune, score, surgeon, train
+from ecjax import compact, devices, metrics, moments, networks, prune, repair, score, staged, surgeon, train
 
-__all__ = ["compact", "compensate", "devices", "moments", "networks", "prune", "score", "surgeon", "train"]
+__all__ = [
+    "compact",
+    "devices",
+    "metrics",
+    "moments",
+    "networks",
+    "prune",
+    "repair",
+    "score",
+    "staged",
+    "surgeon",
+    "train",
+]

@@ -6,7 +6,8 @@ what it found is kept where JAX keeps everything that was traced.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,45 +15,118 @@ import numpy as np
 from jax import Array
 from jaxtyping import PyTree
 
+from ecjax import _batches, _checks, _precision, _trees, metrics
 from ecjax._trees import WithStatic
+from ecjax._types import Metric, Network, Params, Patterns, Targets
 from ecjax.graph import Layers, read
 from ecjax.graph.layers import as_patterns
 
-_COMPARED = 4
+_COMPARED, _LOOKED_AT = 4, 16  # samples
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["layers", "mixed", "unknown"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["layers", "mixed", "unknown", "row"])
 @dataclasses.dataclass(frozen=True)
 class _Facts:
     layers: Layers
     mixed: str
     unknown: str
+    row: tuple[int, np.dtype]  # how many outputs each sample has, and of which dtype
+
+
+class Entered(NamedTuple):
+    """What has passed the door.
+
+    Attributes:
+        network: of params that are arrays alone.
+        params: these arrays.
+        inputs: where they lie, for the compiler to do with what is computed from them as it likes.
+        layers: that are not excluded.
+        outputs: the shape and dtype of what the network gives for the inputs.
+        metric: a metric, no name.
+        targets: placed like the inputs.
+        static: the leaves of the params that are no arrays.
+    """
+
+    network: Network
+    params: Params
+    inputs: Array
+    layers: Layers
+    outputs: jax.ShapeDtypeStruct
+    metric: metrics.Metric | None
+    targets: Targets | None
+    static: tuple
+
+    def whole(self, params: Params) -> Params:
+        """Params with the leaves that are no arrays back in their places."""
+        return _trees.whole(params, self.static)
+
+
+def enter(
+    network: Network,
+    params: Params,
+    inputs: Any,
+    *,
+    exclude: Patterns = (),
+    metric: Metric | None = None,
+    targets: Targets | None = None,
+    need: str = "moments",
+    **counts: int,
+) -> Entered:
+    """What every function that takes calibration inputs passes first: all checks, the reading, and where arrays lie.
+
+    Args:
+        params: its parameters, any pytree.
+        exclude: patterns of paths, which are left alone.
+        metric: of the outputs, or its name; None where there is none.
+        targets: one for each sample; None where there are none.
+        need: of every kernel, as ``layers`` says.
+        **counts: arguments that must be whole numbers of at least 1; None is one that was not given.
+
+    Raises:
+        ValueError: whatever of these can't be used, by its name.
+    """
+    _checks.require_inputs(inputs)
+    if targets is not None:
+        _checks.require_targets(inputs, targets)
+    metric = None if metric is None else metrics.named(metric)
+    for name, count in counts.items():
+        if count is not None:
+            _checks.require_positive(count, name)
+    network, params, static = _trees.split(network, params)
+    inputs, targets = _batches.placed((inputs, targets))
+    facts = _facts(network, params, inputs, exclude=exclude, need=need, each_alone=True)
+    outputs = jax.ShapeDtypeStruct((inputs.shape[0], facts.row[0]), facts.row[1])
+    if metric is not None:
+        metrics.require_outputs(metric, outputs, _few_outputs(network, params, inputs, metric))
+    return Entered(network, params, inputs, facts.layers, outputs, metric, targets, static)
 
 
 def layers(
-    network: Callable,
-    params: PyTree,
-    inputs: Array | np.ndarray | jax.ShapeDtypeStruct,
+    network: Network,
+    params: Params,
+    inputs: Any,
     *,
-    exclude: Iterable[str] | str = (),
-    scored: bool = True,
-    clear: bool = True,
+    exclude: Patterns = (),
+    need: str = "moments",
     each_alone: bool = True,
 ) -> Layers:
     """The layers of a network.
 
     Args:
-        network: pure function ``(params, inputs) -> outputs``.
         params: its parameters, of arrays alone (``_trees.split``).
         inputs: an array with samples in it, or only its shape.
         exclude: patterns of paths, which are left alone.
-        scored: whether every kernel must be one that can be scored from moments.
-        clear: whether every kernel must at least have one clear role: each entry enters one product.
+        need: what every kernel must be: one that "moments" can score, one whose "weights" each enter one product, or
+            "any".
         each_alone: whether each sample's outputs must depend on this sample alone.
 
     Raises:
         ValueError: a network that does not take these, mixes samples or has a kernel that can't be scored, by name.
     """
+    return _facts(network, params, inputs, exclude=exclude, need=need, each_alone=each_alone).layers
+
+
+def _facts(network, params, inputs, *, exclude, need, each_alone) -> _Facts:
     if len(getattr(inputs, "shape", ())) < 1:
         kind = f"shape {inputs.shape}" if hasattr(inputs, "shape") else f"type {type(inputs).__name__}"
         raise ValueError(f"inputs must be one array of shape (samples, features), got one of {kind}")
@@ -74,17 +148,19 @@ def layers(
             + (f"; {held}" if held else "")
         )
     for layer in facts.layers:
-        if (scored and layer.reason) or (clear and layer.layout is None):
+        if (need == "moments" and layer.reason) or (need != "any" and layer.layout is None):
+            yet = " yet" if need == "moments" else ""
             raise ValueError(
-                f"kernel '{layer.kernel}' can't be scored{' yet' if scored else ''}: it {layer.reason}. Leave it out "
-                f"with exclude=('{layer.kernel}',); networks.layers shows all kernels"
+                f"kernel '{layer.kernel}' can't be scored{yet}: it {layer.reason}. Leave it out with "
+                f"exclude=('{layer.kernel}',); networks.layers shows all kernels"
             )
-    return facts.layers
+    return facts
 
 
 def _read(params, inputs, *, network, exclude) -> _Facts:
     found = read(network, params, inputs, exclude=exclude)
-    return _Facts(found.layers, found.mixed, found.unknown)
+    (outputs,) = found.jaxpr.out_avals
+    return _Facts(found.layers, found.mixed, found.unknown, (outputs.shape[-1], np.dtype(outputs.dtype)))
 
 
 @functools.partial(jax.jit, static_argnames=("network", "exclude"))
@@ -160,3 +236,17 @@ def _require_apart(network: Callable, params: PyTree, inputs, facts: _Facts) -> 
             f"the network mixes samples, probably in {facts.unknown}: {len(few)} samples give other outputs together "
             "than each alone, so none has a sensitivity of its own"
         )
+
+
+def _few_outputs(network: Callable, params: PyTree, inputs, metric: metrics.Metric) -> Array | None:
+    """What the network gives for a few samples; None where values can't be seen, or do not matter."""
+    few = inputs[:: max(inputs.shape[0] // _LOOKED_AT, 1)][:_LOOKED_AT]
+    leaves = [*jax.tree.leaves((params, metric)), few]
+    if isinstance(metric, metrics.Euclidean) or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return None
+    return _called_in_full(network, params, few)
+
+
+@_precision.compiled("network")
+def _called_in_full(network, params, inputs):
+    return network(params, inputs)

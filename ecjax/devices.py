@@ -10,12 +10,12 @@ import jax
 import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree, Shaped
+from jaxtyping import Shaped
 
 from ecjax import _door, _trees
-from ecjax.networks import Inputs, Network, Params
+from ecjax._batches import DATA
+from ecjax._types import Inputs, Network, Params
 
-DATA = "data"
 MODEL = "model"
 
 
@@ -74,7 +74,6 @@ def shard_params(network: Network, params: Params, inputs: Inputs | jax.ShapeDty
     A layer whose neurons can't be shared out equally is on all devices, as is every leaf that is no kernel or bias.
 
     Args:
-        network: pure function ``(params, inputs) -> outputs``.
         params: the same on every process.
         inputs: some samples, or their shape, to read the network with.
         mesh: of ``mesh``.
@@ -89,7 +88,7 @@ def shard_params(network: Network, params: Params, inputs: Inputs | jax.ShapeDty
     """
     network, params, static = _trees.split(network, params)
     parts, specs = mesh.shape[MODEL], {}
-    for layer in _door.layers(network, params, inputs, scored=False, clear=False, each_alone=False):
+    for layer in _door.layers(network, params, inputs, need="any", each_alone=False):
         if layer.layout is None or "out" not in layer.axes:
             continue
         axis = layer.axes.index("out")
@@ -104,27 +103,3 @@ def shard_params(network: Network, params: Params, inputs: Inputs | jax.ShapeDty
 
     placed = {path: put(path, leaf) for path, leaf in _trees.by_path(params).items()}
     return _trees.whole(_trees.replace(params, placed), static)
-
-
-def automatic(arrays: PyTree) -> PyTree:
-    """The same arrays, where they lie, with the compiler free to place what is computed from them.
-
-    A mesh of ``jax.make_mesh`` has explicit axes unless told otherwise: every product over samples that are spread over
-    one would have to name where its result goes, in a user's network too.
-
-    Example:
-        >>> devices.automatic(inputs) is inputs
-        True
-    """
-
-    def of_leaf(leaf):
-        if not isinstance(leaf, Array) or isinstance(leaf, jax.core.Tracer):
-            return leaf
-        sharding = leaf.sharding
-        if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
-            return leaf
-        of_axes = (AxisType.Auto,) * len(sharding.mesh.axis_names)
-        mesh = Mesh(sharding.mesh.devices, sharding.mesh.axis_names, axis_types=of_axes)
-        return jax.device_put(leaf, NamedSharding(mesh, sharding.spec))
-
-    return jax.tree.map(of_leaf, arrays)

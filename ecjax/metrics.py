@@ -1,105 +1,229 @@
 """How a change in the network's outputs is measured: ``δᵀ M δ`` for each sample, with M the output metric.
 
-``euclidean``: M = I, the squared change in the raw outputs.
-``fisher``: M = diag(p) − ppᵀ with p = softmax(outputs), the Fisher information of a classifier's logits; half of
-``δᵀ M δ`` is the Kullback-Leibler divergence between the two predictions, to second order.
+``Euclidean()``, or "euclidean": M = I, the squared change in the raw outputs.
+``Fisher(temperature=T)``, or "fisher" for T = 1: M = (diag(p) − ppᵀ) / T² with p = softmax(outputs / T), the Fisher
+information of a classifier's logits. Half of ``δᵀ M δ`` is the Kullback-Leibler divergence between the two predictions,
+to second order. Above 1, a temperature sees more of what a classifier knows than its first choice (Hinton, Vinyals,
+Dean, arXiv:1503.02531).
 
-Both are used through a factor R with ``RᵀR = M``: the unit rows for ``euclidean``, the rows ``√p_k (e_k − p)`` for
-``fisher``.
+A metric of one's own is a pytree with the three methods of ``Metric``. Its arrays are leaves, so that they may change
+without compiling anew:
+
+    >>> class Weighted(NamedTuple):
+    ...     '''``Σ_k w_k δ_k²``: some outputs count more than others.'''
+    ...
+    ...     weights: jax.Array
+    ...
+    ...     def factor(self, outputs, coefficients):
+    ...         return jnp.sqrt(self.weights) * coefficients
+    ...
+    ...     def product(self, outputs, change):
+    ...         return self.weights * change
+    ...
+    ...     def distance(self, outputs, targets):
+    ...         return (self.weights * (outputs - targets) ** 2).sum(-1) / 2
+    >>> first_counts_more = Weighted(jnp.array([10.0, 1.0]))
+    >>> pruned = prune.staged(network, params, inputs, sparsity=0.5, stages=2, metric=first_counts_more)
+    >>> prune.sparsity(pruned.masks)
+    0.5
 """
 
-from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-METRICS = ("euclidean", "fisher")
+from ecjax import _checks
+
+__all__ = ["METRICS", "Euclidean", "Fisher", "Metric", "named", "squared_norm"]
+
+Outputs = Float[Array, "samples outputs"]
 
 
-def require(metric: str) -> None:
-    """Raises a ValueError unless ``metric`` names an output metric.
+@runtime_checkable
+class Metric(Protocol):
+    """What a metric offers: for each sample a factor R of M with ``RᵀR = M``, M itself, and a distance to minimise.
 
     Example:
-        >>> metrics.require("manhattan")
-        Traceback (most recent call last):
-        ValueError: metric is 'manhattan'; it must be one of 'euclidean', 'fisher'
+        >>> metric = metrics.Fisher(temperature=2.0)
+        >>> metric.product(jnp.zeros((1, 2)), jnp.array([[1.0, -1.0]])).tolist()
+        [[0.125, -0.125]]
     """
-    if metric not in METRICS:
-        raise ValueError(f"metric is {metric!r}; it must be one of {', '.join(map(repr, METRICS))}")
+
+    def factor(self, outputs: Outputs, coefficients: Outputs) -> Outputs:
+        """``Rᵀ c``: the rows of R, taken at the outputs and combined with coefficients c, as many as outputs.
+
+        A unit vector c picks one row; random signs c make a probe, as ``E[Rᵀc cᵀR] = M`` (Hutchinson, Communications in
+        Statistics 18, 1989).
+        """
+
+    def product(self, outputs: Outputs, change: Outputs) -> Outputs:
+        """``M δ``, with M taken at the outputs."""
+
+    def distance(self, outputs: Outputs, targets: Outputs) -> Float[Array, " samples"]:
+        """What a repair minimises: at least 0, and where the outputs are the targets its second derivative is M."""
 
 
-def transposed_factor(
-    metric: str, outputs: Float[Array, "samples outputs"]
-) -> Callable[[Float[Array, "samples outputs"]], Float[Array, "samples outputs"]]:
-    """The linear map ``c -> Rᵀ c`` of each sample: the rows of the metric's factor R, combined with coefficients c.
-
-    A unit vector c picks one row; random signs c make a probe, as ``E[Rᵀc cᵀR] = M``
-    (Hutchinson, Communications in Statistics 18, 1989).
-
-    Args:
-        metric: "euclidean" or "fisher".
-        outputs: where the metric is taken; logits for "fisher".
+@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Euclidean:
+    """M = I: the squared change in raw outputs, for regression.
 
     Example:
-        >>> rows = metrics.transposed_factor("fisher", jnp.zeros((2, 2)))(jnp.eye(2))  # each of one sample
+        >>> metrics.Euclidean().distance(jnp.array([[1.0, 2.0]]), jnp.zeros((1, 2))).tolist()
+        [2.5]
+    """
+
+    def factor(self, outputs: Outputs, coefficients: Outputs) -> Outputs:  # noqa: ARG002, the outputs do not matter
+        """``c``."""
+        return coefficients
+
+    def product(self, outputs: Outputs, change: Outputs) -> Outputs:  # noqa: ARG002
+        """``δ``."""
+        return change
+
+    def distance(self, outputs: Outputs, targets: Outputs) -> Float[Array, " samples"]:
+        """``½ Σ_k (y_k − t_k)²``."""
+        return jnp.sum((outputs - targets) ** 2, -1) / 2
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["temperature"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Fisher:
+    """M = (diag(p) − ppᵀ) / T² with p = softmax(y / T): the Fisher information of the logits y of a classifier.
+
+    Attributes:
+        temperature: T, above 0; a leaf, so that another one compiles nothing anew.
+
+    Example:
+        >>> rows = metrics.Fisher().factor(jnp.zeros((2, 2)), jnp.eye(2))  # each of one sample
         >>> (rows.T @ rows).round(6).tolist()  # diag(p) − ppᵀ
         [[0.25, -0.25], [-0.25, 0.25]]
     """
-    if metric == "euclidean":
-        return lambda coefficients: coefficients
-    probabilities = jax.nn.softmax(outputs)
-    roots = jnp.sqrt(probabilities)
 
-    def apply(coefficients):
-        weighted = roots * coefficients
+    temperature: Any = 1.0
+
+    def _per_temperature(self, values: Outputs) -> Outputs:
+        return values / jnp.asarray(self.temperature, values.dtype)  # in the dtype of the network, whatever T's is
+
+    def factor(self, outputs: Outputs, coefficients: Outputs) -> Outputs:
+        """The rows ``√p_k (e_k − p) / T``, combined."""
+        probabilities = jax.nn.softmax(self._per_temperature(outputs))
+        weighted = jnp.sqrt(probabilities) * self._per_temperature(coefficients)
         return weighted - probabilities * weighted.sum(-1, keepdims=True)
 
-    return apply
+    def product(self, outputs: Outputs, change: Outputs) -> Outputs:
+        """``p (δ − Σ_k p_k δ_k) / T²``, entry by entry."""
+        probabilities = jax.nn.softmax(self._per_temperature(outputs))
+        weighted = probabilities * self._per_temperature(change)
+        return self._per_temperature(weighted - probabilities * weighted.sum(-1, keepdims=True))
+
+    def distance(self, outputs: Outputs, targets: Outputs) -> Float[Array, " samples"]:
+        """``KL(softmax(t / T) || softmax(y / T))``."""
+        expected, found = (jax.nn.log_softmax(self._per_temperature(logits)) for logits in (targets, outputs))
+        # The logits of what is never expected, of another label, are minus infinity.
+        return jnp.sum(jnp.where(expected > -jnp.inf, jnp.exp(expected) * (expected - found), 0), -1)
 
 
-def matrix(
-    metric: str, outputs: Float[Array, "samples outputs"]
-) -> Callable[[Float[Array, "samples outputs"]], Float[Array, "samples outputs"]]:
-    """The linear map ``δ -> M δ`` of each sample.
+METRICS = {"euclidean": Euclidean(), "fisher": Fisher()}
 
-    Args:
-        metric: "euclidean" or "fisher".
-        outputs: where the metric is taken; logits for "fisher".
+
+def named(metric: Any) -> Metric:
+    """The metric that a name stands for, or the metric itself.
+
+    Raises:
+        ValueError: another name, what is no metric, or a temperature that is not above 0.
 
     Example:
-        >>> metrics.matrix("fisher", jnp.zeros((1, 2)))(jnp.array([[1.0, -1.0]])).tolist()
-        [[0.5, -0.5]]
+        >>> metrics.named("fisher")
+        Fisher(temperature=1.0)
+        >>> metrics.named("manhattan")
+        Traceback (most recent call last):
+        ValueError: metric is 'manhattan'; it must be one of 'euclidean', 'fisher', or a metric such as ...
     """
-    if metric == "euclidean":
-        return lambda change: change
-    probabilities = jax.nn.softmax(outputs)
+    found = METRICS.get(metric) if isinstance(metric, str) else metric
+    missing = [name for name in ("factor", "product", "distance") if not callable(getattr(found, name, None))]
+    if missing or isinstance(found, type):
+        called = f"{metric.__name__}, a class; call it" if isinstance(metric, type) else repr(metric)
+        raise ValueError(
+            f"metric is {called}; it must be one of {', '.join(map(repr, METRICS))}, or a metric such as "
+            "metrics.Fisher(temperature=2.0), with the methods factor, product and distance"
+        )
+    numbers = Array | np.ndarray | np.generic | float | int
+    if not all(isinstance(leaf, numbers) for leaf in jax.tree.leaves(found)):
+        raise ValueError(
+            f"metric is {metric!r}, which is no pytree of numbers; make it a NamedTuple, or register its class with "
+            "jax.tree_util.register_dataclass"
+        )
+    if isinstance(found, Fisher):
+        if jnp.ndim(found.temperature):
+            raise ValueError(f"temperature must be one number above 0, got shape {jnp.shape(found.temperature)}")
+        _checks.require_above_zero(found.temperature, "temperature")
+    return found
 
-    def apply(change):
-        weighted = probabilities * change
-        return weighted - probabilities * weighted.sum(-1, keepdims=True)
 
-    return apply
-
-
-def squared_norm(
-    metric: str, outputs: Float[Array, "samples outputs"], change: Float[Array, "samples outputs"]
-) -> Float[Array, " samples"]:
-    """``δᵀ M δ`` for each sample; for "fisher" this is the variance of δ under the softmax of the outputs.
+def require_outputs(metric: Metric, outputs: jax.ShapeDtypeStruct, few: Outputs | None) -> None:
+    """Raises a ValueError unless a metric suits the outputs of a network.
 
     Args:
-        metric: "euclidean" or "fisher".
-        outputs: where the metric is taken; logits for "fisher".
+        metric: a metric, not its name.
+        outputs: their shape and dtype.
+        few: a few of them; None where values can't be seen.
+    """
+    if isinstance(metric, Fisher) and outputs.shape[-1] == 1:
+        raise ValueError(
+            "the metric is Fisher's, and the network has one output: the softmax of one logit is 1 whatever it is, so "
+            "every importance would be 0. Take metric='euclidean', or give the network two logits (0 and this one)"
+        )
+    if isinstance(metric, Fisher) and few is not None and _checks.are_probabilities(few):
+        raise ValueError(
+            "the metric is Fisher's, which takes logits, and the network ends in a softmax: its outputs are at least 0 "
+            "and sum to one. Leave the softmax out of the network, or take metric='euclidean'"
+        )
+    if isinstance(metric, Euclidean | Fisher):
+        return
+    for name, expected in (("factor", outputs.shape), ("product", outputs.shape), ("distance", outputs.shape[:1])):
+        try:
+            found = getattr(jax.eval_shape(getattr(metric, name), outputs, outputs), "shape", None)
+        except Exception as error:
+            raise ValueError(f"{metric!r}.{name} does not take outputs of shape {outputs.shape}: {error}") from error
+        if found != expected:
+            raise ValueError(
+                f"{metric!r}.{name} gives {'no array' if found is None else f'shape {found}'} for outputs of shape "
+                f"{outputs.shape}; it must give {expected}" + (", one for each sample" if name == "distance" else "")
+            )
+    if few is not None:
+        change = jnp.cos(jnp.arange(few.size, dtype=few.dtype)).reshape(few.shape)  # any that is not special
+        by_factor, by_product = metric.factor(few, _rows(metric, few, change)), metric.product(few, change)
+        far = 1e-2 * float(jnp.abs(by_product).max(initial=0))
+        if not jnp.allclose(by_factor, by_product, rtol=1e-2, atol=far, equal_nan=True):
+            raise ValueError(
+                f"factor and product of {metric!r} do not belong together: with R the matrix whose transpose factor "
+                "applies, product must apply RᵀR"
+            )
+
+
+def _rows(metric: Metric, outputs: Outputs, change: Outputs) -> Outputs:
+    """``R δ``."""
+    return jax.linear_transpose(lambda coefficients: metric.factor(outputs, coefficients), change)(change)[0]
+
+
+def squared_norm(metric: Metric, outputs: Outputs, change: Outputs) -> Float[Array, " samples"]:
+    """``δᵀ M δ = ‖R δ‖²`` for each sample, without the cancellation of ``δᵀ (M δ)``.
+
+    Args:
+        metric: a metric, not its name.
+        outputs: where it is taken.
         change: δ, the change in the outputs.
 
     Example:
         >>> logits, change = jnp.zeros((1, 2)), jnp.array([[1.0, -1.0]])
-        >>> [metrics.squared_norm(metric, logits, change).tolist() for metric in metrics.METRICS]
+        >>> [metrics.squared_norm(metric, logits, change).round(5).tolist() for metric in metrics.METRICS.values()]
         [[2.0], [1.0]]
     """
-    if metric == "euclidean":
-        return jnp.sum(change**2, -1)
-    probabilities = jax.nn.softmax(outputs)
-    mean = jnp.sum(probabilities * change, -1, keepdims=True)
-    return jnp.sum(probabilities * (change - mean) ** 2, -1)
+    return jnp.sum(_rows(metric, outputs, change) ** 2, -1)

@@ -9,8 +9,8 @@ import optax
 from jax import Array, lax
 from jaxtyping import Float, PRNGKeyArray
 
-from ecjax import _trees, checks
-from ecjax.networks import Inputs, Kernels, Loss, Network, Params, Targets
+from ecjax import _checks, _trees
+from ecjax._types import Inputs, Kernels, Loss, Network, Params, Targets
 
 
 class State(NamedTuple):
@@ -153,9 +153,7 @@ def fit(
     Several seeds at once are one vmapped call: ``jax.vmap(lambda params, key: train.fit(network, params, ...))``.
 
     Args:
-        network: pure function ``(params, inputs) -> outputs``; compiled once for each.
         params: where to start.
-        inputs: samples along the first axis.
         targets: one for each sample: class labels, or values to regress on.
         loss: ``(outputs, targets) -> losses``, as optax's; its mean over a batch is minimised.
         optimizer: any optax transformation; compiled once for each object, so make it once.
@@ -172,18 +170,23 @@ def fit(
         >>> bool(((tuned["Dense_0"]["kernel"] != 0) == pruned.masks["Dense_0"]["kernel"]).all())
         True
     """
-    checks.require_inputs(inputs)
-    checks.require_targets(inputs, targets)
-    checks.require_positive(epochs, "epochs")
-    checks.require_positive(batch_size, "batch_size")
+    _checks.require_inputs(inputs)
+    _checks.require_targets(inputs, targets)
+    _checks.require_positive(epochs, "epochs")
+    _checks.require_positive(batch_size, "batch_size")
     if masks is not None:
-        checks.require_masks(params, masks)
+        _checks.require_masks(params, masks)
 
     network, params, static = _trees.split(network, params)
+    options = {"loss": loss, "optimizer": optimizer, "epochs": int(epochs), "batch_size": int(batch_size)}
+    state, losses = _epochs(network, start(params, optimizer, key), inputs, targets, masks, **options)
+    return Trained(_trees.whole(state.params, static), losses)
 
+
+@functools.partial(jax.jit, static_argnames=("network", "loss", "optimizer", "epochs", "batch_size"))
+def _epochs(network, state, inputs, targets, masks, *, loss, optimizer, epochs, batch_size):
     def one_epoch(state, _):
         options = {"optimizer": optimizer, "batch_size": batch_size, "masks": masks}
         return epoch(network, state, inputs, targets, loss, **options)
 
-    state, losses = lax.scan(one_epoch, start(params, optimizer, key), length=epochs)
-    return Trained(_trees.whole(state.params, static), losses)
+    return lax.scan(one_epoch, state, length=epochs)

@@ -27,7 +27,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 from rich.table import Column, Table
 
-from ecjax import networks, prune, score, surgeon, train
+from ecjax import networks, prune, repair, score, surgeon, train
 from ecjax.networks import Network, Params
 from experiments import flags, report, results, sweep
 from experiments.datasets import diffusion_sorption
@@ -153,14 +153,14 @@ def pruning(config: Config) -> list[Method]:
         if combinatorial:
             masks = surgeon.combinatorial_selection(params, rows, 0.9, start="magnitude", key=jax.random.key(0))
             return surgeon.combinatorial_update(params, masks, rows)
-        masks = prune.one_shot(params, surgeon.brain_surgeon_saliency(params, rows), 0.9).masks
+        masks = prune.one_shot(params, surgeon.brain_surgeon_saliency_from_gradients(params, rows), 0.9).masks
         return surgeon.brain_surgeon_update(params, masks, rows)
 
     gradient = next(method for method in scoring(config.base, ()) if method.name == GRADIENT)
     found = [gradient, Method("EC, one shot", one_shot)]
-    for repair in prune.REPAIRS:
-        call = functools.partial(prune.staged, sparsity=0.9, stages=config.stages, repair=repair, metric="fisher")
-        found.append(Method(f"EC, {config.stages} stages{f', {repair}' if repair else ''}", call))
+    for how in (None, *repair.REPAIRS):
+        call = functools.partial(prune.staged, sparsity=0.9, stages=config.stages, repair=how, metric="fisher")
+        found.append(Method(f"EC, {config.stages} stages{f', {how}' if how else ''}", call))
     for name, combinatorial in {"WoodFisher": False, "CBS-S + CBS-U": True}.items():
         call = functools.partial(brain_surgeon, combinatorial=combinatorial)
         found.append(Method(f"{name}, {config.gradients} gradients", call))
@@ -207,7 +207,7 @@ def problem(widths: tuple[int, ...], samples: int) -> tuple[Network, Params, Arr
     """A fresh network with random inputs: costs do not depend on the values."""
     inputs = jax.random.uniform(jax.random.key(0), (samples, widths[0]))
     mlp = networks.MLP(widths[1:])
-    return networks.pure(mlp), mlp.init(jax.random.key(2), inputs[:1])["params"], inputs
+    return networks.from_linen(mlp), mlp.init(jax.random.key(2), inputs[:1])["params"], inputs
 
 
 def measured(method: Method, given: tuple[Network, Params, Array], rounds: int, seconds: float) -> dict[str, float]:
@@ -286,7 +286,7 @@ def surrogate(concentrations: int, epochs: int) -> tuple[Network, Params, Array]
     inputs = np.stack([x, start], -1).reshape(-1, 2).astype(np.float32)
     targets = np.concatenate([solution.T for solution in solutions]).astype(np.float32)
     mlp = networks.MLP((64, 64, 1000), jnp.tanh)
-    network, params = networks.pure(mlp), mlp.init(jax.random.key(0), inputs[:1])["params"]
+    network, params = networks.from_linen(mlp), mlp.init(jax.random.key(0), inputs[:1])["params"]
     fit = {"loss": optax.squared_error, "optimizer": optax.adam(1e-3), "key": jax.random.key(1), "batch_size": 64}
     return network, train.fit(network, params, inputs, targets, epochs=epochs, **fit).params, jnp.asarray(inputs)
 

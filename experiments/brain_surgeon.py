@@ -54,7 +54,8 @@ def methods(network: networks.Network, params: networks.Params, config: Config) 
         return prune.one_shot(params, score.magnitude(network, params, seen.inputs), sparsity)
 
     def saliency(seen: Seen, sparsity: float) -> prune.Pruned:
-        return prune.one_shot(params, surgeon.brain_surgeon_saliency(params, seen.gradients, **damping), sparsity)
+        scores = surgeon.brain_surgeon_saliency_from_gradients(params, seen.gradients, **damping)
+        return prune.one_shot(params, scores, sparsity)
 
     def selection(seen: Seen, sparsity: float, start: str = "magnitude") -> prune.Pruned:
         options = damping | {"start": start, "draws": config.draws, "key": seen.key}
@@ -87,8 +88,8 @@ def main(config: Config) -> None:
     flags.require(config, repeating=("widths",))
     data = config.load()
     features, layers = flags.widths(data, config.widths)
-    mlp, with_biases = networks.MLP(features, use_bias=False), networks.pure(networks.MLP(features))
-    without_biases = networks.pure(mlp)
+    mlp, with_biases = networks.MLP(features, use_bias=False), networks.from_linen(networks.MLP(features))
+    without_biases = networks.from_linen(mlp)
 
     def network(params: networks.Params, inputs: jax.Array) -> jax.Array:
         return (with_biases if "bias" in params["Dense_0"] else without_biases)(params, inputs)

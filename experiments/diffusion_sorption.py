@@ -115,7 +115,7 @@ def _widths(architecture: str) -> tuple[int, ...]:
 def _task(hidden: tuple[int, ...], data: Dataset, config: Config) -> tuple[networks.MLP, sweep.Task]:
     mlp = networks.MLP((*hidden, 1), jnp.tanh)
     measures = {"test_loss": lambda outputs, targets: ((outputs - targets) ** 2).mean()}
-    return mlp, sweep.Task(networks.pure(mlp), data, optax.squared_error, measures, config.batch_size)
+    return mlp, sweep.Task(networks.from_linen(mlp), data, optax.squared_error, measures, config.batch_size)
 
 
 def _train(task: sweep.Task, mlp: networks.MLP, config: Config, passes, targets=None) -> networks.Params:

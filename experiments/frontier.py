@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ecjax import networks, prune, score, surgeon
+from ecjax import metrics, networks, prune, repair, score, surgeon
 from experiments import flags, report, results, sweep
 from experiments.datasets import Dataset, diffusion_sorption, hold_out
 
@@ -65,7 +65,8 @@ class Problem(NamedTuple):
     epochs: int
     calibration: int  # how many training samples the methods see
     gradients: int  # of so many of these the combinatorial brain surgeon sees the gradients
-    options: dict[str, Any]  # of the staged methods
+    stages: int  # of the staged methods
+    survivors: repair.Survivors  # without labels
 
 
 def methods(problem: Problem, config: Config) -> sweep.Methods:
@@ -85,23 +86,22 @@ def methods(problem: Problem, config: Config) -> sweep.Methods:
         masks = surgeon.combinatorial_selection(params, gradients, sparsity, **options)
         return prune.Pruned(surgeon.combinatorial_update(params, masks, gradients, damping=damping), masks)
 
-    def staged(params: networks.Params, sparsity: float, repair: str | None, labels: bool = False) -> prune.Pruned:
-        options = problem.options if repair else {"stages": problem.options["stages"]}
-        if repair == "biases" or labels:
-            options = options | {"temperature": 1}  # few parameters: the first choice is what they can save
-        enough = inputs if repair == "survivors" else inputs[: config.calibration]
-        aim = targets if labels else None
-        return prune.staged(network, params, enough, sparsity, repair=repair, metric=metric, targets=aim, **options)
+    def staged(params: networks.Params, sparsity: float, how: repair.Repair | None, aim=None) -> prune.Pruned:
+        enough = inputs if isinstance(how, repair.Survivors) else inputs[: config.calibration]
+        options = {"stages": problem.stages, "repair": how, "metric": metric, "targets": aim}
+        return prune.staged(network, params, enough, sparsity, **options)
 
+    survivors = problem.survivors
+    by_labels = replace(survivors, metric=metric)  # the first choice, at temperature 1, is all that labels say
     return {
         "magnitude": functools.partial(one_shot, criterion=score.magnitude),
         "optimal brain damage": functools.partial(one_shot, criterion=score.optimal_brain_damage, metric=metric),
         "EC": functools.partial(one_shot, criterion=score.elimination_compensation, metric=metric),
         "CBS": combinatorial,
-        "EC, staged": functools.partial(staged, repair=None),
-        "EC, staged, biases": functools.partial(staged, repair="biases"),
-        "EC, staged, survivors": functools.partial(staged, repair="survivors"),
-        "EC, staged, survivors, labels": functools.partial(staged, repair="survivors", labels=True),
+        "EC, staged": functools.partial(staged, how=None),
+        "EC, staged, biases": functools.partial(staged, how=repair.Biases(products=survivors.products)),
+        "EC, staged, survivors": functools.partial(staged, how=survivors),
+        "EC, staged, survivors, labels": functools.partial(staged, how=by_labels, aim=targets),
     }
 
 
@@ -143,21 +143,23 @@ def main(config: Config) -> None:
 def _large(config: Config, data: Dataset) -> Problem:
     """784-300-100-10, trained by Adam at a constant rate, as the papers do."""
     epochs = 10 if len(data.train_inputs) >= 10_000 else 60
-    options = {"stages": config.stages, "products": config.products or 15, "temperature": config.temperature or 4}
-    return _classifier(config, data, (300, 100), optax.adam(1e-3), epochs, config.calibration, 500, options)
+    survivors = repair.Survivors(products=config.products or 15, metric=metrics.Fisher(config.temperature or 4.0))
+    how = optax.adam(1e-3), epochs, config.calibration, 500, config.stages, survivors
+    return _classifier(config, data, (300, 100), *how)
 
 
 def _modest(config: Config, data: Dataset) -> Problem:
     """784-40-20-10, trained by plain SGD to about 94 %."""
     epochs = 5 if len(data.train_inputs) >= 10_000 else 100
-    options = {"stages": 2 * config.stages, "products": config.products or 20, "temperature": config.temperature or 2}
-    return _classifier(config, data, (40, 20), optax.sgd(0.05), epochs, 6 * config.calibration, 2000, options)
+    survivors = repair.Survivors(products=config.products or 20, metric=metrics.Fisher(config.temperature or 2.0))
+    how = optax.sgd(0.05), epochs, 6 * config.calibration, 2000, 2 * config.stages, survivors
+    return _classifier(config, data, (40, 20), *how)
 
 
 def _classifier(config: Config, data: Dataset, hidden: tuple[int, ...], *how: Any) -> Problem:
     features, name = flags.widths(data, hidden)
     mlp = networks.MLP(features, nn.relu)
-    task = sweep.Task(networks.pure(mlp), data, sweep.cross_entropy, sweep.CLASSIFIER_MEASURES)
+    task = sweep.Task(networks.from_linen(mlp), data, sweep.cross_entropy, sweep.CLASSIFIER_MEASURES)
     return Problem(name, "relu", mlp, task, "fisher", config.sparsities, *how)
 
 
@@ -170,10 +172,10 @@ def _surrogate(config: Config, _data: Dataset | None) -> Problem:
         "test_loss": lambda outputs, targets: ((outputs - targets) ** 2).mean(),
     }
     data = hold_out(data) if config.validation else data
-    task = sweep.Task(networks.pure(mlp), data, optax.squared_error, measures, batch_size=256)
-    options = {"stages": 2 * config.stages, "products": config.products or 30}
+    task = sweep.Task(networks.from_linen(mlp), data, optax.squared_error, measures, batch_size=256)
+    survivors = repair.Survivors(products=config.products or 30)
     epochs = config.surrogate_epochs
-    how = sweep.decaying_adam(task, 5e-3, epochs), epochs, config.calibration, 2000, options
+    how = sweep.decaying_adam(task, 5e-3, epochs), epochs, config.calibration, 2000, 2 * config.stages, survivors
     return Problem("2-64-64-64-1", "tanh", mlp, task, "euclidean", config.surrogate_sparsities, *how)
 
 

@@ -46,7 +46,7 @@ def main(config: Config) -> None:
     config = replace(config, epochs=epochs, fine_tuning_epochs=tuning)
     features, layers = flags.widths(data, config.widths)
     mlp = networks.MLP(features, activation=results.ACTIVATIONS[config.activation][0])
-    task = sweep.Task(networks.pure(mlp), data, sweep.cross_entropy, sweep.CLASSIFIER_MEASURES, config.batch_size)
+    task = sweep.Task(networks.from_linen(mlp), data, sweep.cross_entropy, sweep.CLASSIFIER_MEASURES, config.batch_size)
 
     folder = config.output or Path("results") / data.name.lower()
     facts = {"data": data.name, "data_sha256": results.digest(data), "layers": layers, "output": folder}

@@ -57,7 +57,7 @@ def main(config: Config) -> None:
         for activation, hidden in NETWORKS.items():
             features, layers = flags.widths(data, hidden)
             mlp = networks.MLP(features, results.ACTIVATIONS[activation][0])
-            task = sweep.Task(networks.pure(mlp), data, sweep.cross_entropy, sweep.CLASSIFIER_MEASURES)
+            task = sweep.Task(networks.from_linen(mlp), data, sweep.cross_entropy, sweep.CLASSIFIER_MEASURES)
             training = mlp, config.seeds, optax.adam(1e-3), bar.track(range(epochs), description=f"{layers}: training")
             params = results.trained(folder, layers, sweep.train_seeds, task, *training)
 

@@ -23,7 +23,7 @@ import pytest
 # Eight devices on any machine, for the tests of what is spread over several. All else runs on the first of them.
 jax.config.update("jax_num_cpu_devices", 8)
 
-hypothesis.settings.register_profile("ecjax", deadline=None, max_examples=20, derandomize=True)
+hypothesis.settings.register_profile("ecjax", deadline=None, max_examples=10, derandomize=True)
 hypothesis.settings.load_profile("ecjax")
 
 

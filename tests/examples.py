@@ -42,7 +42,7 @@ def inputs(samples=23, features=5, seed=0, dtype=None):
 
 def of_module(module: nn.Module, x: Array, seed=0) -> Example:
     params = module.init(jax.random.key(seed), x)["params"]
-    return Example(networks.pure(module), with_random_biases(params, seed), x)
+    return Example(networks.from_linen(module), with_random_biases(params, seed), x)
 
 
 def with_random_biases(params, seed=0):
@@ -61,7 +61,7 @@ def with_random_biases(params, seed=0):
 def _mlp(widths, activation):
     """One network function for each shape, so that it is compiled once for all seeds."""
     module = networks.MLP(widths, activation)
-    return module, networks.pure(module)
+    return module, networks.from_linen(module)
 
 
 def mlp(widths=(7, 6, 3), activation: Callable = nn.gelu, samples=23, features=5, seed=0) -> Example:

@@ -48,6 +48,7 @@ def counted(function, *arguments):
     return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"] / 2 / 256
 
 
+@pytest.mark.slow
 def test_multiply_adds_are_those_that_are_compiled():
     network, *given = benchmark.problem(WIDTHS, 256)
     methods = {method.name: method for method in benchmark.scoring(WIDTHS, (1,))}
@@ -148,6 +149,7 @@ def whole(tmp_path_factory):
     return folder, ran(folder)
 
 
+@pytest.mark.slow
 def test_every_case_is_in_the_results(whole):
     folder, printed = whole
     frame = pd.read_csv(folder / "results.csv")
@@ -185,6 +187,7 @@ benchmark.main(benchmark.{config})
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_rows(whole, tmp_path):
     config = dataclasses.replace(SMALL, output=tmp_path)
     script = f"rows = 10\n{KILLED.replace('{config}', repr(config))}"
@@ -201,6 +204,7 @@ def test_a_killed_run_goes_on_to_the_same_rows(whole, tmp_path):
     assert (tmp_path / "probes.csv").read_bytes() == (whole[0] / "probes.csv").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_ranking_by_probes_goes_on_too(whole, tmp_path):
     for name in ("config.json", "results.csv"):
         (tmp_path / name).write_bytes((whole[0] / name).read_bytes())
@@ -223,6 +227,7 @@ def test_the_ranking_by_probes_goes_on_too(whole, tmp_path):
     assert (tmp_path / "results.csv").read_bytes() == (whole[0] / "results.csv").read_bytes()
 
 
+@pytest.mark.slow
 def test_more_probes_agree_better_with_the_exact_ranking():
     example = examples.mlp((20, 12), features=9)
     one, all_but_few = benchmark.agreements(*example, (1, 200))
@@ -233,6 +238,7 @@ def test_more_probes_agree_better_with_the_exact_ranking():
     assert 0.5 < one["spearman"] < all_but_few["spearman"] < 1
 
 
+@pytest.mark.slow
 def test_a_surrogate_learns_the_equation():
     network, params, inputs = benchmark.surrogate(concentrations=2, epochs=100)
     assert inputs.shape == (128, 2)
@@ -243,6 +249,7 @@ def test_a_surrogate_learns_the_equation():
     assert error < 0.3 * np.var(histories)  # of which the best constant leaves all
 
 
+@pytest.mark.slow
 def test_agreement_is_one_with_itself_and_nothing_with_chance():
     example = examples.mlp((200, 100), features=20)
     exact = score.elimination_compensation(*example)
@@ -254,12 +261,13 @@ def test_agreement_is_one_with_itself_and_nothing_with_chance():
     assert 0.9 < benchmark.agreement(example.params, exact, few)[0] < 1
 
 
+@pytest.mark.slow
 def test_fifty_million_weights_fit_in_six_gigabytes():
     widths = (4096, 4096, 4096, 4096, 10)
     mlp = networks.MLP(widths[1:])
     inputs = jax.ShapeDtypeStruct((10_000, 4096), jnp.float32)
     params = jax.eval_shape(lambda key: mlp.init(key, jnp.zeros((1, 4096)))["params"], jax.random.key(0))
-    network = networks.pure(mlp)
+    network = networks.from_linen(mlp)
     lowered = jax.jit(lambda params, inputs: score.elimination_compensation(network, params, inputs)).lower(
         params, inputs
     )

@@ -125,7 +125,7 @@ def test_a_file_refuses_a_network_of_another_activation(tmp_path, other):
     np.testing.assert_array_equal(
         example.network(saved.params, example.inputs), example.network(example.params, example.inputs)
     )
-    wrong = networks.pure(networks.MLP(saved.widths, ACTIVATIONS[other]))
+    wrong = networks.from_linen(networks.MLP(saved.widths, ACTIVATIONS[other]))
     with pytest.raises(ValueError, match=r"net: the params were saved from another network \(of another activation"):
         compact.load(tmp_path / "net", wrong)
     with pytest.raises(ValueError, match="the params were saved from another network"):
@@ -165,6 +165,7 @@ def test_one_pruned_layer_in_the_middle():
     assert widths(small) == (0, 0, 3)
 
 
+@pytest.mark.slow
 def test_wide_layers_that_lose_almost_all():
     example = pruned_mlp(nn.relu, 0.98, widths=(300, 100, 10), features=784, samples=8)
     small = assert_same_function(example.network, example.params, example.inputs, atol=1e-4)
@@ -182,7 +183,7 @@ def test_without_biases_only_what_is_nothing_goes(name):
     module = networks.MLP((9, 8, 3), ACTIVATIONS[name], use_bias=False)
     inputs = examples.inputs()
     params = jax.tree.map(jnp.asarray, module.init(jax.random.key(0), inputs)["params"])
-    small = assert_same_function(networks.pure(module), pruned_params(params, 0.9), inputs, atol=1e-12)
+    small = assert_same_function(networks.from_linen(module), pruned_params(params, 0.9), inputs, atol=1e-12)
     if name != "sigmoid":
         assert widths(small) != (9, 8, 3)
 
@@ -367,7 +368,7 @@ def test_narrow_dtypes_are_kept(dtype, sparsity):
 def test_layers_that_compute_in_a_narrower_dtype():
     module = networks.MLP((9, 8, 3), nn.silu, dtype=jnp.bfloat16)
     example = pruned_mlp(nn.silu, 0.9)
-    network, small = compact.compact(networks.pure(module), example.params, example.inputs)
+    network, small = compact.compact(networks.from_linen(module), example.params, example.inputs)
     assert network.module.dtype == jnp.bfloat16
     assert small["Dense_0"]["kernel"].dtype == np.float32
     assert widths(small) != (9, 8, 3)
@@ -491,7 +492,7 @@ def test_constants_that_overflow_are_refused():
         "Dense_1": {"kernel": jnp.full((4, 2), 1e20), "bias": jnp.zeros(2)},
     }
     with pytest.raises(ValueError, match="folded biases 'Dense_1/bias': NaN or infinity"):
-        compact.compact(networks.pure(networks.MLP((4, 2))), params, jnp.ones((5, 3)))
+        compact.compact(networks.from_linen(networks.MLP((4, 2))), params, jnp.ones((5, 3)))
 
 
 def test_values_are_needed():
@@ -650,7 +651,7 @@ def test_double_precision_is_compared_in_single_where_jax_knows_no_other(tmp_pat
     saved = compact.load(tmp_path / "net", example.network)
     assert saved.params["Dense_0"]["kernel"].dtype == np.float64
     with pytest.raises(ValueError, match="answers otherwise"):
-        saved.require(networks.pure(networks.MLP(saved.widths, nn.hard_tanh)))
+        saved.require(networks.from_linen(networks.MLP(saved.widths, nn.hard_tanh)))
 
 
 def test_a_network_needs_examples_to_be_told(tmp_path):
@@ -666,7 +667,7 @@ def test_a_network_needs_examples_to_be_told(tmp_path):
         )
     compact.save(tmp_path / "net", example.params, network=example.network, inputs=example.inputs)
     with pytest.raises(ValueError, match="does not take inputs of shape"):
-        compact.load(tmp_path / "net", networks.pure(networks.MLP((9, 3))))
+        compact.load(tmp_path / "net", networks.from_linen(networks.MLP((9, 3))))
     with pytest.raises(ValueError, match=r"\(outputs of shape \(4,\), not \(4, 3\)\)"):
         compact.load(tmp_path / "net", lambda params, x: example.network(params, x)[:, 0])
 
@@ -753,6 +754,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
 # The report.
 
 
+@pytest.mark.slow
 def test_a_report_counts_and_times_every_form():
     example = pruned_mlp(jnp.tanh, 0.7, widths=(20, 20, 3))
     forms = compact.report(*example, jnp.tanh, numpy_activation=np.tanh, repeats=3)
@@ -772,6 +774,7 @@ def test_a_report_counts_and_times_every_form():
         assert all(seconds > 0 for seconds in form.seconds.values())
 
 
+@pytest.mark.slow
 def test_a_report_needs_the_network_s_own_activation():
     example = pruned_mlp(jnp.tanh, 0.7)
     assert [form.name for form in compact.report(*example, repeats=1)] == ["dense", "compacted"]

@@ -172,7 +172,7 @@ def test_moments_of_a_data_source_are_those_of_the_array(builder):
             yield np.stack([row["image"].reshape(-1) for row in rows]) / np.float32(16)
 
     mlp = networks.MLP((8, 10))
-    network, images = networks.pure(mlp), digits.load().train_inputs
+    network, images = networks.from_linen(mlp), digits.load().train_inputs
     params = mlp.init(jax.random.key(0), images[:1])["params"]
     seen = moments.of_batches(network, params, batches(500))
     assert seen.samples == len(images) == len(source)

@@ -15,7 +15,9 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ecjax import batches, compensate, devices, gauss_newton, moments, networks, prune, score, surgeon
+from ecjax import _batches, devices, metrics, moments, networks, prune, repair, score, surgeon
+from ecjax.repair import gauss_newton
+from ecjax.repair.repairs import movable
 from tests import examples, two_processes
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -53,7 +55,13 @@ def assert_close(found, expected, rtol=1e-9):
 
 
 def _staged(network, params, inputs, _targets):
-    return prune.staged(network, params, inputs, 0.5, stages=1, **REPAIR).params
+    how = repair.Survivors(**REPAIR)
+    return prune.staged(network, params, inputs, 0.5, stages=1, metric="fisher", repair=how).params
+
+
+def _masks(params):
+    """Each second weight of each kernel."""
+    return jax.tree.map(lambda kernel: jnp.arange(kernel.size).reshape(kernel.shape) % 2 == 0, examples.kernels(params))
 
 
 ENTRY_POINTS = {
@@ -85,14 +93,16 @@ ENTRY_POINTS = {
     "update": lambda network, params, inputs, _: moments.update(
         moments.start(network, params, inputs), network, params, inputs
     ),
-    "joint_biases": lambda network, params, inputs, targets: compensate.joint_biases(
-        network, params, inputs, targets, **REPAIR
+    "biases": lambda network, params, inputs, targets: repair.Biases(**REPAIR)(
+        network, params, _masks(params), inputs, targets
     ),
     "staged": _staged,
 }
 
 
-SPREAD = [(name, 1) for name in ENTRY_POINTS] + [("elimination_compensation", 2), ("by_definition", 2), ("staged", 2)]
+SPREAD = [("elimination_compensation", 1), ("biases", 1), ("neurons", 1)]
+LATER = [(name, 1) for name in ENTRY_POINTS] + [("elimination_compensation", 2), ("by_definition", 2), ("staged", 2)]
+SPREAD += [pytest.param(*spread, marks=pytest.mark.slow) for spread in LATER if spread not in SPREAD]
 
 
 @pytest.mark.parametrize(("name", "model"), SPREAD)
@@ -101,7 +111,7 @@ def test_every_entry_point_gives_what_one_device_gives(name, model):
     assert_close(function(*sharded(model)), function(*example()[1:], labels()))
 
 
-@pytest.mark.parametrize("name", ["elimination_compensation", "by_definition", "joint_biases"])
+@pytest.mark.parametrize("name", ["elimination_compensation", "by_definition", "biases"])
 def test_axes_that_are_explicit(name):
     explicit = jax.make_mesh((8,), ("samples",), (AxisType.Explicit,), devices=jax.devices("cpu"))
     here = NamedSharding(explicit, PartitionSpec("samples"))
@@ -119,23 +129,20 @@ def gathered(compiled):
 def test_no_samples_travel_in_what_is_compiled():
     params, inputs, _ = sharded(1)
     network = example().network
-    assert batches.blocks(inputs) == 8
-    options = {"metric": "fisher", "probes": None, "batch_size": 16, "blocks": 8}
-    nothing = moments.start(network, params, inputs)
-    of_moments = moments.stream._scan.lower(nothing, network, params, inputs, None, None, **options)
-    problem = gauss_newton.Problem(network, "fisher", 1.0, 8, 2, 16, 128)
+    assert _batches.blocks(inputs) == 8
+    nothing = moments.start(network, params, inputs, metric="fisher")
+    of_moments = moments.stream._scan.lower(network, 16, 8, nothing, params, inputs, None, None)
+    problem = gauss_newton.Problem(network, 8, 2, 16, 128)
     start = gauss_newton.start(params, 0.01)
-    free = compensate.every_bias(networks.layers(network, params, inputs), params)
+    free = movable(repair.Biases(), networks.layers(network, params, inputs), params, _masks(params))
     rows = devices.shard_samples(jnp.log(jax.nn.one_hot(labels(), 4)), mesh(1))
-    steps = gauss_newton.take_steps.lower(problem, start, free, inputs, rows, 1)
+    steps = gauss_newton.take_steps.lower(problem, metrics.Fisher(), start, free, inputs, rows, steps=1)
     for lowered in (of_moments, steps):
         compiled = lowered.compile()
         assert "all-reduce" in compiled.as_text()  # the sums over devices
         assert gathered(compiled) == []
     # The same without what is known of the devices does gather: the test sees what it looks for.
-    blind = moments.stream._scan.lower(
-        nothing, network, params, inputs, None, None, **options | {"blocks": 1}
-    ).compile()
+    blind = moments.stream._scan.lower(network, 16, 1, nothing, params, inputs, None, None).compile()
     assert (1, SAMPLES, FEATURES) in gathered(blind)
 
 
@@ -158,13 +165,14 @@ def test_what_does_not_divide_evenly():
         devices.mesh(3, jax.devices("cpu"))
     with pytest.raises(ValueError, match="510 samples can't be shared out equally to 8 devices; give 504 of them"):
         devices.shard_samples(example().inputs[:510], mesh(1))
-    mlp = networks.pure(networks.MLP((6, 7)))
+    mlp = networks.from_linen(networks.MLP((6, 7)))
     odd = {f"Dense_{i}": {"kernel": jnp.ones((i + 5, i + 6)), "bias": jnp.ones(i + 6)} for i in range(2)}
     params = devices.shard_params(mlp, odd, jnp.ones((2, 5)), mesh(2))
     assert params["Dense_0"]["kernel"].sharding.spec == PartitionSpec(None, "model")
     assert params["Dense_1"]["bias"].sharding.is_fully_replicated
 
 
+@pytest.mark.slow
 def test_two_processes_with_half_of_the_samples_each(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

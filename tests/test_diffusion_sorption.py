@@ -84,6 +84,7 @@ def test_points_carry_the_solution_at_their_place_and_time():
         np.testing.assert_allclose(target[0], u[row, column], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["euclidean", "fisher"])
 def test_nonlinear_importance_approaches_the_linear_one_quadratically(metric):
     """The root mean square change, linear and true, is of first order in the weight; their difference of second."""
@@ -142,6 +143,7 @@ def run(tmp_path_factory):
     return folder, done.stdout
 
 
+@pytest.mark.slow
 def test_results_have_every_network(run):
     frame = pd.read_csv(run[0] / "results.csv")
     assert list(frame) == ["data", "layers", "noise", "method", "sparsity", "seed", "phase", "test_loss"]
@@ -155,6 +157,7 @@ def test_results_have_every_network(run):
     assert np.isfinite(frame["test_loss"]).all()
 
 
+@pytest.mark.slow
 def test_surrogates_learn_and_pruning_by_ec_hurts_less_than_chance(run):
     frame = pd.read_csv(run[0] / "results.csv")
     loss = frame.groupby(["method", "sparsity", "phase"])["test_loss"].mean()
@@ -164,6 +167,7 @@ def test_surrogates_learn_and_pruning_by_ec_hurts_less_than_chance(run):
         assert loss[method, 0.6, FINE_TUNED] < loss[method, 0.6, PRUNED]
 
 
+@pytest.mark.slow
 def test_tables_have_a_column_for_each_noise_level_and_phase(run):
     printed = run[1]
     assert printed.count("a = 0.05,") == 4
@@ -172,6 +176,7 @@ def test_tables_have_a_column_for_each_noise_level_and_phase(run):
     assert json.loads((run[0] / "config.json").read_text())["data"] == "diffusion-sorption"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["loss.png", "snapshots.png"])
 def test_figures_are_pictures(run, name):
     picture = matplotlib.image.imread(run[0] / name)

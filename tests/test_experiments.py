@@ -73,6 +73,7 @@ def test_config_says_what_ran(run):
     assert {f"{package} version" for package in ("jax", "jaxlib", "flax", "optax", "ecjax")} <= set(config)
 
 
+@pytest.mark.slow
 def test_every_pruned_network_is_saved(tmp_path, capsys):
     size = {"widths": (20,), "seeds": 2, "epochs": 5, "fine_tuning_epochs": 1, "sparsities": (0.8,)}
     places = {"output": tmp_path, "save": tmp_path / "saved"}
@@ -86,7 +87,7 @@ def test_every_pruned_network_is_saved(tmp_path, capsys):
 
 def accuracy_of_saved(path):
     saved, data = compact.load(path), digits.load()
-    outputs = saved.require(networks.pure(networks.MLP(saved.widths)))(saved.params, data.test_inputs)
+    outputs = saved.require(networks.from_linen(networks.MLP(saved.widths)))(saved.params, data.test_inputs)
     return (outputs.argmax(-1) == data.test_targets).mean()
 
 
@@ -139,6 +140,7 @@ def test_one_seed_has_no_spread_and_no_fine_tuning_no_panel(tmp_path):
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_the_brain_surgeons_on_a_small_network(tmp_path, capsys):
     size = {"widths": (12,), "seeds": 2, "gradients": 100, "sparsities": (0.5, 0.8), "draws": 5, "learning_rate": 0.2}
     brain_surgeon.main(brain_surgeon.Config(data="digits", target_accuracy=0.85, output=tmp_path, **size))
@@ -163,18 +165,18 @@ def test_training_stops_on_held_out_images_and_not_on_the_test_set():
     config = brain_surgeon.Config(target_accuracy=0.5, learning_rate=0.2)
 
     def trained(data):
-        task = sweep.Task(networks.pure(mlp), data, sweep.cross_entropy, sweep.CLASSIFIER_MEASURES)
+        task = sweep.Task(networks.from_linen(mlp), data, sweep.cross_entropy, sweep.CLASSIFIER_MEASURES)
         return brain_surgeon.train_to_target(task, mlp, config)
 
     params, without_test_set = trained(data), trained(data._replace(test_inputs=None, test_targets=None))
     jax.tree.map(np.testing.assert_array_equal, params, without_test_set)
     held = data.train_inputs[-(len(data.train_inputs) // 6) :], data.train_targets[-(len(data.train_inputs) // 6) :]
-    assert (networks.pure(mlp)(params, held[0]).argmax(-1) == held[1]).mean() >= 0.5
+    assert (networks.from_linen(mlp)(params, held[0]).argmax(-1) == held[1]).mean() >= 0.5
 
 
 def test_training_that_does_not_get_there_says_so():
     mlp = networks.MLP((4, 10), use_bias=False)
-    task = sweep.Task(networks.pure(mlp), digits.load(), sweep.cross_entropy, sweep.CLASSIFIER_MEASURES)
+    task = sweep.Task(networks.from_linen(mlp), digits.load(), sweep.cross_entropy, sweep.CLASSIFIER_MEASURES)
     config = brain_surgeon.Config(target_accuracy=0.99, learning_rate=1e-6)
     with pytest.raises(SystemExit, match=r"200 epochs of SGD reached .*; lower --target-accuracy"):
         brain_surgeon.train_to_target(task, mlp, config)
@@ -212,6 +214,7 @@ def test_the_frontier_saves_what_it_prunes(tmp_path, monkeypatch):
     assert sizes["compacted", "JAX"] < 0.4 * sizes["dense", "JAX"]
 
 
+@pytest.mark.slow
 def test_neurons_of_two_networks(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(neurons, "NETWORKS", {"relu": (60, 30), "tanh": (50, 30)})
     size = {"seeds": 1, "epochs": 30, "fractions": (0.5,), "stages": 3}

@@ -151,7 +151,7 @@ def network(tmp_path_factory):
     }
     path = tmp_path_factory.mktemp("files") / "net.safetensors"
     inputs = np.linspace(-1, 1, 80, dtype=np.float32).reshape(2, 40)
-    compact.save(path, params, network=networks.pure(networks.MLP((30, 2))), inputs=inputs)
+    compact.save(path, params, network=networks.from_linen(networks.MLP((30, 2))), inputs=inputs)
     return path.read_bytes()
 
 

@@ -577,7 +577,7 @@ def test_layer_norm_and_linen():
             return nn.Dense(2, name="a", param_dtype=x.dtype)(hidden)
 
     params = Block().init(jax.random.key(0), inputs())["params"]
-    layers = scored(networks.pure(Block()), params, inputs())
+    layers = scored(networks.from_linen(Block()), params, inputs())
     assert roles(layers) == [("z/kernel", "z/bias"), ("a/kernel", "a/bias")]
     assert set(layers.others) == {"LayerNorm_0/scale", "LayerNorm_0/bias"}
     assert layers[1].follows is None
@@ -661,7 +661,7 @@ def test_recurrent_layers_are_shown():
 
     x = array(N, 6, 4)
     params = Recurrent().init(jax.random.key(0), x)["params"]
-    network = networks.pure(Recurrent())
+    network = networks.from_linen(Recurrent())
     layers = networks.layers(network, params, x)
     assert {layer.kernel for layer in layers} == {path for path in _trees.by_path(params) if path.endswith("kernel")}
     assert all("scan" in layer.reason for layer in layers if "LSTM" in layer.kernel)
@@ -681,7 +681,7 @@ def test_stacked_layers_of_linen_are_shown():
             return nn.Dense(2, name="head")(block(nn.Dense(4, name="dense"), x, None)[0])
 
     params = Stack().init(jax.random.key(0), inputs())["params"]
-    first, second = networks.layers(networks.pure(Stack()), params, inputs())
+    first, second = networks.layers(networks.from_linen(Stack()), params, inputs())
     assert (first.kernel, first.shape, first.axes) == ("dense/kernel", (3, 4, 4), ("stack", "in", "out"))
     assert "scan" in first.reason
     assert roles([first, second]) == [("dense/kernel", "dense/bias"), ("head/kernel", "head/bias")]

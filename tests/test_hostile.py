@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ecjax import compact, compensate, networks, prune, score, surgeon
+from ecjax import compact, networks, prune, repair, score, surgeon
 from tests import examples
 from tests.examples import Example
 
@@ -46,7 +46,7 @@ ODDITIES = ("none", "constant feature", "duplicated feature", "dead layer", "zer
 
 @functools.cache
 def _network(widths):
-    return networks.pure(networks.MLP(widths, nn.relu))
+    return networks.from_linen(networks.MLP(widths, nn.relu))
 
 
 def _made(shape: Shape, oddity="none", scales=(1, 1, 1), seed=0) -> Example:
@@ -184,7 +184,7 @@ CRITERIA = {
     "neurons, definition": score.neuron_elimination_compensation_by_definition,
     "neuron norm": score.neuron_norm,
     "neuron variance": score.neuron_variance,
-    "brain surgeon": lambda n, p, x: surgeon.brain_surgeon_saliency(p, _gradients(n, p, x)),
+    "brain surgeon": lambda n, p, x: surgeon.brain_surgeon_saliency_from_gradients(p, _gradients(n, p, x)),
 }
 DECISIONS = {
     "staged": _staged(None),
@@ -195,8 +195,8 @@ DECISIONS = {
     "selection, rmp": _selection("rmp"),
 }
 REPAIRS = {
-    "joint biases": lambda n, p, x: compensate.joint_biases(n, _half(p).params, x, n(p, x)),
-    "survivors": lambda n, p, x: compensate.survivors(n, p, _half(p).masks, x, n(p, x), metric="fisher"),
+    "joint biases": lambda n, p, x: repair.Biases()(n, *_half(p), x, n(p, x)),
+    "survivors": lambda n, p, x: repair.Survivors(metric="fisher")(n, *_half(p), x, n(p, x)),
     "combinatorial update": lambda n, p, x: surgeon.combinatorial_update(p, _half(p).masks, _gradients(n, p, x)),
     "surgeon update": lambda n, p, x: surgeon.brain_surgeon_update(p, _half(p).masks, _gradients(n, p, x)),
     "removal cost": lambda n, p, x: surgeon.removal_cost(p, _half(p).masks, _gradients(n, p, x)),
@@ -205,7 +205,7 @@ REPAIRS = {
 CALLS = (
     {name: _scores(criterion) for name, criterion in CRITERIA.items()}
     | DECISIONS
-    | {name: _params(repair) for name, repair in REPAIRS.items()}
+    | {name: _params(how) for name, how in REPAIRS.items()}
 )
 SCALES = st.sampled_from([1e-20, 1e-10, 1, 1e10, 1e20])
 
@@ -234,10 +234,12 @@ def test_finite_numbers_or_the_documented_error(name, shape, oddity, scales, see
     try:
         CALLS[name](*_made(SHAPES[shape], oddity, scales, seed))
     except ValueError as error:
-        if max(scales) <= 1 or not re.search(OUT_OF_RANGE, str(error)):
+        blind = shape == "one sample, one output" and "the softmax of one logit is 1" in str(error)
+        if not blind and (max(scales) <= 1 or not re.search(OUT_OF_RANGE, str(error))):
             raise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["euclidean", "fisher", "definition", "brain damage", "gradient magnitude", "neurons"])
 @settings(max_examples=5)
 @given(oddity=st.sampled_from(ODDITIES), scales=st.tuples(SCALES, SCALES, SCALES))
@@ -248,6 +250,7 @@ def test_double_precision_always_answers(name, oddity, scales):
         CALLS[name](*_made(DOUBLE, oddity, scales))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("scale", [1e-20, 1, 1e20])
 def test_smaller_forms(shape, scale, tmp_path):
@@ -387,7 +390,7 @@ def test_damping_that_large_gradients_drown_is_refused():
     made = _made(ORDINARY)
     gradients = jax.tree.map(lambda leaf: jnp.zeros_like(leaf).at[:, 0, 0].set(2.0**40), _gradients(*made))
     with pytest.raises(ValueError, match=r"saliencies .* or raise the damping, 1e-05 may be too small"):
-        surgeon.brain_surgeon_saliency(made.params, gradients)
+        surgeon.brain_surgeon_saliency_from_gradients(made.params, gradients)
 
 
 def test_gradients_that_are_not_finite_are_refused():
@@ -395,7 +398,7 @@ def test_gradients_that_are_not_finite_are_refused():
     gradients = jax.tree.map(lambda leaf: leaf.at[0].set(np.inf), _gradients(network, params, inputs))
     masks = _half(params).masks
     for call in (
-        lambda: surgeon.brain_surgeon_saliency(params, gradients),
+        lambda: surgeon.brain_surgeon_saliency_from_gradients(params, gradients),
         lambda: surgeon.combinatorial_update(params, masks, gradients),
         lambda: surgeon.combinatorial_selection(params, gradients, 0.5, start="magnitude"),
         lambda: surgeon.removal_cost(params, masks, gradients),

@@ -1,3 +1,6 @@
+import itertools
+
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ecjax import moments, networks
+from ecjax import metrics, moments, networks
 from tests import examples
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -53,6 +56,33 @@ def test_merging_parts_gives_the_whole(split, seed):
     assert_equal(moments.merge(moments.start(*example), whole), whole)
 
 
+def test_moments_taken_in_different_ways_are_not_merged():
+    example, key = examples.mlp(), jax.random.key(0)
+    taken = {
+        "euclidean": {},
+        "fisher": {"metric": "fisher"},
+        "temperature": {"metric": metrics.Fisher(2.0)},
+        "probes": {"probes": 2, "key": key},
+        "other probes": {"probes": 3, "key": key},
+        "excluded": {"exclude": "Dense_1/*"},
+        "neurons": {"of_weights": False},
+    }
+    found = {name: moments.of_inputs(*example, **options) for name, options in taken.items()}
+    for first, second in itertools.combinations(found, 2):
+        with pytest.raises(ValueError, match="these moments were taken in different ways"):
+            moments.merge(found[first], found[second])
+        if {first, second} != {"fisher", "temperature"}:  # numbers can't be seen there
+            with pytest.raises(ValueError, match="these moments were taken in different ways"):
+                jax.jit(moments.merge)(found[first], found[second])
+    for name, seen in found.items():
+        assert float(jax.jit(moments.merge)(seen, seen).samples) == 46
+        stored = flax.serialization.to_bytes(seen)
+        other = found["fisher" if name != "fisher" else "temperature"]
+        assert_equal(flax.serialization.from_bytes(seen, stored), seen, rtol=0)
+        with pytest.raises(ValueError, match="these moments were taken in different ways"):
+            flax.serialization.from_bytes(other, stored)
+
+
 def test_one_sample_has_no_scatter():
     example = examples.mlp()
     found = moments.of_inputs(example.network, example.params, example.inputs[:1])
@@ -88,7 +118,7 @@ def mnist_shaped(samples):
     mlp = networks.MLP((300, 100, 10))
     inputs = jax.ShapeDtypeStruct((samples, 784), jnp.float32)
     params = jax.eval_shape(lambda key: mlp.init(key, jnp.zeros((1, 784), jnp.float32))["params"], jax.random.key(0))
-    return networks.pure(mlp), params, inputs
+    return networks.from_linen(mlp), params, inputs
 
 
 def test_operations_are_two_gradient_passes():

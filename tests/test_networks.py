@@ -13,7 +13,7 @@ def test_mlp_is_dense_layers_with_activations_between():
     params = mlp.init(jax.random.key(1), inputs)["params"]
     hidden = jnp.tanh(inputs @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"])
     expected = hidden @ params["Dense_1"]["kernel"] + params["Dense_1"]["bias"]
-    np.testing.assert_allclose(networks.pure(mlp)(params, inputs), expected, rtol=1e-6)
+    np.testing.assert_allclose(networks.from_linen(mlp)(params, inputs), expected, rtol=1e-6)
 
 
 def test_replace_copies():

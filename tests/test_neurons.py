@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ecjax import compact, networks, prune, score
+from ecjax import compact, networks, prune, repair, score
 from tests import examples, jacobians
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -86,8 +86,8 @@ def test_the_baselines_by_their_definitions():
     np.testing.assert_allclose(variance.constant["Dense_0/kernel"], hidden.mean(0))
 
 
-@pytest.mark.parametrize("repair", prune.REPAIRS)
-def test_repaired_stages_keep_more_than_one_shot(repair):
+@pytest.mark.parametrize("how", [None, *repair.REPAIRS])
+def test_repaired_stages_keep_more_than_one_shot(how):
     example = examples.mlp(widths=(20, 20, 3), activation=jnp.tanh, samples=200)
     targets = example.network(example.params, example.inputs)
 
@@ -96,10 +96,10 @@ def test_repaired_stages_keep_more_than_one_shot(repair):
 
     scores = score.neuron_elimination_compensation(*example)
     at_once = prune.neurons(example.params, scores, 0.5)
-    staged = prune.staged_neurons(*example, 0.5, repair=repair, stages=5)
+    staged = prune.staged_neurons(*example, 0.5, repair=how, stages=5)
     assert sum(int(there.sum()) for there in _alive(staged)) == 20
     # Without a repair, later stages only see the damage of the earlier ones.
-    assert error(staged.params) < error(at_once.params) * {None: 2, "biases": 0.8, "survivors": 0.1}[repair]
+    assert error(staged.params) < error(at_once.params) * {None: 2, "biases": 0.8, "survivors": 0.1}[how]
 
 
 def _alive(pruned):
@@ -130,6 +130,7 @@ def test_what_is_refused(change, message):
         prune.neurons(**arguments)
 
 
+@pytest.mark.slow
 @given(inputs=st.integers(1, 19), stay=st.integers(1, 4), more=st.integers(1, 4), seed=st.integers(0, 99))
 def test_patterns_keep_the_best_of_every_group(inputs, stay, more, seed):
     group = stay + more
@@ -160,5 +161,5 @@ def test_patterns_that_are_none():
         prune.one_shot(example.params, scores, 0.5, scope=(2, 4))
     with pytest.raises(ValueError, match="scope 'network' needs a sparsity"):
         prune.one_shot(example.params, scores)
-    with pytest.raises(ValueError, match=r"one_shot, then compensate.survivors"):
+    with pytest.raises(ValueError, match=r"one_shot, then repair.Survivors\(\)"):
         prune.staged(*example, 0.5, scope=(2, 4))

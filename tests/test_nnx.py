@@ -168,7 +168,7 @@ def test_a_module_in_training_mode_is_refused(module, path):
 
 def test_only_nnx_modules_are_taken():
     for wrong in (nn.Dense(3), jnp.tanh, {"kernel": jnp.ones((2, 2))}):
-        with pytest.raises(ValueError, match=r"take a flax\.nnx\.Module, got .*networks\.pure"):
+        with pytest.raises(ValueError, match=r"take a flax\.nnx\.Module, got .*networks\.from_linen"):
             networks.from_nnx(wrong)
         with pytest.raises(ValueError, match=r"take a flax\.nnx\.Module"):
             networks.to_nnx(wrong, {})

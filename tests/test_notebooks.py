@@ -35,6 +35,7 @@ def test_there_are_three_and_the_readme_links_to_each():
     assert [path for path in NOTEBOOKS if f"(notebooks/{path.name})" not in readme] == []
 
 
+@pytest.mark.slow
 @each_notebook
 def test_it_runs_from_the_first_cell_to_the_last(path, monkeypatch):
     # The kernel starts in notebooks/, as Jupyter's does, and finds the checkout as after an editable install.

@@ -7,7 +7,7 @@ import optax
 import pytest
 from jax.extend import core
 
-from ecjax import compensate, prune, score, surgeon
+from ecjax import prune, repair, score, surgeon
 from tests import examples
 
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
@@ -37,10 +37,12 @@ FUNCTIONS = {
         network, params, x, targets=labels(x), loss=cross_entropy
     ),
     "loss_gradients": lambda network, params, x: surgeon.loss_gradients(network, params, x, labels(x), cross_entropy),
-    "joint_biases": lambda network, params, x: compensate.joint_biases(
-        network, params, x, labels(x), metric="fisher", iterations=1
+    "biases": lambda network, params, x: repair.Biases(metric="fisher", iterations=1)(
+        network, params, prune.one_shot(params, score.magnitude(network, params, x), 0.5).masks, x, labels(x)
     ),
-    "staged": lambda network, params, x: prune.staged(network, params, x, 0.5, stages=1, iterations=1),
+    "staged": lambda network, params, x: prune.staged(
+        network, params, x, 0.5, stages=1, repair=repair.Survivors(iterations=1)
+    ),
 }
 
 
@@ -52,6 +54,7 @@ def test_every_product_is_in_full(name):
     assert {precision for precision, _ in products(traced.jaxpr)} == {FULL}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["bfloat16", "tensorfloat32", "float32"])
 def test_the_setting_changes_nothing(setting):
     example = examples.mlp()

@@ -100,6 +100,7 @@ def test_all_and_nothing():
     np.testing.assert_allclose(outputs, jnp.broadcast_to(outputs[0], outputs.shape))  # a constant is left
 
 
+@pytest.mark.slow
 def test_a_convolution_prunes_by_definition():
     example = examples.convolution()
     scores = score.elimination_compensation_by_definition(*example)

@@ -18,10 +18,11 @@ from tests import jacobians, random_networks
 pytestmark = pytest.mark.usefixtures("float64")
 COUNT = int(os.environ.get("ECJAX_RANDOM_NETWORKS", "40"))
 CHUNK = 10
+LATER = [pytest.param(first, marks=pytest.mark.slow) for first in range(CHUNK, COUNT, CHUNK)]
 PRECISION = 1e-9
 
 
-@pytest.mark.parametrize("first", range(0, COUNT, CHUNK))
+@pytest.mark.parametrize("first", [0, *LATER])
 def test_random_networks_are_scored_exactly_or_refused_by_name(first):
     for seed in range(first, min(first + CHUNK, COUNT)):
         outcome(seed)

@@ -295,6 +295,7 @@ def test_a_killed_run_goes_on_to_the_same_table(name, tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_says_how_to_go_on(tmp_path):
     command, stopped = signalled("SIGINT", 5, "mnist", tmp_path / "a folder")
     assert stopped.returncode == 130
@@ -308,6 +309,7 @@ FORM = compact.Form("", "", 3, 2, 1, 2, {1: 0.5, 256: 0.7})
 FORMS = [FORM._replace(name=name, runtime=runtime) for runtime in ("JAX", "NumPy") for name in ("dense", "sparse")]
 
 
+@pytest.mark.slow
 def test_saved_networks_and_their_report_go_on(tmp_path, monkeypatch):
     small.module("mnist", monkeypatch.setattr)
     monkeypatch.setattr(results.compact, "report", lambda *_, **__: FORMS)

@@ -1,4 +1,5 @@
 import functools
+import inspect
 
 import flax.linen as nn
 import jax
@@ -7,12 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from ecjax import compensate, networks, prune, score, surgeon, train
+from ecjax import metrics, networks, prune, repair, score, staged, surgeon, train
 from experiments.datasets import digits
 from tests import examples
 
 _MLP = networks.MLP((30, 10), nn.relu)
-NETWORK = networks.pure(_MLP)
+NETWORK = networks.from_linen(_MLP)
 DATA = digits.load()
 INPUTS = jnp.asarray(DATA.train_inputs[:1000])
 LABELS = jnp.asarray(DATA.train_targets[:1000])
@@ -37,10 +38,11 @@ def removed(masks):
 def test_each_freedom_to_repair_keeps_more(trained):
     scores = score.elimination_compensation(NETWORK, trained, INPUTS, metric="fisher")
     one_shot = prune.one_shot(trained, scores, 0.93)
-    staged = {
-        repair: prune.staged(NETWORK, trained, INPUTS, 0.93, repair=repair, metric="fisher") for repair in prune.REPAIRS
+    in_stages = {
+        name: prune.staged(NETWORK, trained, INPUTS, 0.93, repair=name, metric="fisher")
+        for name in (None, *repair.REPAIRS)
     }
-    kept = {repair: accuracy(pruned.params) for repair, pruned in staged.items()}
+    kept = {name: accuracy(pruned.params) for name, pruned in in_stages.items()}
     assert accuracy(one_shot.params) < kept["biases"] - 0.05
     assert kept[None] < kept["biases"] < kept["survivors"]
     assert kept["survivors"] > accuracy(trained) - 0.03
@@ -77,10 +79,10 @@ def test_weights_of_no_importance_do_not_bring_removed_ones_back():
         assert not (~np.asarray(first) & np.asarray(both)).any()
 
 
-@pytest.mark.parametrize("repair", prune.REPAIRS)
-def test_compiled_once_for_all_stages_and_sparsities(trained, compilations, repair):
+@pytest.mark.parametrize("how", [None, *repair.REPAIRS])
+def test_compiled_once_for_all_stages_and_sparsities(trained, compilations, how):
     def run(sparsity, stages):
-        return prune.staged(NETWORK, trained, INPUTS, sparsity, stages=stages, repair=repair, metric="fisher")
+        return prune.staged(NETWORK, trained, INPUTS, sparsity, stages=stages, repair=how, metric="fisher")
 
     run(0.5, 2)
     before = compilations()
@@ -118,14 +120,14 @@ def test_survivors_of_any_other_masks(trained):
         surgeon.combinatorial_selection(trained, gradients, 0.9, **options),
     ):
         before = accuracy(prune.apply_masks(trained, masks))
-        after = accuracy(compensate.survivors(NETWORK, trained, masks, INPUTS, targets, metric="fisher"))
+        after = accuracy(repair.Survivors(metric=metrics.Fisher(4.0))(NETWORK, trained, masks, INPUTS, targets))
         assert before < accuracy(trained) - 0.1 < after
 
 
 def test_labels_instead_of_outputs(trained):
     spoilt = jax.tree.map(lambda leaf: 0.3 * leaf, trained)
     spoilt = spoilt | {"Dense_1": jax.tree.map(lambda leaf: leaf[..., ::-1], spoilt["Dense_1"])}
-    options = {"metric": "fisher", "stages": 4, "temperature": 1}
+    options = {"metric": "fisher", "stages": 4, "repair": repair.Survivors(metric="fisher")}
     assert accuracy(prune.staged(NETWORK, spoilt, INPUTS, 0.5, **options).params) < 0.3
     assert accuracy(prune.staged(NETWORK, spoilt, INPUTS, 0.5, targets=LABELS, **options).params) > 0.9
 
@@ -134,16 +136,112 @@ def test_labels_instead_of_outputs(trained):
     ("change", "message"),
     [
         ({"sparsity": 1.5}, "sparsity is 1.5"),
-        ({"repair": "weights"}, "repair is 'weights'; it must be one of None, 'biases', 'survivors'"),
+        ({"sparsity": "0.5"}, "sparsity is '0.5', of type str; it must be a number"),
+        ({"repair": "weights"}, "repair is 'weights'; it must be one of None, 'biases', 'survivors', or a repair"),
+        ({"repair": metrics.Fisher()}, r"repair is Fisher\(temperature=1.0\); it must be one of None"),
+        ({"repair": repair.Survivors}, "repair is Survivors, a class; call it"),
+        (
+            {"metric": repair.Survivors()},
+            r"metric is Survivors\(.*; it must be one of 'euclidean', 'fisher', or a metric",
+        ),
+        (
+            {"criterion": "magnitudo"},
+            "criterion is 'magnitudo'; it must be one of 'elimination_compensation', .*'magnitude'",
+        ),
+        ({"criterion": 3}, "criterion is 3; it must be one of"),
+        ({"criterion": lambda _, params, __: params}, "the criterion gave dict; it must give score.Scores here"),
+        ({"criterion": score.neuron_norm}, "the criterion gave NeuronScores; it must give score.Scores here"),
+        ({"criterion": "random"}, "this criterion draws at random: give key="),
+        ({"key": jax.random.key(0)}, "key is for criteria that draw"),
+        ({"progress": 3}, "progress is 3; it must be a function of a stage"),
+        ({"repair": None, "targets": LABELS[:50]}, "targets are what a repair aims at, and there is none"),
+        (
+            {"repair": None, "criterion": "magnitude", "metric": "fisher"},
+            "read by neither this criterion nor this repair",
+        ),
         ({"stages": 0}, "stages is 0; it must be a whole number of at least 1"),
         ({"metric": "hinge"}, "metric is 'hinge'"),
         ({"scope": "filter"}, "scope is 'filter'"),
         ({"inputs": np.zeros((0, 64), np.float32)}, "hold no samples"),
-        ({"repair": None, "iterations": 3}, "without a repair there is nothing to give iterations to"),
-        ({"iterations": -1}, "iterations is -1"),
+        ({"repair": repair.Survivors(iterations=-1)}, "iterations is -1"),
+        ({"repair": lambda *_: {}}, "the repair must give params like those it got"),
     ],
 )
 def test_what_is_refused(trained, change, message):
     arguments = {"inputs": INPUTS[:50], "sparsity": 0.5} | change
     with pytest.raises(ValueError, match=message):
-        prune.staged(NETWORK, trained, **arguments)
+        inspect.unwrap(prune.staged)(NETWORK, trained, **arguments)  # as it is without the tests' own type checks
+
+
+def test_scores_of_weights_where_neurons_are_asked_for(trained):
+    with pytest.raises(ValueError, match=r"the criterion gave Scores; it must give score.NeuronScores here"):
+        prune.staged_neurons(NETWORK, trained, INPUTS[:50], 0.5, criterion=score.magnitude)
+    with pytest.raises(
+        ValueError, match="criterion is 'magnitude'; it must be one of 'neuron_elimination_compensation'"
+    ):
+        prune.staged_neurons(NETWORK, trained, INPUTS[:50], 0.5, criterion="magnitude")
+
+
+def test_a_misspelt_option(trained):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'itterations'"):
+        prune.staged(NETWORK, trained, INPUTS[:50], 0.5, itterations=3)
+
+
+def test_the_loop_by_hand_is_the_same(trained):
+    pruned = prune.staged(NETWORK, trained, INPUTS, 0.8, stages=3, metric="fisher")
+    state = staged.start(NETWORK, trained, INPUTS, metric="fisher")
+    for number in (1, 2, 3):
+        reached = 0.8 * (1 - (1 - number / 3) ** 3)
+        state = staged.step(NETWORK, state, INPUTS, reached, metric="fisher")
+    jax.tree.map(np.testing.assert_array_equal, staged.finish(state), pruned)
+    assert jax.tree.structure(jax.tree.map(jnp.zeros_like, state._replace(key=None))) is not None
+
+
+def test_a_stage_goes_through_jit(trained):
+    how = {"repair": repair.Biases(iterations=1), "metric": "fisher"}
+    state = staged.start(NETWORK, trained, INPUTS, **how)
+    jitted = jax.jit(functools.partial(staged.step, NETWORK, **how))
+    found, expected = (step(state, INPUTS, 0.5) for step in (jitted, functools.partial(staged.step, NETWORK, **how)))
+    assert removed(found.masks) == removed(expected.masks) == 1110
+
+
+def test_a_key_is_split_over_the_stages(trained):
+    options = {"stages": 2, "repair": None, "criterion": "random"}
+    first, again, other = (
+        prune.staged(NETWORK, trained, INPUTS, 0.5, key=jax.random.key(seed), **options).masks for seed in (0, 0, 1)
+    )
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert not np.array_equal(first["Dense_0"]["kernel"], other["Dense_0"]["kernel"])
+
+
+def test_probes_draw_anew_in_every_stage(trained):
+    criterion = functools.partial(score.elimination_compensation, probes=1)
+    options = {"criterion": criterion, "metric": "fisher", "stages": 2, "repair": None}
+    first, other = (prune.staged(NETWORK, trained, INPUTS, 0.5, key=jax.random.key(s), **options).masks for s in (0, 1))
+    assert not np.array_equal(first["Dense_0"]["kernel"], other["Dense_0"]["kernel"])
+    with pytest.raises(ValueError, match="probes=1 draws random signs: give it a key"):
+        prune.staged(NETWORK, trained, INPUTS, 0.5, **options)
+
+
+def test_the_run_gives_its_metric_to_a_criterion_that_takes_one(trained):
+    by_name, by_function, with_its_own = (
+        prune.staged(NETWORK, trained, INPUTS, 0.5, stages=1, repair=None, criterion=criterion, **options).masks
+        for criterion, options in (
+            ("optimal_brain_damage", {"metric": "fisher"}),
+            (score.optimal_brain_damage, {"metric": "fisher"}),
+            (functools.partial(score.optimal_brain_damage, metric="fisher"), {}),
+        )
+    )
+    jax.tree.map(np.testing.assert_array_equal, by_name, by_function)
+    jax.tree.map(np.testing.assert_array_equal, by_name, with_its_own)
+
+
+def test_a_repair_of_ones_own_leaves_removed_and_excluded_weights(trained):
+    def plus_one(_network, params, _masks, _inputs, targets):
+        assert targets.shape == (1000, 10)
+        return jax.tree.map(lambda leaf: leaf + 1, params)
+
+    options = {"stages": 2, "metric": "fisher", "exclude": "Dense_1/kernel", "repair": plus_one}
+    pruned = prune.staged(NETWORK, trained, INPUTS, 0.5, **options)
+    assert ((pruned.params["Dense_0"]["kernel"] != 0) == pruned.masks["Dense_0"]["kernel"]).all()
+    np.testing.assert_array_equal(pruned.params["Dense_1"]["kernel"], trained["Dense_1"]["kernel"])

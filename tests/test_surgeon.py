@@ -25,7 +25,7 @@ class Problem:
         self.inputs = examples.inputs(samples, features, seed)
         self.labels = jnp.asarray(np.random.default_rng(seed).integers(widths[-1], size=samples))
         self.params = examples.with_random_biases(module.init(jax.random.key(seed), self.inputs)["params"])
-        self.network = networks.pure(module)
+        self.network = networks.from_linen(module)
         self.gradients = surgeon.loss_gradients(self.network, self.params, self.inputs, self.labels, cross_entropy)
         self.kernels = examples.kernels(self.params)
         self.weights = self.flat(self.kernels)
@@ -70,7 +70,7 @@ def test_gradients_are_those_of_each_sample(use_bias):
 @given(seed=st.integers(0, 99))
 def test_saliency_by_the_inverse_fisher(seed):
     problem = Problem(seed=seed)
-    found = surgeon.brain_surgeon_saliency(problem.params, problem.gradients, damping=DAMPING)
+    found = surgeon.brain_surgeon_saliency_from_gradients(problem.params, problem.gradients, damping=DAMPING)
     expected = problem.weights**2 / (2 * np.diag(np.linalg.inv(problem.fisher)))
     np.testing.assert_allclose(problem.flat(found.importance), expected, rtol=1e-8)
     assert found.bias_shift is None
@@ -136,6 +136,7 @@ def select(problem, sparsity, **options):
     return surgeon.combinatorial_selection(problem.params, problem.gradients, sparsity, **defaults | options)
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 99), sparsity=st.floats(0, 1), start=st.sampled_from(["rmp", "magnitude"]))
 def test_the_objective_never_rises_from_pass_to_pass(seed, sparsity, start):
     problem = Problem(seed=seed)
@@ -195,7 +196,7 @@ def test_single_precision_outside_double_inside():
     with jax.enable_x64(False):
         single = Problem()
         assert single.weights.dtype == np.float32
-        found = surgeon.brain_surgeon_saliency(single.params, single.gradients, damping=1e-5)
+        found = surgeon.brain_surgeon_saliency_from_gradients(single.params, single.gradients, damping=1e-5)
         masks = select(single, 0.5, start="magnitude")
         moved = surgeon.combinatorial_update(single.params, masks, single.gradients, damping=1e-5)
     rows, weights = np.float64(single.rows), np.float64(single.weights)
@@ -210,10 +211,10 @@ def test_bad_input():
     params, gradients = problem.params, problem.gradients
     masks = problem.masks(np.arange(problem.weights.size) < 5)
     with pytest.raises(ValueError, match="damping is 0; it must be above 0"):
-        surgeon.brain_surgeon_saliency(params, gradients, damping=0)
+        surgeon.brain_surgeon_saliency_from_gradients(params, gradients, damping=0)
     other = Problem(widths=(6, 3)).gradients
     for call in (
-        lambda: surgeon.brain_surgeon_saliency(params, other),
+        lambda: surgeon.brain_surgeon_saliency_from_gradients(params, other),
         lambda: surgeon.combinatorial_update(params, masks, other),
         lambda: surgeon.combinatorial_selection(params, other, 0.5, start="magnitude"),
     ):

@@ -24,7 +24,7 @@ def blobs(seed=0):
     inputs = jnp.asarray(centres[labels] + 0.3 * generator.normal(size=(300, 5)), jnp.float32)
     module = networks.MLP((8, 3))
     params = module.init(jax.random.key(seed), inputs)["params"]
-    return networks.pure(module), params, inputs, labels
+    return networks.from_linen(module), params, inputs, labels
 
 
 def test_learns_to_classify():
@@ -36,6 +36,15 @@ def test_learns_to_classify():
     assert (network(trained.params, inputs).argmax(-1) == labels).mean() > 0.98
     again = train.fit(network, params, inputs, labels, cross_entropy, **options)
     jax.tree.map(np.testing.assert_array_equal, trained, again)
+
+
+def test_the_second_call_compiles_nothing(compilations):
+    network, params, inputs, labels = blobs()
+    options = {"optimizer": OPTIMIZERS["adam"], "epochs": 2, "batch_size": 32}
+    train.fit(network, params, inputs, labels, cross_entropy, key=jax.random.key(0), **options)
+    before = compilations()
+    train.fit(network, params, inputs, labels, cross_entropy, key=jax.random.key(1), **options)
+    assert compilations() == before
 
 
 def test_learns_to_regress():
@@ -59,6 +68,7 @@ def test_pruned_weights_stay_exactly_zero(name):
         assert (np.asarray(moved) == np.asarray(mask)).mean() > 0.9  # and the others are trained
 
 
+@pytest.mark.slow
 def test_keep_pruned_ends_a_chain_of_the_callers():
     network, params, inputs, labels = blobs()
     pruned = prune.one_shot(params, score.magnitude(network, params, inputs), 0.5)

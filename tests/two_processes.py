@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ecjax import devices, networks, prune, score
+from ecjax import devices, networks, prune, repair, score
 
 SAMPLES, FEATURES = 256, 10
 
@@ -18,12 +18,13 @@ def inputs():
 def answer(inputs):
     """Scores, masks of one shot, and masks and params of staged pruning with a repair, by name."""
     mlp = networks.MLP((12, 4))
-    network = networks.pure(mlp)
+    network = networks.from_linen(mlp)
     params = mlp.init(jax.random.key(0), np.zeros((1, FEATURES)))["params"]
     params = jax.tree.map(lambda leaf: leaf.astype(inputs.dtype), params)
     scores = score.elimination_compensation(network, params, inputs, metric="fisher", batch_size=32)
     pruned = prune.one_shot(params, scores, 0.7)
-    staged = prune.staged(network, params, inputs, 0.6, stages=1, iterations=1, products=3, curvature_samples=128)
+    how = repair.Survivors(iterations=1, products=3, curvature_samples=128)
+    staged = prune.staged(network, params, inputs, 0.6, stages=1, repair=how)
     named = {"scores": scores, "pruned": pruned, "staged": staged}
     return {name: np.asarray(leaf) for name, leaf in networks.by_path(named).items()}
 

@@ -9,8 +9,8 @@ from jax import Array
 from jax.extend import core
 from jaxtyping import Num, PyTree
 
-from ecjax import _trees, precision
-from ecjax.networks import Inputs, Network, Params
+from ecjax import _precision, _trees
+from ecjax._types import Inputs, Network, Params
 
 _SAMPLES = 4
 _DRAWS = 4
@@ -31,7 +31,7 @@ def of(network: Network, params: Params, inputs: Inputs) -> Num[np.ndarray, "sam
         ValueError: a network that does not take these, or gives no array with a row for each sample.
     """
     try:
-        outputs = precision.in_full(network)(params, inputs)
+        outputs = _precision.in_full(network)(params, inputs)
     except Exception as error:
         raise ValueError(
             f"the network does not take inputs of shape {inputs.shape} with these params: "

@@ -10,11 +10,11 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int, Num
 
-from ecjax import _door, _trees, checks, graph, precision
+from ecjax import _checks, _door, _precision, _trees, graph
+from ecjax._types import Inputs, Network, Params
 from ecjax.compact import answers
 from ecjax.graph import Layer, Layout
 from ecjax.graph.taps import tapped
-from ecjax.networks import Inputs, Network, Params
 
 
 class Chain(NamedTuple):
@@ -49,11 +49,11 @@ def read(network: Network, params: Params, inputs: Inputs) -> Chain:
         ValueError: another network, with the kernel that makes it one; params or inputs without values, or with
             NaN or infinity in the inputs.
     """
-    checks.require_inputs(inputs)
+    _checks.require_inputs(inputs)
     network, params, _ = _trees.split(network, params)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in [*jax.tree.leaves(params), inputs]):
         raise ValueError("the shapes of what is compacted depend on values: call this outside of jit, vmap and grad")
-    layers = _door.layers(network, params, inputs, scored=False, clear=False)
+    layers = _door.layers(network, params, inputs, need="any")
     for layer in layers:
         if layer.reason:
             raise ValueError(
@@ -74,7 +74,7 @@ def read(network: Network, params: Params, inputs: Inputs) -> Chain:
     )
 
 
-@precision.in_full
+@_precision.in_full
 def _evaluated(params: Params, inputs: Inputs, *, network: Network) -> tuple[Array, dict[str, Array]]:
     return _tapped(params, inputs, network=network)
 

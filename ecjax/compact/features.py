@@ -5,9 +5,9 @@ from jax import Array
 from jaxtyping import Bool, Int, Num
 
 from ecjax import _trees
+from ecjax._types import Inputs, Network, Params
 from ecjax.compact import answers, chains
 from ecjax.compact.chains import Chain
-from ecjax.networks import Inputs, Network, Params
 
 _MIXTURES = 64
 

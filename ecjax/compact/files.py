@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Num
 
-from ecjax import _door, _trees, checks, graph
+from ecjax import _checks, _door, _trees, graph
+from ecjax._types import Inputs, Network, Params
 from ecjax.compact import answers, bits
-from ecjax.networks import Inputs, Network, Params
 
 _FORMAT, _VERSION = "ecjax.compact", "2"
 _HOW = "safetensors is not installed: pip install 'ecjax[files]'"
@@ -25,7 +25,6 @@ class Examples(NamedTuple):
     """A few inputs of the network that was saved, and what it answered.
 
     Attributes:
-        inputs: samples along the first axis.
         outputs: of the network.
 
     Example:
@@ -52,7 +51,7 @@ class Saved(NamedTuple):
     Example:
         >>> size = compact.save("pruned.safetensors", pruned.params, network=network, inputs=inputs)
         >>> saved = compact.load("pruned.safetensors")
-        >>> again = saved.require(networks.pure(networks.MLP(saved.widths, nn.relu)))
+        >>> again = saved.require(networks.from_linen(networks.MLP(saved.widths, nn.relu)))
         >>> bool(jnp.array_equal(again(saved.params, inputs), network(pruned.params, inputs)))
         True
     """
@@ -160,7 +159,7 @@ def load(
         >>> saved = compact.load("pruned.safetensors", network)
         >>> bool((saved.params["Dense_0"]["kernel"] == pruned.params["Dense_0"]["kernel"]).all())
         True
-        >>> compact.load("pruned.safetensors", networks.pure(networks.MLP(saved.widths, jnp.tanh)))
+        >>> compact.load("pruned.safetensors", networks.from_linen(networks.MLP(saved.widths, jnp.tanh)))
         Traceback (most recent call last):
         ValueError: pruned.safetensors: the params were saved from another network (of another activation?): ...
     """
@@ -211,10 +210,10 @@ def _facts(array: np.ndarray) -> dict[str, Any]:
 
 
 def _examples(network: Network, params: Params, inputs: Inputs) -> Examples:
-    checks.require_inputs(inputs)
+    _checks.require_inputs(inputs)
     samples = answers.few(inputs)
     outputs = answers.of(network, params, samples)
-    checks.require_finite(outputs, "outputs of the network")
+    _checks.require_finite(outputs, "outputs of the network")
     return Examples(np.asarray(samples), outputs)
 
 
@@ -222,7 +221,7 @@ def _widths(network: Network, params: Params, inputs: Inputs) -> tuple[int, ...]
     """The widths of a multilayer perceptron; None for another network."""
     network, params, _ = _trees.split(network, params)
     try:
-        layers = _door.layers(network, params, inputs, scored=False, clear=False, each_alone=False)
+        layers = _door.layers(network, params, inputs, need="any", each_alone=False)
         graph.chain(layers)
     except ValueError:  # not one of those that can be compacted; the examples tell it all the same
         return None

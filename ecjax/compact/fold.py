@@ -6,11 +6,11 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ecjax import _trees, checks, networks
+from ecjax import _checks, _trees, networks
+from ecjax._types import Inputs, Network, Params
 from ecjax.compact import answers, chains
 from ecjax.compact.chains import Chain
 from ecjax.graph import Layout
-from ecjax.networks import Inputs, Network, Params
 
 
 def compact(network: Network, params: Params, inputs: Inputs) -> tuple[Network, Params]:
@@ -20,8 +20,8 @@ def compact(network: Network, params: Params, inputs: Inputs) -> tuple[Network, 
     it needs.
 
     The smaller network is the network itself where it takes the smaller params, as plain functions, Equinox and NNX do.
-    Of a network that ``networks.pure`` made of a ``networks.MLP``, it is that of the MLP with the smaller widths. Both
-    are called on a few of the inputs, and must answer alike up to rounding.
+    Where ``networks.from_linen`` made it of a ``networks.MLP``, it is that of the MLP with the smaller widths. Both are
+    called on a few of the inputs, and must answer alike up to rounding.
 
     Example:
         >>> halved = networks.replace(params, {"Dense_0/kernel": params["Dense_0"]["kernel"].at[:, ::2].set(0)})
@@ -85,7 +85,7 @@ def _folded(network: Network, params: Params, chain: Chain) -> tuple[Params, tup
             shifted = chains.with_entries(bias, layer.bias_layout, row[None])
             full[layer.bias] = chains.like(bias, shifted)
             small[layer.bias] = chains.like(bias, _sliced(shifted, layer.bias_layout, "out", columns))
-            checks.require_finite({layer.bias: small[layer.bias]}, "folded biases")
+            _checks.require_finite({layer.bias: small[layer.bias]}, "folded biases")
     # At full size any network can be called, so the folding is compared before anything is cut out.
     found = answers.of(network, _trees.replace(params, full), chain.samples)
     reference = (network, params, chain.samples)
@@ -145,7 +145,7 @@ def _network_of(network: Network, small: Params, chain: Chain, widths: tuple[int
         return network
     module = getattr(network, "module", None)
     if isinstance(module, networks.MLP):
-        other = networks.pure(module.clone(features=widths))
+        other = networks.from_linen(module.clone(features=widths))
         if _gives(other, small, chain):
             return other
     raise ValueError(

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Num
 
-from ecjax import _trees, checks, precision
+from ecjax import _checks, _precision, _trees
+from ecjax._types import Inputs, Network, Params
 from ecjax.compact import answers, chains
 from ecjax.compact.chains import Chain
 from ecjax.compact.files import save
 from ecjax.compact.fold import compact
 from ecjax.compact.sparse import as_numpy, forward, of_chain, require_plain
-from ecjax.networks import Inputs, Network, Params
 
 BATCHES = (1, 256)
 
@@ -71,7 +71,6 @@ def report(
     """Compares a multilayer perceptron as it is, compacted, and sparse, in the same runtimes.
 
     Args:
-        network: a multilayer perceptron.
         params: its parameters, with exact zeros where weights were removed.
         inputs: what it is called with, repeated as often as a batch needs.
         activation: elementwise, after every layer but the last; without it the sparse form in JAX is left out.
@@ -85,7 +84,7 @@ def report(
         >>> [form.name for form in compact.report(network, pruned.params, inputs, nn.relu, repeats=1)]
         ['dense', 'compacted', 'sparse']
     """
-    checks.require_positive(repeats, "repeats")
+    _checks.require_positive(repeats, "repeats")
     chain = chains.read(network, params, inputs)
     smaller_network, small = compact(network, params, inputs)
     batches = {count: np.resize(np.asarray(inputs), (count, *inputs.shape[1:])) for count in BATCHES}
@@ -98,7 +97,7 @@ def report(
         require_plain(network, params, chain)
         sparse_forward = jax.jit(functools.partial(forward, activation=activation))
         call = functools.partial(sparse_forward, of_chain(smaller.chain, "bcsr"))
-        same("activation", precision.in_full(call)(chain.samples))
+        same("activation", _precision.in_full(call)(chain.samples))
         calls.append(("sparse", "JAX", smaller, _waiting(call)))
     if numpy_activation is not None:
         require_plain(network, params, chain)

@@ -13,9 +13,9 @@ from jax import Array
 from jax.experimental import sparse
 from jaxtyping import Num
 
+from ecjax._types import Inputs, Network, Params
 from ecjax.compact import answers, chains
 from ecjax.compact.chains import Chain
-from ecjax.networks import Inputs, Network, Params
 
 KINDS = ("bcsr", "csr")
 

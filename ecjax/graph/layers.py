@@ -2,7 +2,7 @@
 
 import fnmatch
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jaxtyping import PyTree
@@ -113,9 +113,11 @@ def as_patterns(exclude: Iterable[str] | str) -> tuple[str, ...]:
     """
     if isinstance(exclude, str):
         return (exclude,)
+    if isinstance(exclude, Iterator):
+        raise ValueError(f"{exclude!r} must be one or several patterns of paths; an iterator can be read only once")
     found = tuple(exclude) if isinstance(exclude, Iterable) and not isinstance(exclude, bytes) else (exclude,)
     if not all(isinstance(pattern, str) for pattern in found):
-        raise ValueError(f"exclude is {exclude!r}; it must be one or several patterns of paths, such as 'head/*'")
+        raise ValueError(f"{exclude!r} must be one or several patterns of paths, such as 'head/*'")
     return found
 
 

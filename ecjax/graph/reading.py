@@ -54,7 +54,6 @@ def read(network: Callable, params: PyTree, inputs: Any, *, exclude: Iterable[st
     """Reads a network.
 
     Args:
-        network: pure function ``(params, inputs) -> outputs``.
         params: of arrays, or of their shapes.
         inputs: an array of at least two samples, or its shape.
         exclude: patterns of the paths of leaves that are left alone.

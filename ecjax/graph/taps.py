@@ -29,8 +29,6 @@ def tapped(
 
     Args:
         reading: of the network, for params and inputs of these shapes.
-        params: its parameters.
-        inputs: samples along the first axis.
         taps: by the kernel's path; a layer without one is left as it is.
 
     Returns:
@@ -114,7 +112,6 @@ def zero_taps(layers: Layers, params: PyTree, samples: int) -> dict[str, Float[A
 
     Args:
         layers: of the network.
-        params: with the kernels.
         samples: how many rows the taps have.
 
     Example:

@@ -14,7 +14,6 @@ with respect to a weight is formed for any sample.
 """
 
 from ecjax.moments.additive import InputMoments, LayerMoments, Moments, merge, start
-from ecjax.moments.batch import of_batch
 from ecjax.moments.stream import of_batches, of_inputs, update
 
 __all__ = [
@@ -22,7 +21,6 @@ __all__ = [
     "LayerMoments",
     "Moments",
     "merge",
-    "of_batch",
     "of_batches",
     "of_inputs",
     "start",

@@ -11,11 +11,11 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, PyTree
 
-from ecjax import _door, _trees, graph
+from ecjax import _checks, _door, _trees, graph, metrics
+from ecjax._types import Inputs, Metric, Network, Params, Patterns
 from ecjax.graph import Layer, Layers
 from ecjax.graph.layers import as_patterns
 from ecjax.graph.taps import tap_dtype
-from ecjax.networks import Inputs, Network, Params, Patterns
 
 
 class LayerMoments(NamedTuple):
@@ -57,17 +57,24 @@ class InputMoments(NamedTuple):
     scatter: Float[Array, " in"]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["samples", "layers"], meta_fields=["read", "exclude"])
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["samples", "layers", "metric"],
+    meta_fields=["read", "exclude", "probes", "of_weights"],
+)
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """The moments of every dense layer, by its kernel's path, and how many samples they are of.
+    """The moments of every dense layer, by its kernel's path, of how many samples, and how they are taken.
 
     Attributes:
         samples: how many, a number.
         layers: ``LayerMoments``, or ``InputMoments``, by the kernel's path; inputs and neurons are those of the kernel
             as a matrix ``(in, out)``.
-        read: the layers of the network, which are static.
-        exclude: patterns of what was left alone, which are static too.
+        metric: of the outputs; its numbers are leaves. What follows is static.
+        read: the layers of the network.
+        exclude: patterns of what was left alone.
+        probes: how many random combinations of the metric's rows; None for all rows.
+        of_weights: whether these are moments for each weight, not for each input of a layer.
 
     Example:
         >>> seen = moments.of_inputs(network, params, inputs, metric="fisher")
@@ -77,20 +84,21 @@ class Moments:
 
     samples: PyTree  # not checked here: a pytree is also mapped to what is no array
     layers: dict
+    metric: metrics.Metric
     read: Layers
     exclude: tuple[str, ...] = ()
-
-    @property
-    def of_weights(self) -> bool:
-        """Whether these are moments for each weight, not for each input of a layer."""
-        return any(isinstance(layer, LayerMoments) for layer in self.layers.values())
+    probes: int | None = None
+    of_weights: bool = True
 
 
 def _to_state(seen: Moments) -> dict:
-    return flax.serialization.to_state_dict({"samples": seen.samples, "layers": seen.layers})
+    state = flax.serialization.to_state_dict({"samples": seen.samples, "layers": seen.layers})
+    return state | {"taken": _taken(seen)}
 
 
 def _from_state(seen: Moments, state: dict) -> Moments:
+    _require_alike(_taken(seen), state.get("taken", "moments of which nothing is said"))
+    state = {name: state[name] for name in ("samples", "layers")}
     found = flax.serialization.from_state_dict({"samples": seen.samples, "layers": seen.layers}, state)
     return dataclasses.replace(seen, **found)
 
@@ -103,35 +111,35 @@ def start(
     params: Params,
     inputs: Inputs | jax.ShapeDtypeStruct,
     *,
+    metric: Metric = "euclidean",
+    probes: int | None = None,
     exclude: Patterns = (),
     of_weights: bool = True,
 ) -> Moments:
     """The moments of no samples: what ``update`` and ``merge`` start from. At least float32, whatever the params are.
 
+    How the moments are taken is said here, once, and travels with them.
+
     Args:
-        network: pure function ``(params, inputs) -> outputs``.
-        params: of the network; the moments lie on devices as the kernels do.
         inputs: some samples, or their shape, to read the network with.
-        exclude: patterns of paths that are left alone.
+        probes: None for all K rows of the metric, or how many random ±1 combinations of them to draw for each sample
+            (Hutchinson's estimator: the sensitivities stay unbiased).
         of_weights: for each weight (``LayerMoments``), or for each input of a layer (``InputMoments``); the latter of
             a multilayer perceptron, without the first layer, whose inputs are no neurons.
 
     Raises:
-        ValueError: a network that mixes samples or with a kernel that can't be scored, by name.
+        ValueError: an unknown metric, a network that mixes samples or with a kernel that can't be scored, by name.
 
     Example:
-        >>> nothing = moments.start(network, params, inputs)
+        >>> nothing = moments.start(network, params, inputs, metric="fisher")
         >>> float(nothing.samples), nothing.layers["Dense_0/kernel"].mean.shape
         (0.0, (4, 8))
     """
+    if probes is not None:
+        _checks.require_positive(probes, "probes")
+    metric = metrics.named(metric)
     network, params, _ = _trees.split(network, params)
-    read = _door.layers(network, params, inputs, exclude=exclude)
-    return nothing(params, read, as_patterns(exclude), of_weights=of_weights)
-
-
-def nothing(params: Params, read: Layers, exclude: tuple[str, ...], *, of_weights: bool) -> Moments:
-    """The moments of no samples of layers that were read already."""
-    leaves = _trees.by_path(params)
+    leaves, read = _trees.by_path(params), _door.layers(network, params, inputs, exclude=exclude)
 
     def zeros(layer: Layer):
         kernel, (_, inputs, neurons) = leaves[layer.kernel], layer.layout.sizes
@@ -142,7 +150,8 @@ def nothing(params: Params, read: Layers, exclude: tuple[str, ...], *, of_weight
         return LayerMoments(sensitivity=jnp.zeros(neurons, dtype), mean=like, scatter=like)
 
     layers = read if of_weights else graph.chain(read)[1:]
-    return Moments(jnp.zeros(()), {layer.kernel: zeros(layer) for layer in layers}, read, exclude)
+    found = {layer.kernel: zeros(layer) for layer in layers}
+    return Moments(jnp.zeros(()), found, metric, read, as_patterns(exclude), probes, of_weights)
 
 
 def merge(first: Moments, second: Moments) -> Moments:
@@ -153,10 +162,11 @@ def merge(first: Moments, second: Moments) -> Moments:
 
     Args:
         first: moments of some samples.
-        second: moments of others, of the same network and metric.
+        second: moments of others, of the same network and params, taken in the same way.
 
     Raises:
-        ValueError: moments of other layers.
+        ValueError: moments of other layers, or taken with another metric, other probes or another ``exclude``. Under
+            ``jit`` the numbers of a metric, as its temperature, can't be compared.
 
     Example:
         >>> seen = moments.of_inputs(network, params, inputs, metric="fisher")
@@ -165,17 +175,32 @@ def merge(first: Moments, second: Moments) -> Moments:
         >>> float(twice.samples), bool(jnp.allclose(both.scatter, 2 * once.scatter))
         (400.0, True)
     """
-    if first.read != second.read or first.of_weights != second.of_weights:
-        raise ValueError(
-            f"these moments are of different layers and can't be merged: {_described(first)} and {_described(second)}"
-        )
+    known = not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((first.metric, second.metric)))
+    _require_alike(_taken(first, known), _taken(second, known))
+    if first.read != second.read:
+        raise ValueError(f"these moments are of networks whose layers differ: {first.read}\n\nand\n\n{second.read}")
     layers = {path: _merge_layer(layer, second.layers[path]) for path, layer in first.layers.items()}
     return dataclasses.replace(first, samples=first.samples + second.samples, layers=layers)
 
 
-def _described(seen: Moments) -> str:
+def _taken(seen: Moments, numbers: bool = True) -> str:
+    """How moments were taken, in words; with the numbers of the metric if they are known."""
+    leaves = [np.asarray(leaf, np.float32).tolist() for leaf in jax.tree.leaves(seen.metric)] if numbers else []
+    name = f"{type(seen.metric).__name__}({', '.join(map(str, leaves))})"
+    rows = "all rows" if seen.probes is None else f"{seen.probes} probes"
+    left = f", without {', '.join(seen.exclude)}" if seen.exclude else ""
+    return f"{described(seen)}{left}, metric {name}, {rows}"
+
+
+def described(seen: Moments) -> str:
+    """Which layers moments are of, in words."""
     kinds = "weights" if seen.of_weights else "layers' inputs"
     return f"of {kinds} of {', '.join(f'{layer.kernel} {layer.shape}' for layer in seen.read)}"
+
+
+def _require_alike(first: str, second: str) -> None:
+    if first != second:
+        raise ValueError(f"these moments were taken in different ways and can't be put together: {first}; and {second}")
 
 
 def _merge_layer(first: LayerMoments | InputMoments, second) -> LayerMoments | InputMoments:
@@ -198,10 +223,10 @@ def require(params: Params, seen: Moments, *, of_weights: bool) -> None:
     """Raises a ValueError unless the moments are of some samples, of these params, for each weight or each input."""
     leaves = {path: np.shape(leaf) for path, leaf in _trees.by_path(params).items()}
     fitting = all(leaves.get(layer.kernel) == layer.shape for layer in seen.read)
-    if not fitting or (seen.layers and seen.of_weights != of_weights):
+    if not fitting or seen.of_weights != of_weights:
         wanted = LayerMoments._fields if of_weights else InputMoments._fields
         raise ValueError(
-            f"moments of other layers: {_described(seen)} given; {', '.join(wanted)} "
+            f"moments of other layers: {described(seen)} given; {', '.join(wanted)} "
             f"{'for each weight' if of_weights else 'for each input'} of these params are needed: {leaves}"
         )
     if not isinstance(seen.samples, jax.core.Tracer) and seen.samples == 0:

@@ -1,62 +1,51 @@
 """The moments of one batch, inside a compiled function."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, PRNGKeyArray
 
-from ecjax import _trees, graph, metrics
+from ecjax import _trees, graph
+from ecjax._types import Inputs, Network, Params
 from ecjax.graph import Layers
 from ecjax.moments.additive import InputMoments, LayerMoments, Moments, divide
-from ecjax.networks import Inputs, Network, Params
 
 # Backward passes per loop iteration: enough to fuse their sums, few enough to compile fast when K is 1,000.
 _UNROLLED_ROWS = 10
 
 
 def of_batch(
+    seen: Moments,
     network: Network,
     params: Params,
     inputs: Inputs,
     counted: Bool[Array, " samples"],
-    *,
-    metric: str,
-    probes: int | None = None,
-    key: PRNGKeyArray | None = None,
-    exclude: tuple[str, ...] = (),
-    of_weights: bool = True,
+    key: PRNGKeyArray,
 ) -> Moments:
-    """The moments of one batch.
+    """The moments of one batch, taken as ``seen`` says.
 
     Args:
-        network: pure function ``(params, inputs) -> outputs``.
+        seen: earlier moments, or those of no samples.
         params: its parameters, of arrays alone.
         inputs: one batch of samples.
         counted: which samples of the batch count; the others weigh nothing.
-        metric: "euclidean" or "fisher".
-        probes: number of random combinations of the metric's rows, or None for all K rows.
         key: for the probes.
-        exclude: patterns of paths that are left alone.
-        of_weights: for each weight, or for each input of a layer.
-
-    Example:
-        >>> of_batch = jax.jit(lambda counted: moments.of_batch(network, params, inputs, counted, metric="fisher"))
-        >>> float(of_batch(jnp.arange(200) < 150).samples)
-        150.0
     """
     inputs = graph.at_least_two(inputs)
     counted = jnp.pad(counted, (0, len(inputs) - len(counted)))
-    reading = graph.read(network, params, inputs, exclude=exclude)
+    reading = graph.read(network, params, inputs, exclude=seen.exclude)
     outputs, backward, layer_inputs = jax.vjp(
         lambda taps: graph.tapped(reading, params, inputs, taps),
         graph.zero_taps(reading.layers, params, inputs.shape[0]),
         has_aux=True,
     )
-    kernels = None if of_weights else _reading_neurons(reading.layers, params)
-    sensitivities = _sensitivities(outputs, backward, kernels, metric=metric, probes=probes, key=key)
-    of_layer = _layer_moments if of_weights else _input_moments
+    kernels = None if seen.of_weights else _reading_neurons(reading.layers, params)
+    sensitivities = _sensitivities(outputs, backward, kernels, metric=seen.metric, probes=seen.probes, key=key)
+    of_layer = _layer_moments if seen.of_weights else _input_moments
     layers = {path: of_layer(layer_inputs[path], s, counted) for path, s in sensitivities.items()}
-    return Moments(counted.sum(dtype=jnp.zeros(()).dtype), layers, reading.layers, exclude)
+    return dataclasses.replace(seen, samples=counted.sum(dtype=jnp.zeros(()).dtype), layers=layers)
 
 
 def _reading_neurons(layers: Layers, params: Params) -> dict[str, Float[Array, "in out"]]:
@@ -71,7 +60,6 @@ def _sensitivities(outputs, backward, kernels, *, metric, probes, key) -> dict[s
     With kernels, ``T_nj = Σ_k (Σ_i g_nki W_ji)²`` instead: the sensitivity to the layer's inputs.
     """
     count = outputs.shape[-1]
-    combine = metrics.transposed_factor(metric, outputs)
 
     def row(index):
         return jnp.broadcast_to(jax.nn.one_hot(index, count, dtype=outputs.dtype), outputs.shape)
@@ -87,7 +75,7 @@ def _sensitivities(outputs, backward, kernels, *, metric, probes, key) -> dict[s
 
     def add_squares(total, index):
         coefficients = row(index) if probes is None else probe(index)
-        gradients = slopes(combine(coefficients))
+        gradients = slopes(metric.factor(outputs, coefficients).astype(outputs.dtype))
         return jax.tree.map(lambda s, g: s + g**2, total, gradients), None
 
     passes = count if probes is None else probes

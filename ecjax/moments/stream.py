@@ -1,9 +1,6 @@
 """The moments of many samples, batch after batch: of one array, or of batches that come one after another."""
 
-import dataclasses
-import functools
 from collections.abc import Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +8,10 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Num, PRNGKeyArray
 
-from ecjax import _door, _trees, batches, checks, devices, metrics, precision
-from ecjax.moments.additive import Moments, merge, start
+from ecjax import _batches, _door, _precision
+from ecjax._types import Inputs, Metric, Network, Params, Patterns
+from ecjax.moments.additive import Moments, described, merge, start
 from ecjax.moments.batch import of_batch
-from ecjax.networks import Inputs, Network, Params, Patterns
 
 
 def of_inputs(
@@ -22,7 +19,7 @@ def of_inputs(
     params: Params,
     inputs: Inputs,
     *,
-    metric: str = "euclidean",
+    metric: Metric = "euclidean",
     probes: int | None = None,
     key: PRNGKeyArray | None = None,
     batch_size: int = 1024,
@@ -32,17 +29,13 @@ def of_inputs(
     """The moments of all samples, batch after batch inside one compiled call.
 
     Args:
-        network: pure function ``(params, inputs) -> outputs``; compiled once for each.
-        params: its parameters.
-        inputs: calibration inputs, samples along the first axis; on one device, or spread evenly over several
-            (``devices``): each then works on its own samples.
-        metric: "euclidean" for ``Σ_k g_k²`` on raw outputs, "fisher" for the softmax Fisher of logits.
-        probes: None for all K rows of the metric, or how many random ±1 combinations of them to draw for each sample
-            (Hutchinson's estimator: the sensitivities stay unbiased).
+        inputs: calibration inputs; on one device, or spread evenly over several (``devices``): each then works on its
+            own samples.
+        metric: as for ``start``, like probes and of_weights.
+        probes: None, or how many random combinations of the K rows of the metric.
         key: random key, needed with ``probes``.
         batch_size: samples at a time, on each device; it bounds the memory.
-        exclude: patterns of paths that are left alone.
-        of_weights: for each weight (``LayerMoments``), or for each input of a layer (``InputMoments``).
+        of_weights: for each weight, or for each input of a layer.
 
     Raises:
         ValueError: no inputs, inputs that hold NaN or infinity, an unknown metric, probes without a key, or a network
@@ -54,11 +47,8 @@ def of_inputs(
         >>> bool(jnp.allclose(importance, scores.importance["Dense_0"]["kernel"]))
         True
     """
-    _require(inputs, metric, probes, key, batch_size)
-    network, params, _ = _trees.split(network, params)
-    seen, inputs = start(network, params, inputs, exclude=exclude, of_weights=of_weights), devices.automatic(inputs)
-    options = {"metric": metric, "probes": probes, "batch_size": int(batch_size), "blocks": batches.blocks(inputs)}
-    return _scan(seen, network, params, inputs, None, key, **options)
+    nothing = start(network, params, inputs, metric=metric, probes=probes, exclude=exclude, of_weights=of_weights)
+    return _updated(nothing, network, params, inputs, key, batch_size, any_number=False)
 
 
 def update(
@@ -67,23 +57,17 @@ def update(
     params: Params,
     inputs: Inputs,
     *,
-    metric: str = "euclidean",
-    probes: int | None = None,
     key: PRNGKeyArray | None = None,
     batch_size: int = 1024,
 ) -> Moments:
-    """The moments of the samples seen so far and of these together.
+    """The moments of the samples seen so far and of these together, taken in the same way.
 
     Samples on one device are filled up to a usual number, so that parts of many sizes share a few compiled functions.
 
     Args:
-        seen: of ``start``, or of earlier samples with the same params and metric.
-        network: pure function ``(params, inputs) -> outputs``.
-        params: its parameters.
+        seen: of ``start``, or of earlier samples with the same params.
         inputs: more calibration inputs, as many as there are.
-        metric: "euclidean" or "fisher".
-        probes: None, or how many random combinations of the K rows of the metric.
-        key: random key, needed with ``probes``; may be the same each time, as the number of samples seen enters what is
+        key: random key, needed with probes; may be the same each time, as the number of samples seen enters what is
             drawn. Machines whose moments are to be merged need one each.
         batch_size: samples at a time, on each device.
 
@@ -96,20 +80,7 @@ def update(
         >>> float(seen.samples)
         200.0
     """
-    _require(inputs, metric, probes, key, batch_size)
-    network, params, _ = _trees.split(network, params)
-    inputs = devices.automatic(inputs)
-    blocks, samples = batches.blocks(inputs), None
-    if blocks == 1:
-        samples, inputs = jnp.int32(inputs.shape[0]), batches.filled_up(inputs, int(batch_size))
-    here = _door.layers(network, params, inputs, exclude=seen.exclude)
-    if here != seen.read:
-        raise ValueError(
-            f"moments of other layers: {', '.join(f'{layer.kernel} {layer.shape}' for layer in seen.read)} given, "
-            f"{', '.join(f'{layer.kernel} {layer.shape}' for layer in here)} in this network"
-        )
-    options = {"metric": metric, "probes": probes, "batch_size": int(batch_size)}
-    return _scan(seen, network, params, inputs, samples, key, blocks=blocks, **options)
+    return _updated(seen, network, params, inputs, key, batch_size, any_number=True)
 
 
 def of_batches(
@@ -117,20 +88,20 @@ def of_batches(
     params: Params,
     batches: Iterable[Num[Array | np.ndarray, "..."]],
     *,
+    metric: Metric = "euclidean",
+    probes: int | None = None,
+    key: PRNGKeyArray | None = None,
+    batch_size: int = 1024,
     exclude: Patterns = (),
     of_weights: bool = True,
-    **options: Any,
 ) -> Moments:
     """The moments of all samples of an iterator, a generator or a list of batches; of one batch in memory at a time.
 
     Args:
-        network: pure function ``(params, inputs) -> outputs``.
-        params: its parameters.
-        batches: NumPy or JAX arrays of any numbers of samples, such as
-            ``(batch["image"] for batch in loader)``.
-        exclude: patterns of paths that are left alone.
+        batches: NumPy or JAX arrays of any numbers of samples, such as ``(batch["image"] for batch in loader)``.
+        probes: None, or how many random combinations of the K rows of the metric.
+        key: random key, needed with ``probes``.
         of_weights: for each weight, or for each input of a layer.
-        **options: of ``update``.
 
     Raises:
         ValueError: as ``update``, or not a single batch.
@@ -144,38 +115,39 @@ def of_batches(
     seen = None
     for batch in batches:
         if seen is None:
-            checks.require_inputs(batch)
-            seen = start(network, params, batch, exclude=exclude, of_weights=of_weights)
-        seen = update(seen, network, params, batch, **options)
+            seen = start(network, params, batch, metric=metric, probes=probes, exclude=exclude, of_weights=of_weights)
+        seen = update(seen, network, params, batch, key=key, batch_size=batch_size)
     if seen is None:
         raise ValueError("there is not a single batch; moments of no samples say nothing")
     return seen
 
 
-def _require(inputs, metric: str, probes: int | None, key: PRNGKeyArray | None, batch_size: int) -> None:
-    checks.require_inputs(inputs)
-    metrics.require(metric)
-    checks.require_positive(batch_size, "batch_size")
-    if probes is not None:
-        checks.require_positive(probes, "probes")
-        if key is None:
-            raise ValueError(f"probes={probes} draws random signs: give it a key, such as jax.random.key(0)")
+def _updated(seen: Moments, network, params, inputs, key, batch_size: int, *, any_number: bool) -> Moments:
+    if seen.probes is not None and key is None:
+        raise ValueError(f"probes={seen.probes} draws random signs: give it a key, such as jax.random.key(0)")
+    blocks, samples = _batches.blocks(inputs), None
+    if any_number and blocks == 1 and len(inputs):  # without samples it is refused
+        samples, inputs = jnp.int32(len(inputs)), _batches.filled_up(inputs, int(batch_size))
+    at = _door.enter(network, params, inputs, exclude=seen.exclude, metric=seen.metric, batch_size=batch_size)
+    if at.layers != seen.read:
+        raise ValueError(
+            f"moments of other layers: {described(seen)} given, "
+            f"{', '.join(f'{layer.kernel} {layer.shape}' for layer in at.layers)} in this network"
+        )
+    return _scan(at.network, int(batch_size), blocks, seen, at.params, at.inputs, samples, key)
 
 
-@functools.partial(jax.jit, static_argnames=("network", "metric", "probes", "batch_size", "blocks"))
-@precision.in_full
-def _scan(seen, network, params, inputs, samples, key, *, batch_size, blocks, **options) -> Moments:
+@_precision.compiled("network", "batch_size", "blocks")
+def _scan(network, batch_size, blocks, seen, params, inputs, samples, key) -> Moments:
     """Adds batch after batch; where ``samples`` are given, only so many of the inputs count."""
     key = jax.random.key(0) if key is None else key  # without probes nothing is drawn
 
     def add(total, index):
-        batch, counted = batches.take(inputs, index, batch_size, blocks)
+        batch, counted = _batches.take(inputs, index, batch_size, blocks)
         if samples is not None:
             counted &= index * counted.size + jnp.arange(counted.size) < samples
         drawn = jax.random.fold_in(key, total.samples.astype(jnp.uint32))
-        kind = {"exclude": seen.exclude, "of_weights": seen.of_weights}
-        of_these = of_batch(network, params, batch, counted, key=drawn, **kind, **options)
-        return merge(total, dataclasses.replace(of_these, read=seen.read)), None
+        return merge(total, of_batch(total, network, params, batch, counted, drawn)), None
 
-    total, _ = lax.scan(add, seen, jnp.arange(batches.count(inputs.shape[0], batch_size, blocks)))
+    total, _ = lax.scan(add, seen, jnp.arange(_batches.count(inputs.shape[0], batch_size, blocks)))
     return total

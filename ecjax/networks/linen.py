@@ -1,15 +1,16 @@
 """Networks of Flax Linen modules, and the MLP."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from flax import errors
 from jax import Array
 from jaxtyping import PRNGKeyArray
 
-from ecjax.networks.params import Inputs, Network, Params
+from ecjax._types import Inputs, Network, Params
 
 
 class MLP(nn.Module):
@@ -49,19 +50,47 @@ def _initial_kernel(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Ar
     return nn.initializers.lecun_normal()(key, shape, dtype) if math.prod(shape) else jnp.zeros(shape, dtype)
 
 
-def pure(module: nn.Module) -> Network:
+def from_linen(module: Any, *, variables: Mapping[str, Any] | None = None, **call: Any) -> Network:
     """The pure function ``(params, inputs) -> outputs`` of a Flax Linen module.
 
     Make it once and pass the same function everywhere: everything in ecjax is compiled once per network function.
 
+    Args:
+        module: a ``flax.linen.Module`` that takes inputs of shape (samples, *features).
+        variables: its collections besides "params", which keep these values: ``{"batch_stats": ...}``. All that
+            ``module.init`` gives may be passed; what it has under "params" is left out.
+        **call: further arguments of the module's call, such as ``train=False``.
+
+    Raises:
+        ValueError: no Linen module; or when the network is called, and the module misses a collection or a random key,
+            or changes a collection, as batch statistics in training mode do.
+
     Example:
-        >>> network = networks.pure(nn.Dense(3))
+        >>> network = networks.from_linen(nn.Dense(3))
         >>> network({"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}, jnp.ones((1, 2))).tolist()
         [[2.0, 2.0, 2.0]]
+        >>> norm = nn.BatchNorm()
+        >>> variables = norm.init(jax.random.key(0), inputs, use_running_average=True)
+        >>> network = networks.from_linen(norm, variables=variables, use_running_average=True)
+        >>> network(variables["params"], inputs).shape
+        (200, 4)
     """
+    if not isinstance(module, nn.Module):
+        raise ValueError(
+            f"from_linen takes a flax.linen.Module, got {type(module).__name__}; for Flax NNX there is "
+            "networks.from_nnx, and any pure function (params, inputs) -> outputs is a network as it stands"
+        )
+    fixed = {name: values for name, values in (variables or {}).items() if name != "params"}
 
     def network(params: Params, inputs: Inputs) -> Array:
-        return module.apply({"params": params}, inputs)
+        try:
+            return module.apply({"params": params, **fixed}, inputs, **call)
+        except (errors.ModifyScopeVariableError, errors.ScopeCollectionNotFound, errors.InvalidRngError) as error:
+            raise ValueError(
+                f"{type(module).__name__} can't be called as a pure function of its params: {error} Give its other "
+                "collections to networks.from_linen(module, variables=...), and the arguments that put it into "
+                "evaluation mode, such as train=False"
+            ) from error
 
     network.module = module  # compact.compact builds it again, with smaller widths
     return network

@@ -4,7 +4,7 @@ from flax import nnx
 from jax import Array
 
 from ecjax._trees import by_path, replace
-from ecjax.networks.params import Inputs, Network, Params
+from ecjax._types import Inputs, Network, Params
 
 
 def from_nnx(module: object) -> tuple[Network, Params]:
@@ -89,7 +89,7 @@ def _require_module(module: object) -> None:
     if not isinstance(module, nnx.Module):
         raise ValueError(
             f"from_nnx and to_nnx take a flax.nnx.Module, got {type(module).__name__}; for Flax Linen there is "
-            "networks.pure, and any pure function (params, inputs) -> outputs is a network as it stands"
+            "networks.from_linen, and any pure function (params, inputs) -> outputs is a network as it stands"
         )
 
 

@@ -2,12 +2,10 @@
 
 from ecjax.prune.masks import SCOPES, Pruned, apply_masks, one_shot, smallest, sparsity
 from ecjax.prune.neurons import neurons
-from ecjax.prune.stages import REPAIRS, Criterion, Stage, staged, staged_neurons
+from ecjax.staged import Stage, staged, staged_neurons
 
 __all__ = [
-    "REPAIRS",
     "SCOPES",
-    "Criterion",
     "Pruned",
     "Stage",
     "apply_masks",

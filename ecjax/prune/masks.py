@@ -9,11 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Real
 
-from ecjax import _trees, checks, graph
-from ecjax.checks import Sparsity
+from ecjax import _checks, _trees, graph
+from ecjax._types import Kernels, Params, Patterns, Sparsity
 from ecjax.graph import Layer, Layers
 from ecjax.graph.layers import chosen
-from ecjax.networks import Kernels, Params, Patterns
 from ecjax.score import Scores
 
 SCOPES = ("network", "layer", "neuron")
@@ -60,7 +59,6 @@ def one_shot(
     al., arXiv:2602.20467.
 
     Args:
-        params: the dense network's.
         scores: of a criterion, for these params.
         sparsity: the fraction of weights to remove, in [0, 1]; biases don't count. May be traced. Left out for N:M.
         scope: where weights compete: "network", each "layer", or each "neuron" (the inputs of one output). Or a pair
@@ -90,16 +88,16 @@ def one_shot(
     elif sparsity is None:
         raise ValueError(f"scope {scope!r} needs a sparsity, the fraction of weights to remove")
     else:
-        checks.require_sparsity(sparsity)
-    checks.require_kernels(params, scores.importance, "importances")
+        _checks.require_sparsity(sparsity)
+    _checks.require_kernels(params, scores.importance, "importances")
     importance = _left(_trees.by_path(scores.importance), params, exclude)
-    checks.require_no_nan(importance, "importances")
+    _checks.require_no_nan(importance, "importances")
     layers = _known(scores.layers, importance, scope)
     found = _masks(importance, layers, sparsity, scope)
     masks = _trees.as_kernels(params, found)
     if scores.bias_shift is None:
         return Pruned(apply_masks(params, masks), masks)
-    checks.require_kernels(params, scores.bias_shift, "bias shifts")
+    _checks.require_kernels(params, scores.bias_shift, "bias shifts")
     shifts = _left(_trees.by_path(scores.bias_shift), params, exclude)
     _known(scores.layers, shifts, "neuron")
     return Pruned(apply_masks(_shift_biases(params, shifts, found, layers, exclude), masks), masks)
@@ -150,7 +148,6 @@ def apply_masks(params: Params, masks: Kernels) -> Params:
     """The same params with exact zeros where a mask is False; biases stay as they are.
 
     Args:
-        params: of any network.
         masks: Kernels of booleans, True where the weight stays.
 
     Raises:
@@ -161,7 +158,7 @@ def apply_masks(params: Params, masks: Kernels) -> Params:
         >>> float(jnp.abs(prune.apply_masks(params, none_stay)["Dense_0"]["kernel"]).max())
         0.0
     """
-    checks.require_masks(params, masks)
+    _checks.require_masks(params, masks)
     return _trees.masked(params, masks)
 
 
@@ -264,5 +261,5 @@ def _shift_biases(
         removed = graph.as_matrices(jnp.where(mask, 0, shifts[path]), layer.layout).sum(1, keepdims=True)
         bias = biases.get(layer.bias, leaves[layer.bias])  # several kernels may share the neurons of one bias
         biases[layer.bias] = bias + graph.as_leaf(removed, layer.bias_layout).astype(bias.dtype)
-    checks.require_finite(biases, "shifted biases")
+    _checks.require_finite(biases, "shifted biases")
     return _trees.replace(params, biases)

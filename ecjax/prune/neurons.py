@@ -1,17 +1,13 @@
 """Removing whole hidden neurons of an MLP."""
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
-from jax import Array
 
-from ecjax import _trees, checks, graph
-from ecjax.checks import Sparsity
+from ecjax import _checks, _trees, graph
+from ecjax._types import Params, Sparsity
 from ecjax.graph import Layer
-from ecjax.networks import Kernels, Params
 from ecjax.prune.masks import Pruned, apply_masks, keep_in_each
 from ecjax.score import NeuronScores
 
@@ -43,7 +39,7 @@ def neurons(params: Params, scores: NeuronScores, fraction: Sparsity, *, scope: 
         >>> int(pruned.masks["Dense_1"]["kernel"].any(1).sum())
         4
     """
-    checks.require_sparsity(fraction)
+    _checks.require_sparsity(fraction)
     if scope not in NEURON_SCOPES:
         raise ValueError(f"scope is {scope!r}; for neurons it must be one of {', '.join(map(repr, NEURON_SCOPES))}")
     chain, leaves = graph.chain(scores.layers), _trees.by_path(params)
@@ -60,7 +56,7 @@ def neurons(params: Params, scores: NeuronScores, fraction: Sparsity, *, scope: 
             weights = graph.as_matrices(leaves[following.kernel], following.layout)[0]
             shift = jnp.where(kept[own.kernel], 0, scores.constant[own.kernel]) @ weights
             shifted[following.bias] = bias + graph.as_leaf(shift[None, None], following.bias_layout).astype(bias.dtype)
-    checks.require_finite(shifted, "shifted biases")
+    _checks.require_finite(shifted, "shifted biases")
     masks = {layer.kernel: graph.as_leaf(masks[layer.kernel][None], layer.layout) for layer in chain}
     as_kernels = _trees.as_kernels(params, masks)
     return Pruned(apply_masks(_trees.replace(params, shifted), as_kernels), as_kernels)
@@ -82,19 +78,4 @@ def _require_neurons(scores: NeuronScores, chain: Sequence[Layer], leaves: dict)
     for layer in chain[1:]:
         if scores.constant is not None and layer.bias is None:
             raise ValueError(f"kernel '{layer.kernel}' has no bias to which the constants could be added")
-    checks.require_no_nan(scores.importance, "importances")
-
-
-def alive(scores: NeuronScores, masks: Kernels) -> dict[str, Array]:
-    """Which neurons of each hidden layer still have a weight out of them."""
-    kept = _trees.by_path(masks)
-    return {
-        own.kernel: graph.as_matrices(kept[following.kernel], following.layout)[0].any(1)
-        for own, following in itertools.pairwise(graph.chain(scores.layers))
-    }
-
-
-def ranked_last(scores: NeuronScores, still: dict[str, Array]) -> NeuronScores:
-    """Ranks neurons that are already removed below all others."""
-    importance = jax.tree.map(lambda value, there: jnp.where(there, value, -jnp.inf), scores.importance, still)
-    return dataclasses.replace(scores, importance=importance)
+    _checks.require_no_nan(scores.importance, "importances")

@@ -6,6 +6,7 @@ are the baselines they are measured against.
 """
 
 from ecjax.score.baselines import gradient_magnitude, magnitude, random
+from ecjax.score.criteria import CRITERIA, NEURON_CRITERIA, Criterion
 from ecjax.score.definition import elimination_compensation_by_definition
 from ecjax.score.linear import (
     elimination_compensation,
@@ -25,6 +26,9 @@ from ecjax.score.nonlinear import nonlinear_elimination_compensation
 from ecjax.score.scores import Scores
 
 __all__ = [
+    "CRITERIA",
+    "NEURON_CRITERIA",
+    "Criterion",
     "NeuronScores",
     "Scores",
     "elimination_compensation",

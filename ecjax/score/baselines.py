@@ -1,14 +1,12 @@
 """The baselines: magnitude, gradient magnitude and chance."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from ecjax import _door, _trees, checks, devices, precision
+from ecjax import _door, _precision, _trees
+from ecjax._types import Inputs, Loss, Network, Params, Patterns, Targets
 from ecjax.graph.layers import kernels
-from ecjax.networks import Inputs, Loss, Network, Params, Patterns, Targets
 from ecjax.score.scores import Scores, checked, scores_of
 
 
@@ -18,10 +16,8 @@ def magnitude(network: Network, params: Params, inputs: Inputs, *, exclude: Patt
     Source: Han et al., "Learning both weights and connections for efficient neural networks", arXiv:1506.02626.
 
     Args:
-        network: pure function ``(params, inputs) -> outputs``, which tells the kernels.
-        params: its parameters.
+        network: it tells the kernels.
         inputs: calibration inputs; only their shape counts.
-        exclude: patterns of paths that are left alone.
 
     Raises:
         ValueError: no kernels, or kernels that hold NaN or infinity.
@@ -32,7 +28,7 @@ def magnitude(network: Network, params: Params, inputs: Inputs, *, exclude: Patt
         [[2.0], [1.0]]
     """
     network, params, _ = _trees.split(network, params)
-    layers = _door.layers(network, params, inputs, exclude=exclude, scored=False, each_alone=False)
+    layers = _door.layers(network, params, inputs, exclude=exclude, need="weights", each_alone=False)
     return checked(scores_of(params, layers, {p: jnp.abs(kernel) for p, kernel in kernels(layers, params).items()}))
 
 
@@ -44,12 +40,8 @@ def gradient_magnitude(
     Source: Molchanov et al., arXiv:1906.10771, with the gradient of the mean loss.
 
     Args:
-        network: pure function ``(params, inputs) -> outputs``.
-        params: its parameters.
-        inputs: samples along the first axis.
         targets: what the loss compares each sample's outputs with.
         loss: ``(outputs, targets) -> losses``, as optax's; its mean is differentiated.
-        exclude: patterns of paths that are left alone.
 
     Raises:
         ValueError: bad inputs, not one target for each sample, or importances that overflow.
@@ -59,34 +51,27 @@ def gradient_magnitude(
         >>> scores.importance["Dense_0"]["kernel"].shape, scores.bias_shift
         ((4, 8), None)
     """
-    checks.require_inputs(inputs)
-    checks.require_targets(inputs, targets)
-    network, params, _ = _trees.split(network, params)
-    layers = _door.layers(network, params, inputs, exclude=exclude, scored=False)
-    inputs, targets = devices.automatic((inputs, targets))
-    weights = kernels(layers, params)
-    slopes = _loss_gradient(network, params, weights, inputs, targets, loss=loss)
-    return checked(scores_of(params, layers, {path: jnp.abs(w * slopes[path]) for path, w in weights.items()}))
+    at = _door.enter(network, params, inputs, exclude=exclude, targets=targets, need="weights")
+    weights = kernels(at.layers, at.params)
+    slopes = _loss_gradient(at.network, loss, at.params, weights, at.inputs, at.targets)
+    return checked(scores_of(at.params, at.layers, {path: jnp.abs(w * slopes[path]) for path, w in weights.items()}))
 
 
-@functools.partial(jax.jit, static_argnames=("network", "loss"))
-@precision.in_full
-def _loss_gradient(network, params, kernels, inputs, targets, *, loss):
-    def mean_loss(kernels):
-        return loss(network(_trees.replace(params, kernels), inputs), targets).mean()
+@_precision.compiled("network", "loss")
+def _loss_gradient(network, loss, params, weights, inputs, targets):
+    def mean_loss(weights):
+        return loss(network(_trees.replace(params, weights), inputs), targets).mean()
 
-    return jax.grad(mean_loss)(kernels)
+    return jax.grad(mean_loss)(weights)
 
 
 def random(network: Network, params: Params, inputs: Inputs, *, key: PRNGKeyArray, exclude: Patterns = ()) -> Scores:
     """``I ~ U(0, 1)``, independent for every weight: what any criterion has to beat.
 
     Args:
-        network: pure function ``(params, inputs) -> outputs``, which tells the kernels.
-        params: its parameters.
+        network: it tells the kernels.
         inputs: calibration inputs; only their shape counts.
         key: what is drawn depends on it alone.
-        exclude: patterns of paths that are left alone.
 
     Raises:
         ValueError: params without kernels.
@@ -97,7 +82,7 @@ def random(network: Network, params: Params, inputs: Inputs, *, key: PRNGKeyArra
         True
     """
     network, params, _ = _trees.split(network, params)
-    layers = _door.layers(network, params, inputs, exclude=exclude, scored=False, each_alone=False)
+    layers = _door.layers(network, params, inputs, exclude=exclude, need="weights", each_alone=False)
     weights = kernels(layers, params)
     keys = jax.random.split(key, len(weights))
     draws = {path: jax.random.uniform(k, weights[path].shape) for k, path in zip(keys, weights, strict=True)}

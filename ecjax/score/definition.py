@@ -1,13 +1,11 @@
 """Elimination-compensation by its literal definition: the reference, and for any differentiable network."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from ecjax import _door, _trees, checks, devices, graph, metrics, precision
+from ecjax import _door, _precision, _trees, graph, metrics
+from ecjax._types import Inputs, Metric, Network, Params, Patterns
 from ecjax.graph.taps import tap_dtype
-from ecjax.networks import Inputs, Network, Params, Patterns
 from ecjax.score.scores import Scores, checked, least, of_each_weight
 
 
@@ -16,7 +14,7 @@ def elimination_compensation_by_definition(
     params: Params,
     inputs: Inputs,
     *,
-    metric: str = "euclidean",
+    metric: Metric = "euclidean",
     weights_at_once: int = 64,
     exclude: Patterns = (),
 ) -> Scores:
@@ -32,12 +30,9 @@ def elimination_compensation_by_definition(
     ``elimination_compensation`` gives the same numbers from two gradient passes.
 
     Args:
-        network: differentiable pure function ``(params, inputs) -> outputs`` of shape (samples, K).
-        params: its parameters; nothing moves for a kernel without a bias.
-        inputs: calibration inputs, samples along the first axis.
-        metric: "euclidean" or "fisher".
+        params: of the network; nothing moves for a kernel without a bias.
+        inputs: calibration inputs, all held in memory at once.
         weights_at_once: how many weights one ``vmap`` takes; it bounds the memory.
-        exclude: patterns of paths that are left alone.
 
     Returns:
         Scores, as ``elimination_compensation``.
@@ -51,19 +46,14 @@ def elimination_compensation_by_definition(
         >>> bool(jnp.allclose(found["Dense_0"]["kernel"], scores.importance["Dense_0"]["kernel"], rtol=1e-3, atol=1e-6))
         True
     """
-    checks.require_inputs(inputs)
-    metrics.require(metric)
-    checks.require_positive(weights_at_once, "weights_at_once")
-    network, params, _ = _trees.split(network, params)
-    layers = _door.layers(network, params, inputs, exclude=exclude, scored=False)
-    inputs = devices.automatic(inputs)
-    options = {"layers": layers, "metric": metric, "weights_at_once": int(weights_at_once)}
-    return checked(_all_weights(network, params, inputs, **options))
+    at = _door.enter(
+        network, params, inputs, exclude=exclude, metric=metric, need="weights", weights_at_once=weights_at_once
+    )
+    return checked(_all_weights(at.network, at.layers, int(weights_at_once), at.params, at.inputs, at.metric))
 
 
-@functools.partial(jax.jit, static_argnames=("network", "layers", "metric", "weights_at_once"))
-@precision.in_full
-def _all_weights(network, params, inputs, *, layers, metric, weights_at_once) -> Scores:
+@_precision.compiled("network", "layers", "weights_at_once")
+def _all_weights(network, layers, weights_at_once, params, inputs, metric) -> Scores:
     outputs = network(params, inputs)
 
     def one_weight(layer, index):

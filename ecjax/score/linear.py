@@ -6,11 +6,11 @@ from jax import Array
 from jaxtyping import Float, PRNGKeyArray
 
 from ecjax import _trees, graph, moments
+from ecjax._types import Inputs, Metric, Network, Params, Patterns
 from ecjax.graph import Layer
 from ecjax.graph.taps import tap_dtype
 from ecjax.moments import Moments
 from ecjax.moments.additive import require
-from ecjax.networks import Inputs, Network, Params, Patterns
 from ecjax.score.scores import Scores, checked, scores_of, times_square
 
 
@@ -19,7 +19,7 @@ def elimination_compensation(
     params: Params,
     inputs: Inputs,
     *,
-    metric: str = "euclidean",
+    metric: Metric = "euclidean",
     probes: int | None = None,
     key: PRNGKeyArray | None = None,
     batch_size: int = 1024,
@@ -37,15 +37,10 @@ def elimination_compensation(
     one whose squared sensitivities are below the smallest number of the dtype.
 
     Args:
-        network: pure function ``(params, inputs) -> outputs`` of shape (samples, K).
-        params: its parameters. A kernel without a bias has nothing to move: its importance is that of
+        params: of the network. A kernel without a bias has nothing to move: its importance is that of
             ``optimal_brain_damage``, its shift 0.
-        inputs: calibration inputs, samples along the first axis.
-        metric: "euclidean" for ``Σ_k δy_k²`` on raw outputs, "fisher" for the softmax Fisher of logits.
         probes: None for the exact sensitivities, or how many random ±1 combinations of the K rows stand in for them.
         key: random key, needed with ``probes``.
-        batch_size: samples at a time; it bounds the memory.
-        exclude: patterns of paths that are left alone.
 
     Returns:
         Scores: importance in squared units of the outputs, bias shifts in units of the pre-activations.
@@ -59,8 +54,9 @@ def elimination_compensation(
         >>> scores.importance["Dense_0"]["kernel"].shape, scores.bias_shift["Dense_0"]["kernel"].shape
         ((4, 8), (4, 8))
     """
-    options = {"metric": metric, "probes": probes, "key": key, "batch_size": batch_size, "exclude": exclude}
-    seen = moments.of_inputs(network, params, inputs, **options)
+    seen = moments.of_inputs(
+        network, params, inputs, metric=metric, probes=probes, key=key, batch_size=batch_size, exclude=exclude
+    )
     return elimination_compensation_from_moments(params, seen)
 
 
@@ -101,7 +97,7 @@ def optimal_brain_damage(
     params: Params,
     inputs: Inputs,
     *,
-    metric: str = "euclidean",
+    metric: Metric = "euclidean",
     probes: int | None = None,
     key: PRNGKeyArray | None = None,
     batch_size: int = 1024,
@@ -112,21 +108,7 @@ def optimal_brain_damage(
     ``I_ij = W_ij² · E[Σ_k (∂y_k/∂W_ij)²] = W_ij² · E[S_i a_j²]``, the Gauss-Newton diagonal of the outputs' change.
     Source: LeCun, Denker, Solla, "Optimal brain damage" (1989), with the output metric for their loss.
 
-    Args:
-        network: pure function ``(params, inputs) -> outputs`` of shape (samples, K).
-        params: its parameters.
-        inputs: calibration inputs, samples along the first axis.
-        metric: "euclidean" or "fisher", as in ``elimination_compensation``.
-        probes: None, or the number of random combinations of the K rows.
-        key: random key, needed with ``probes``.
-        batch_size: samples at a time.
-        exclude: patterns of paths that are left alone.
-
-    Returns:
-        Scores without bias shifts.
-
-    Raises:
-        ValueError: as ``elimination_compensation``.
+    The arguments and errors are those of ``elimination_compensation``; the scores have no bias shifts.
 
     Example:
         >>> damage = score.optimal_brain_damage(network, params, inputs, metric="fisher").importance
@@ -134,8 +116,9 @@ def optimal_brain_damage(
         >>> bool((compensated <= 1.001 * damage["Dense_1"]["kernel"]).all())
         True
     """
-    options = {"metric": metric, "probes": probes, "key": key, "batch_size": batch_size, "exclude": exclude}
-    seen = moments.of_inputs(network, params, inputs, **options)
+    seen = moments.of_inputs(
+        network, params, inputs, metric=metric, probes=probes, key=key, batch_size=batch_size, exclude=exclude
+    )
     return optimal_brain_damage_from_moments(params, seen)
 
 

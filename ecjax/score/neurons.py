@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, PRNGKeyArray, PyTree
 
-from ecjax import _door, _trees, checks, devices, graph, metrics, moments, precision
+from ecjax import _door, _precision, _trees, graph, metrics, moments
+from ecjax._types import Inputs, Metric, Network, Params, Patterns
 from ecjax.graph import Layer, Layers
 from ecjax.graph.layers import NO_LAYERS, as_patterns
 from ecjax.graph.taps import tap_dtype
 from ecjax.moments import Moments
 from ecjax.moments.additive import require
-from ecjax.networks import Inputs, Network, Params, Patterns
 from ecjax.score.scores import checked, least, of_each
 
 
@@ -48,7 +48,7 @@ def neuron_elimination_compensation(
     params: Params,
     inputs: Inputs,
     *,
-    metric: str = "euclidean",
+    metric: Metric = "euclidean",
     probes: int | None = None,
     key: PRNGKeyArray | None = None,
     batch_size: int = 1024,
@@ -64,13 +64,9 @@ def neuron_elimination_compensation(
     Elimination-compensation (Ballini et al., arXiv:2602.20467) one level up; this library's own.
 
     Args:
-        network: a multilayer perceptron as a pure function ``(params, inputs) -> outputs``.
-        params: its parameters; every layer but the first has a bias.
-        inputs: calibration inputs, samples along the first axis.
-        metric: "euclidean" or, for logits, "fisher".
+        params: of the network; every layer but the first has a bias.
         probes: None, or the number of random combinations of the K rows of the metric.
         key: random key, needed with ``probes``.
-        batch_size: samples at a time.
         exclude: patterns of paths that are left alone; what is left must still be layer after layer.
 
     Returns:
@@ -84,8 +80,8 @@ def neuron_elimination_compensation(
         >>> scores.importance["Dense_0/kernel"].shape, scores.constant["Dense_0/kernel"].shape
         ((8,), (8,))
     """
-    options = {"metric": metric, "probes": probes, "key": key, "batch_size": batch_size, "exclude": exclude}
-    seen = moments.of_inputs(network, params, inputs, of_weights=False, **options)
+    options = {"probes": probes, "key": key, "batch_size": batch_size, "exclude": exclude}
+    seen = moments.of_inputs(network, params, inputs, metric=metric, of_weights=False, **options)
     return neuron_elimination_compensation_from_moments(params, seen)
 
 
@@ -129,20 +125,13 @@ def _require_biases(layers: Layers) -> None:
 
 
 def neuron_elimination_compensation_by_definition(
-    network: Network, params: Params, inputs: Inputs, *, metric: str = "euclidean", exclude: Patterns = ()
+    network: Network, params: Params, inputs: Inputs, *, metric: Metric = "euclidean", exclude: Patterns = ()
 ) -> NeuronScores:
     """The same from the discrepancy itself, one neuron at a time under ``vmap``: the reference.
 
     Removing the row ``W_j`` of the next kernel while its biases gain ``c · W_j`` changes the outputs by one
     ``jax.jvp``; its mean square is a parabola in c, whose minimum is one Newton step with ``jax.grad`` away. Source:
     Ballini et al., arXiv:2602.20467, one level up.
-
-    Args:
-        network: a multilayer perceptron as a pure function ``(params, inputs) -> outputs``.
-        params: its parameters.
-        inputs: calibration inputs.
-        metric: "euclidean" or "fisher".
-        exclude: patterns of paths that are left alone.
 
     Raises:
         ValueError: as ``neuron_elimination_compensation``.
@@ -154,18 +143,14 @@ def neuron_elimination_compensation_by_definition(
         >>> jax.tree.map(close, found.importance, expected.importance)
         {'Dense_0/kernel': True}
     """
-    checks.require_inputs(inputs)
-    metrics.require(metric)
-    network, params, _ = _trees.split(network, params)
-    layers = _door.layers(network, params, inputs, exclude=exclude)
-    _require_biases(layers)
-    inputs = devices.automatic(inputs)
-    return checked(NeuronScores(*_all_neurons(network, params, inputs, layers=layers, metric=metric), layers))
+    at = _door.enter(network, params, inputs, exclude=exclude, metric=metric)
+    _require_biases(at.layers)
+    found = _all_neurons(at.network, at.layers, at.params, at.inputs, at.metric)
+    return checked(NeuronScores(*found, at.layers))
 
 
-@functools.partial(jax.jit, static_argnames=("network", "layers", "metric"))
-@precision.in_full
-def _all_neurons(network, params, inputs, *, layers, metric):
+@_precision.compiled("network", "layers")
+def _all_neurons(network, layers, params, inputs, metric):
     leaves = _trees.by_path(params)
     outputs = network(params, inputs)
     importance, constant = {}, {}
@@ -196,10 +181,7 @@ def neuron_norm(network: Network, params: Params, inputs: Inputs, *, exclude: Pa
     """``I_j = ‖W_·j‖₂``, the Euclidean norm of each hidden neuron's incoming weights: magnitude for neurons.
 
     Args:
-        network: a multilayer perceptron as a pure function ``(params, inputs) -> outputs``.
-        params: its parameters.
         inputs: calibration inputs; only their shape counts.
-        exclude: patterns of paths that are left alone.
 
     Raises:
         ValueError: no multilayer perceptron, or params that hold NaN or infinity.
@@ -226,10 +208,7 @@ def neuron_variance(network: Network, params: Params, inputs: Inputs, *, exclude
     """``I_j = var(a_j)``, the variance of each hidden neuron's output over the inputs, with its mean as the constant.
 
     Args:
-        network: a multilayer perceptron as a pure function ``(params, inputs) -> outputs``.
-        params: its parameters; every layer but the first has a bias.
-        inputs: calibration inputs, samples along the first axis.
-        exclude: patterns of paths that are left alone.
+        params: of the network; every layer but the first has a bias.
 
     Raises:
         ValueError: bad inputs, no multilayer perceptron, or variances that overflow.
@@ -240,17 +219,14 @@ def neuron_variance(network: Network, params: Params, inputs: Inputs, *, exclude
         >>> bool(jnp.allclose(scores.importance["Dense_0/kernel"], hidden.var(0), rtol=1e-4))
         True
     """
-    checks.require_inputs(inputs)
-    network, params, _ = _trees.split(network, params)
-    layers = _door.layers(network, params, inputs, exclude=exclude)
-    _require_biases(layers)
-    found = _variances(network, params, devices.automatic(inputs), layers=layers, exclude=as_patterns(exclude))
-    return checked(NeuronScores(*found, layers))
+    at = _door.enter(network, params, inputs, exclude=exclude)
+    _require_biases(at.layers)
+    found = _variances(at.network, at.layers, as_patterns(exclude), at.params, at.inputs)
+    return checked(NeuronScores(*found, at.layers))
 
 
-@functools.partial(jax.jit, static_argnames=("network", "layers", "exclude"))
-@precision.in_full
-def _variances(network, params, inputs, *, layers, exclude):
+@_precision.compiled("network", "layers", "exclude")
+def _variances(network, layers, exclude, params, inputs):
     inputs = graph.at_least_two(inputs)
     reading = graph.read(network, params, inputs, exclude=exclude)
     _, layer_inputs = graph.tapped(reading, params, inputs, {})

@@ -1,13 +1,11 @@
 """Elimination-compensation on the true change in the outputs, without the linearisation."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ecjax import _trees, checks, devices, graph, metrics, moments, precision
-from ecjax.networks import Inputs, Network, Params, Patterns
+from ecjax import _door, _precision, _trees, graph, metrics, moments
+from ecjax._types import Inputs, Metric, Network, Params, Patterns
 from ecjax.score.scores import Scores, checked, of_each_weight
 
 
@@ -16,7 +14,7 @@ def nonlinear_elimination_compensation(
     params: Params,
     inputs: Inputs,
     *,
-    metric: str = "euclidean",
+    metric: Metric = "euclidean",
     steps: int = 3,
     weights_at_once: int = 64,
     exclude: Patterns = (),
@@ -31,13 +29,10 @@ def nonlinear_elimination_compensation(
     It costs about ``4 · steps`` forward passes for every weight: for small networks, or as a yardstick.
 
     Args:
-        network: pure function ``(params, inputs) -> outputs`` of shape (samples, K).
-        params: its parameters; nothing moves for a kernel without a bias.
-        inputs: calibration inputs, samples along the first axis, all held in memory at once.
-        metric: "euclidean" or "fisher".
+        params: of the network; nothing moves for a kernel without a bias.
+        inputs: calibration inputs, all held in memory at once.
         steps: Newton steps for each weight.
         weights_at_once: how many weights one ``vmap`` takes; it bounds the memory.
-        exclude: patterns of paths that are left alone.
 
     Returns:
         Scores: importance in squared units of the outputs, bias shifts in units of the pre-activations.
@@ -50,18 +45,15 @@ def nonlinear_elimination_compensation(
         >>> exact.importance["Dense_0"]["kernel"].shape
         (4, 8)
     """
-    checks.require_positive(steps, "steps")
-    checks.require_positive(weights_at_once, "weights_at_once")
-    network, params, _ = _trees.split(network, params)
+    at = _door.enter(
+        network, params, inputs, exclude=exclude, metric=metric, steps=steps, weights_at_once=weights_at_once
+    )
     seen = moments.of_inputs(network, params, inputs, metric=metric, exclude=exclude)
-    inputs = devices.automatic(inputs)
-    options = {"metric": metric, "steps": int(steps), "weights_at_once": int(weights_at_once)}
-    return checked(_all_weights(network, params, inputs, seen, **options))
+    return checked(_all_weights(at.network, int(steps), int(weights_at_once), at.params, at.inputs, seen))
 
 
-@functools.partial(jax.jit, static_argnames=("network", "metric", "steps", "weights_at_once"))
-@precision.in_full
-def _all_weights(network, params, inputs, seen, *, metric, steps, weights_at_once) -> Scores:
+@_precision.compiled("network", "steps", "weights_at_once")
+def _all_weights(network, steps, weights_at_once, params, inputs, seen) -> Scores:
     inputs = graph.at_least_two(inputs)
     reading = graph.read(network, params, inputs, exclude=seen.exclude)
     outputs, layer_inputs = graph.tapped(reading, params, inputs, {})
@@ -75,7 +67,7 @@ def _all_weights(network, params, inputs, seen, *, metric, steps, weights_at_onc
         def true_change(shift):
             tap = jnp.zeros((inputs.shape[0], kernel.shape[1]), removed.dtype).at[:, neuron].set(shift - removed)
             changed, _ = graph.tapped(reading, params, inputs, {layer.kernel: tap})
-            return metrics.squared_norm(metric, outputs, changed - outputs).mean()
+            return metrics.squared_norm(seen.metric, outputs, changed - outputs).mean()
 
         if layer.bias is None:
             zero = jnp.zeros((), removed.dtype)

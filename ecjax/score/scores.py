@@ -11,11 +11,11 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
-from ecjax import _trees, checks, graph
+from ecjax import _checks, _trees, graph
+from ecjax._types import Kernels, Params
 from ecjax.graph import Layers
 from ecjax.graph.layers import NO_LAYERS
 from ecjax.graph.taps import tap_dtype
-from ecjax.networks import Kernels, Params
 
 AnyScores = TypeVar("AnyScores")
 
@@ -52,7 +52,7 @@ def checked(scores: AnyScores) -> AnyScores:
     """
     for field in dataclasses.fields(scores):
         if field.name != "layers":
-            checks.require_finite(getattr(scores, field.name), f"{field.name.replace('_', ' ')}s")
+            _checks.require_finite(getattr(scores, field.name), f"{field.name.replace('_', ' ')}s")
     return scores
 
 

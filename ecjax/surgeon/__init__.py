@@ -2,6 +2,7 @@
 
 from ecjax.surgeon.fisher import (
     brain_surgeon_saliency,
+    brain_surgeon_saliency_from_gradients,
     brain_surgeon_update,
     combinatorial_update,
     loss_gradients,
@@ -11,6 +12,7 @@ from ecjax.surgeon.selection import combinatorial_selection
 
 __all__ = [
     "brain_surgeon_saliency",
+    "brain_surgeon_saliency_from_gradients",
     "brain_surgeon_update",
     "combinatorial_selection",
     "combinatorial_update",

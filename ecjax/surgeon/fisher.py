@@ -12,17 +12,15 @@ Only kernels are pruned and moved; biases may be there or not. Sources: Hassibi,
 Singh, Alistarh, arXiv:2004.14340 (WoodFisher); Yu, Serra, Ramalingam, Zhe, arXiv:2203.04466 (combinatorial surgeon).
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Float, Shaped
 
-from ecjax import _door, _trees, checks, devices, precision
+from ecjax import _checks, _door, _precision, _trees
+from ecjax._types import Inputs, Kernels, Loss, Network, Params, Patterns, Targets
 from ecjax.graph.layers import kernels
-from ecjax.networks import Inputs, Kernels, Loss, Network, Params, Patterns, Targets
 from ecjax.score import Scores
 
 
@@ -38,8 +36,6 @@ def loss_gradients(
     """Per-sample gradients of the loss with respect to the kernels, the rows of G.
 
     Args:
-        network: pure function ``(params, inputs) -> outputs``.
-        params: its parameters.
         inputs: samples along the first axis; with W weights the result holds samples × W numbers.
         targets: one for each sample.
         loss: ``(outputs, targets) -> losses``, as optax's.
@@ -56,17 +52,13 @@ def loss_gradients(
         >>> gradients["Dense_0"]["kernel"].shape
         (200, 4, 8)
     """
-    checks.require_inputs(inputs)
-    checks.require_targets(inputs, targets)
-    network, params, _ = _trees.split(network, params)
-    weights = kernels(_door.layers(network, params, inputs, exclude=exclude, scored=False), params)
-    inputs, targets = devices.automatic((inputs, targets))
-    return _trees.as_kernels(params, _loss_gradients(network, params, weights, inputs, targets, loss=loss))
+    at = _door.enter(network, params, inputs, exclude=exclude, targets=targets, need="weights")
+    weights = kernels(at.layers, at.params)
+    return _trees.as_kernels(at.params, _loss_gradients(at.network, loss, at.params, weights, at.inputs, at.targets))
 
 
-@functools.partial(jax.jit, static_argnames=("network", "loss"))
-@precision.in_full
-def _loss_gradients(network, params, kernels, inputs, targets, *, loss):
+@_precision.compiled("network", "loss")
+def _loss_gradients(network, loss, params, kernels, inputs, targets):
     def of_sample(x, target):
         def mean_loss(kernels):
             return loss(network(_trees.replace(params, kernels), x[None]), target[None]).mean()
@@ -76,7 +68,38 @@ def _loss_gradients(network, params, kernels, inputs, targets, *, loss):
     return jax.vmap(of_sample)(inputs, targets)
 
 
-def brain_surgeon_saliency(params: Params, gradients: Kernels, *, damping: float | int = 1e-5) -> Scores:
+def brain_surgeon_saliency(
+    network: Network,
+    params: Params,
+    inputs: Inputs,
+    *,
+    targets: Targets,
+    loss: Loss,
+    damping: float | int = 1e-5,
+    exclude: Patterns = (),
+) -> Scores:
+    """Optimal brain surgeon's saliency as a criterion: ``brain_surgeon_saliency_from_gradients`` of ``loss_gradients``.
+
+    Args:
+        inputs: a few hundred training samples; GGᵀ is of shape (samples, samples).
+        targets: one for each sample.
+        loss: ``(outputs, targets) -> losses``.
+        damping: λ, above 0.
+
+    Raises:
+        ValueError: as the two.
+
+    Example:
+        >>> saliency = functools.partial(surgeon.brain_surgeon_saliency, targets=labels, loss=loss, damping=0.01)
+        >>> pruned = prune.staged(network, params, inputs, 0.5, stages=2, criterion=saliency, repair="biases")
+        >>> prune.sparsity(pruned.masks)
+        0.5
+    """
+    gradients = loss_gradients(network, params, inputs, targets, loss, exclude=exclude)
+    return brain_surgeon_saliency_from_gradients(params, gradients, damping=damping)
+
+
+def brain_surgeon_saliency_from_gradients(params: Params, gradients: Kernels, *, damping: float | int = 1e-5) -> Scores:
     """Optimal brain surgeon's saliency: what removing one weight costs when all the others make up for it.
 
     ``I_q = w_q² / (2 [F⁻¹]_qq)``, with the full Fisher by Woodbury:
@@ -95,7 +118,7 @@ def brain_surgeon_saliency(params: Params, gradients: Kernels, *, damping: float
         ValueError: gradients shaped unlike the params or not finite, or damping not above 0 or too small for them.
 
     Example:
-        >>> scores = surgeon.brain_surgeon_saliency(params, gradients, damping=0.01)
+        >>> scores = surgeon.brain_surgeon_saliency_from_gradients(params, gradients, damping=0.01)
         >>> scores.importance["Dense_0"]["kernel"].shape, scores.bias_shift
         ((4, 8), None)
     """
@@ -172,7 +195,7 @@ def _moved(params, masks, gradients, damping, update) -> Params:
 
 def require_masks(params: Params, masks: Kernels, gradients: Kernels) -> None:
     """Raises a ValueError unless there is a mask for each kernel that has gradients, and no other."""
-    checks.require_masks(params, masks)
+    _checks.require_masks(params, masks)
     given, expected = set(_trees.by_path(masks)), set(_trees.by_path(gradients))
     if given != expected:
         path = min(given ^ expected)
@@ -185,7 +208,7 @@ def require_masks(params: Params, masks: Kernels, gradients: Kernels) -> None:
 def _require_solved(kernels: Kernels, name: str, damping: float | int) -> None:
     """Raises a ValueError unless all are finite; next to large gradients a small λ is lost to rounding."""
     try:
-        checks.require_finite(kernels, name)
+        _checks.require_finite(kernels, name)
     except ValueError as error:
         raise ValueError(f"{error}; or raise the damping, {damping} may be too small for these gradients") from None
 
@@ -214,7 +237,7 @@ def removal_cost(
     removed = jnp.where(flatten_masks(masks), 0, flatten_weights(params, gradients))
     rows = flatten_gradients(gradients)
     cost = quadratic(removed, rows @ removed, damping)
-    checks.require_finite(cost, "the cost of the removal")
+    _checks.require_finite(cost, "the cost of the removal")
     return cost
 
 
@@ -265,7 +288,7 @@ def require_gradients(params: Params, gradients: Kernels, damping: float | int) 
     if not leaves or not fitting or len(counts) != 1 or counts == {0}:
         given = {path: leaf.shape for path, leaf in leaves.items()}
         raise ValueError(f"gradients must be Kernels with a leading sample axis for {shapes}, got {given}")
-    checks.require_finite(gradients, "gradients")
+    _checks.require_finite(gradients, "gradients")
     if not damping > 0:
         raise ValueError(f"damping is {damping}; it must be above 0, or the Fisher can't be inverted")
 

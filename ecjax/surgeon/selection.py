@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
-from ecjax import checks
-from ecjax.networks import Kernels, Params
+from ecjax import _checks
+from ecjax._types import Kernels, Params
 from ecjax.prune import smallest
 from ecjax.surgeon.fisher import (
     flatten_gradients,
@@ -77,12 +77,12 @@ def combinatorial_selection(
         >>> prune.sparsity(masks)
         0.5
     """
-    checks.require_sparsity(sparsity)
+    _checks.require_sparsity(sparsity)
     require_gradients(params, gradients, damping)
     for value, name in ((draws, "draws"), (window, "window")):
-        checks.require_positive(value, name)
+        _checks.require_positive(value, name)
     weights, rows = flatten_weights(params, gradients), flatten_gradients(gradients)
-    checks.require_finite(_most(weights, rows, damping), "the cost of removing all weights")
+    _checks.require_finite(_most(weights, rows, damping), "the cost of removing all weights")
     count = round(float(sparsity) * weights.size)
     if weights.size == 0:
         return unflatten_weights(params, gradients, jnp.ones(0, bool))

@@ -8,26 +8,43 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jaxtyping import Bool, Int, PyTree, Shaped
 
-from ecjax import devices
+DATA = "data"  # the axis of a mesh along which samples are spread
 
 
 def blocks(inputs: Shaped[Array | np.ndarray, "samples *features"]) -> int:
     """How many equal blocks of samples the devices hold; 1 for an array on one device.
 
     Where an array lies is not known while tracing; there the axis "data" of the mesh that is set says it.
-
-    Example:
-        >>> batches.blocks(inputs)
-        1
     """
     if not isinstance(inputs, Array) or inputs.shape[0] == 0:
         return 1
     if isinstance(inputs, jax.core.Tracer):
-        parts = dict(jax.sharding.get_abstract_mesh().shape).get(devices.DATA, 1)
+        parts = dict(jax.sharding.get_abstract_mesh().shape).get(DATA, 1)
         return 1 if inputs.shape[0] % parts else parts
     return inputs.shape[0] // inputs.sharding.shard_shape(inputs.shape)[0]
+
+
+def placed(arrays: PyTree) -> PyTree:
+    """The same arrays, where they lie, with the compiler free to place what is computed from them.
+
+    A mesh of ``jax.make_mesh`` has explicit axes unless told otherwise: every product over samples that are spread over
+    one would have to name where its result goes, in a user's network too.
+    """
+
+    def of_leaf(leaf):
+        if not isinstance(leaf, Array) or isinstance(leaf, jax.core.Tracer):
+            return leaf
+        sharding = leaf.sharding
+        if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
+            return leaf
+        of_axes = (AxisType.Auto,) * len(sharding.mesh.axis_names)
+        mesh = Mesh(sharding.mesh.devices, sharding.mesh.axis_names, axis_types=of_axes)
+        return jax.device_put(leaf, NamedSharding(mesh, sharding.spec))
+
+    return jax.tree.map(of_leaf, arrays)
 
 
 def count(samples: int, size: int, blocks: int = 1) -> int:
@@ -37,10 +54,6 @@ def count(samples: int, size: int, blocks: int = 1) -> int:
         samples: how many there are.
         size: of a batch, on each device.
         blocks: how they lie on devices.
-
-    Example:
-        >>> batches.count(samples=10, size=4)
-        3
     """
     of_block = samples // blocks
     return -(-of_block // min(size, of_block))
@@ -58,11 +71,6 @@ def take(
         index: of the batch, below ``count``; may be traced.
         size: of a batch, at most, on each device.
         blocks: how the samples lie on devices.
-
-    Example:
-        >>> batch, counted = batches.take(jnp.arange(10), 2, size=4)
-        >>> batch.tolist(), counted.tolist()
-        ([6, 7, 8, 9], [False, False, True, True])
     """
     of_block = jax.tree.leaves(arrays)[0].shape[0] // blocks
     share = min(size, of_block)
@@ -79,25 +87,21 @@ def take(
 def every(
     array: Shaped[Array, "samples ..."], size: int, offset: Int[Array, ""], blocks: int = 1
 ) -> Shaped[Array, "batch ..."]:
-    """About ``size`` samples of all, evenly spaced; the offset says which of them, and counts on round the spacing.
+    """About ``size`` samples of all, evenly spaced; over successive offsets each sample gets its turn.
 
     Args:
         array: samples along the first axis.
         size: how many to take, at most, on all devices together.
-        offset: any whole number; may be traced.
+        offset: any whole number, which counts on round the spacing; may be traced.
         blocks: how the samples lie on devices.
-
-    Example:
-        >>> batches.every(jnp.arange(10), 3, jnp.asarray(1)).tolist()
-        [1, 4, 7]
     """
     of_block = array.shape[0] // blocks
     share = min(max(size // blocks, 1), of_block)
-    spacing = of_block // share
-    spaced = array.reshape(blocks, of_block, *array.shape[1:])[:, : share * spacing]
-    spaced = spaced.reshape(blocks, share, spacing, *array.shape[1:])
-    of_batch = lax.dynamic_index_in_dim(spaced, offset % spacing, 2, keepdims=False)
-    return of_batch.reshape(blocks * share, *array.shape[1:])
+    spaced = np.arange(share, dtype=np.int64) * of_block // share  # in whole numbers of Python's size
+    spacing = -(-of_block // share)
+    chosen = (jnp.asarray(spaced, jnp.int32) + offset % spacing) % of_block
+    blocked = array.reshape(blocks, of_block, *array.shape[1:])
+    return jnp.take(blocked, chosen, 1).reshape(blocks * share, *array.shape[1:])
 
 
 def filled_up(inputs: Shaped[Array | np.ndarray, "samples ..."], size: int) -> Shaped[Array | np.ndarray, "more ..."]:
@@ -106,10 +110,6 @@ def filled_up(inputs: Shaped[Array | np.ndarray, "samples ..."], size: int) -> S
     Args:
         inputs: at least one sample.
         size: of a batch.
-
-    Example:
-        >>> batches.filled_up(np.arange(5), size=16).tolist()
-        [0, 1, 2, 3, 4, 4, 4, 4]
     """
     samples = inputs.shape[0]
     filled = -(-samples // size) * size if samples > size else min(1 << (samples - 1).bit_length(), size)

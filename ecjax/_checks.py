@@ -4,16 +4,16 @@ Values can only be looked at when they are there: under ``jit`` or ``vmap`` the 
 of shapes remain.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, PyTree
+from jaxtyping import PyTree
 
 from ecjax import _trees
-from ecjax.networks import Inputs, Kernels, Params
-
-Sparsity = float | int | Float[Array, ""]
+from ecjax._types import Inputs, Kernels, Params
 
 
 def _is_known_false(condition) -> bool:
@@ -33,13 +33,7 @@ def _all_finite_on_device(array: Array) -> Array:
 
 
 def require_inputs(inputs: Inputs) -> None:
-    """Raises a ValueError unless ``inputs`` is an array with samples in it, all of them finite.
-
-    Example:
-        >>> checks.require_inputs(jnp.ones((0, 4)))
-        Traceback (most recent call last):
-        ValueError: inputs of shape (0, 4) hold no samples; at least one is needed
-    """
+    """Raises a ValueError unless ``inputs`` is an array with samples in it, all of them finite."""
     if getattr(inputs, "ndim", 0) < 1:
         raise ValueError(f"inputs must be one array of shape (samples, features), got {_describe(inputs)}")
     if inputs.shape[0] == 0:
@@ -49,25 +43,18 @@ def require_inputs(inputs: Inputs) -> None:
 
 
 def require_targets(inputs: Inputs, targets: Array | np.ndarray) -> None:
-    """Raises a ValueError unless there is one target for each sample of the inputs.
-
-    Example:
-        >>> checks.require_targets(inputs, labels[:10])
-        Traceback (most recent call last):
-        ValueError: targets of shape (10,) do not match the 200 samples of the inputs
-    """
+    """Raises a ValueError unless there is one target for each sample of the inputs."""
     if getattr(targets, "shape", ())[:1] != inputs.shape[:1]:
         raise ValueError(f"targets {_describe(targets)} do not match the {inputs.shape[0]} samples of the inputs")
 
 
-def require_sparsity(sparsity: Sparsity) -> None:
-    """Raises a ValueError unless the sparsity is a number in [0, 1].
-
-    Example:
-        >>> checks.require_sparsity(75)
-        Traceback (most recent call last):
-        ValueError: sparsity is 75; it must be in [0, 1], the fraction of weights to remove
-    """
+def require_sparsity(sparsity: Any) -> None:
+    """Raises a ValueError unless the sparsity is a number in [0, 1]."""
+    if not isinstance(sparsity, float | int | np.generic | np.ndarray | Array) or isinstance(sparsity, bool):
+        raise ValueError(
+            f"sparsity is {sparsity!r}, of type {type(sparsity).__name__}; it must be a number in [0, 1], the fraction "
+            "of weights to remove"
+        )
     if np.ndim(sparsity) != 0:
         raise ValueError(f"sparsity must be one number in [0, 1], got an array of shape {np.shape(sparsity)}")
     if _is_known_false((sparsity >= 0) & (sparsity <= 1)):  # NaN fails too
@@ -78,14 +65,8 @@ def require_kernels(params: Params, given: Kernels, name: str) -> None:
     """Raises a ValueError unless every leaf of ``given`` has the path and the shape of a leaf of the params.
 
     Args:
-        params: of the network.
         given: Kernels: masks, importances or shifts.
         name: what the message calls them.
-
-    Example:
-        >>> checks.require_kernels(params, {"Dense_0": {"kernel": jnp.ones((8, 4))}}, "masks")
-        Traceback (most recent call last):
-        ValueError: masks do not fit the params at 'Dense_0/kernel': (8, 4) given, (4, 8) in the params; ...
     """
     leaves = {path: np.shape(leaf) for path, leaf in _trees.by_path(params).items() if _trees.is_array(leaf)}
     found = {path: getattr(leaf, "shape", ()) for path, leaf in _trees.by_path(given).items()}
@@ -100,13 +81,7 @@ def require_kernels(params: Params, given: Kernels, name: str) -> None:
 
 
 def require_masks(params: Params, masks: Kernels) -> None:
-    """Raises a ValueError unless the masks are boolean and shaped like the kernels of ``params``.
-
-    Example:
-        >>> checks.require_masks({"kernel": jnp.ones((4, 8))}, {"kernel": jnp.ones((4, 8))})
-        Traceback (most recent call last):
-        ValueError: mask 'kernel' is float32; masks are boolean, True where the weight stays
-    """
+    """Raises a ValueError unless the masks are boolean and shaped like the kernels of ``params``."""
     require_kernels(params, masks, "masks")
     for path, mask in _trees.by_path(masks).items():
         if mask.dtype != bool:
@@ -114,13 +89,7 @@ def require_masks(params: Params, masks: Kernels) -> None:
 
 
 def require_no_nan(tree: Kernels, name: str) -> None:
-    """Raises a ValueError if a leaf holds NaN.
-
-    Example:
-        >>> checks.require_no_nan({"kernel": jnp.array([[jnp.nan]])}, "importances")
-        Traceback (most recent call last):
-        ValueError: importances 'kernel' hold NaN; they can't be ranked
-    """
+    """Raises a ValueError if a leaf holds NaN."""
     for path, leaf in _trees.by_path(tree).items():
         if _is_known_false(~jnp.isnan(leaf).any()):
             raise ValueError(f"{name} '{path}' hold NaN; they can't be ranked")
@@ -132,9 +101,6 @@ def require_finite(tree: PyTree, name: str) -> None:
     Args:
         tree: a pytree of results.
         name: of these, in the plural.
-
-    Example:
-        >>> checks.require_finite(scores.importance, "importances")
     """
     for path, leaf in _trees.by_path(tree).items():
         if _is_known_false(_all_finite(leaf)):
@@ -146,13 +112,7 @@ def require_finite(tree: PyTree, name: str) -> None:
 
 
 def require_labels(labels: Array | np.ndarray, outputs: tuple[int, ...]) -> None:
-    """Raises a ValueError unless there is one class, a whole number, for each row of outputs of that shape.
-
-    Example:
-        >>> checks.require_labels(labels + 5, (200, 2))
-        Traceback (most recent call last):
-        ValueError: labels must be in [0, 2), got some outside
-    """
+    """Raises a ValueError unless there is one class, a whole number, for each row of outputs of that shape."""
     samples, classes = outputs
     if np.shape(labels) != (samples,) or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"labels must be {samples} whole numbers, got {labels.dtype} {_describe(labels)}")
@@ -160,28 +120,23 @@ def require_labels(labels: Array | np.ndarray, outputs: tuple[int, ...]) -> None
         raise ValueError(f"labels must be in [0, {classes}), got some outside")
 
 
-def require_above_zero(value: float | int | Array, name: str) -> None:
-    """Raises a ValueError unless ``value`` is above 0.
+def are_probabilities(outputs: Array) -> Array:
+    """Whether all rows are at least 0 and sum to one, up to the rounding of their dtype."""
+    rounding = min(64 * float(jnp.finfo(outputs.dtype).eps), 1e-2)
+    sums = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32)).sum(-1)
+    return (outputs >= 0).all() & (jnp.abs(sums - 1) < rounding).all()
 
-    Example:
-        >>> checks.require_above_zero(0, "damping")
-        Traceback (most recent call last):
-        ValueError: damping is 0; it must be above 0
-    """
+
+def require_above_zero(value: float | int | Array, name: str) -> None:
+    """Raises a ValueError unless ``value`` is above 0."""
     if _is_known_false(value > 0):
         raise ValueError(f"{name} is {value}; it must be above 0")
 
 
 def require_positive(value: int, name: str) -> None:
-    """Raises a ValueError unless ``value`` is a whole number of at least 1.
-
-    Example:
-        >>> checks.require_positive(0, "stages")
-        Traceback (most recent call last):
-        ValueError: stages is 0; it must be a whole number of at least 1
-    """
-    if int(value) != value or value < 1:
-        raise ValueError(f"{name} is {value}; it must be a whole number of at least 1")
+    """Raises a ValueError unless ``value`` is a whole number of at least 1."""
+    if not isinstance(value, int | float | np.number) or int(value) != value or value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
 
 
 def _describe(array) -> str:

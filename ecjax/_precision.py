@@ -15,11 +15,6 @@ def in_full(function: Callable) -> Callable:
     """The function with all products of float32 in float32 on every device, whatever ``jax_default_matmul_precision``.
 
     A network that is called in it is traced again under that setting, even where it was jitted before.
-
-    Example:
-        >>> product = precision.in_full(jnp.dot)
-        >>> "Precision.HIGHEST" in str(jax.make_jaxpr(product)(inputs, inputs.T))
-        True
     """
 
     @functools.wraps(function)
@@ -28,3 +23,8 @@ def in_full(function: Callable) -> Callable:
             return function(*arguments, **options)
 
     return call
+
+
+def compiled(*static: str) -> Callable[[Callable], Callable]:
+    """Decorates a function that computes in full precision and is compiled once for each of its static arguments."""
+    return lambda function: jax.jit(in_full(function), static_argnames=static)

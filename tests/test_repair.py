@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ecjax import compensate, gauss_newton, networks, prune, score
+from ecjax import _batches, metrics, networks, prune, repair, score
+from ecjax.repair import gauss_newton
+from ecjax.repair.repairs import movable
 from tests import examples
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -35,16 +37,13 @@ def mean_objective(metric, outputs, targets, temperature=1.0):
     seed=st.integers(0, 999),
     sparsity=st.floats(0.1, 1),
     metric=st.sampled_from(["euclidean", "fisher"]),
-    repair=st.sampled_from(["biases", "survivors"]),
+    kind=st.sampled_from([repair.Biases, repair.Survivors]),
 )
-def test_the_objective_never_rises_and_zeros_stay(seed, sparsity, metric, repair):
+def test_the_objective_never_rises_and_zeros_stay(seed, sparsity, metric, kind):
     example, targets, masks = pruned_example(seed % 7, sparsity)
     params = prune.apply_masks(example.params, masks)
-    options = {"metric": metric, "temperature": 1, "damping": 10.0 ** (seed % 5 - 4), "iterations": 3}
-    if repair == "biases":
-        moved = compensate.joint_biases(example.network, params, example.inputs, targets, **options)
-    else:
-        moved = compensate.survivors(example.network, example.params, masks, example.inputs, targets, **options)
+    how = kind(metric=metric, damping=10.0 ** (seed % 5 - 4), iterations=3)
+    moved = how(example.network, example.params, masks, example.inputs, targets)
     before, after = (mean_objective(metric, example.network(p, example.inputs), targets) for p in (params, moved))
     assert after <= before * (1 + 1e-12)
     if sparsity < 0.9:
@@ -52,7 +51,7 @@ def test_the_objective_never_rises_and_zeros_stay(seed, sparsity, metric, repair
     for path, mask in networks.by_path(masks).items():
         kernel = np.asarray(networks.by_path(moved)[path])
         np.testing.assert_array_equal(kernel[~np.asarray(mask)], 0)
-        if repair == "biases":
+        if kind is repair.Biases:
             np.testing.assert_array_equal(kernel, networks.by_path(params)[path])
 
 
@@ -60,7 +59,7 @@ def test_one_layer_is_least_squares():
     example, targets, masks = pruned_example(widths=(3,), samples=40, sparsity=0.5)
     network, inputs = example.network, example.inputs
     options = {"damping": 1e-6, "iterations": 4, "products": 40}
-    moved = compensate.survivors(network, example.params, masks, inputs, targets, **options)["Dense_0"]
+    moved = repair.Survivors(**options)(network, example.params, masks, inputs, targets)["Dense_0"]
     for neuron in range(3):
         kept = np.asarray(masks["Dense_0"]["kernel"])[:, neuron]
         design = np.concatenate([np.asarray(inputs)[:, kept], np.ones((40, 1))], 1)
@@ -68,7 +67,7 @@ def test_one_layer_is_least_squares():
         found = np.append(np.asarray(moved["kernel"])[kept, neuron], moved["bias"][neuron])
         np.testing.assert_allclose(found, solution, rtol=1e-5, atol=1e-6)
     params = prune.apply_masks(example.params, masks)
-    biases = compensate.joint_biases(network, params, inputs, targets, **options)["Dense_0"]["bias"]
+    biases = repair.Biases(**options)(network, params, masks, inputs, targets)["Dense_0"]["bias"]
     gap = (targets - network(params, inputs)).mean(0)
     np.testing.assert_allclose(biases, params["Dense_0"]["bias"] + gap, rtol=1e-6)
 
@@ -78,10 +77,10 @@ def test_a_step_solves_the_damped_normal_equations(metric):
     example, targets, masks = pruned_example(widths=(4, 3), samples=200)
     params = prune.apply_masks(example.params, masks)
     biases = {"Dense_0/bias": params["Dense_0"]["bias"], "Dense_1/bias": params["Dense_1"]["bias"]}
-    problem = gauss_newton.Problem(example.network, metric, 1.0, 1, products=30, batch_size=64, curvature_samples=200)
-    start = gauss_newton.start(params, 1e-6)
+    problem = gauss_newton.Problem(example.network, 1, products=30, batch_size=64, curvature_samples=200)
+    start, value = gauss_newton.start(params, 1e-6), metrics.named(metric)
     free = {path: jnp.ones(leaf.shape, bool) for path, leaf in biases.items()}
-    moved = gauss_newton.take_steps(problem, start, free, example.inputs, targets, steps=1).params
+    moved = gauss_newton.take_steps(problem, value, start, free, example.inputs, targets, steps=1).params
 
     def flat_outputs(flat):
         leaves = {"Dense_0/bias": flat[:4], "Dense_1/bias": flat[4:]}
@@ -106,19 +105,21 @@ def test_a_step_solves_the_damped_normal_equations(metric):
     np.testing.assert_allclose(step, expected, rtol=2e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_batches_bound_the_memory_and_change_nothing_else():
     example, targets, masks = pruned_example(samples=64)
     arguments = example.network, example.params, masks, example.inputs, targets
     options = {"curvature_samples": 64, "iterations": 2, "products": 4}
-    whole = compensate.survivors(*arguments, batch_size=64, **options)
-    parts = compensate.survivors(*arguments, batch_size=9, **options)
+    whole = repair.Survivors(batch_size=64, **options)(*arguments)
+    parts = repair.Survivors(batch_size=9, **options)(*arguments)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-8), whole, parts)
 
     def temporary_bytes(samples):
         inputs, outputs = jnp.zeros((samples, 5)), jnp.zeros((samples, 3))
-        problem = gauss_newton.Problem(example.network, "fisher", 1.0, 1, 5, batch_size=100, curvature_samples=100)
-        free, start = compensate.every_survivor(example.params, masks), gauss_newton.start(example.params, 0.1)
-        lowered = gauss_newton.take_steps.lower(problem, start, free, inputs, outputs, steps=2)
+        problem = gauss_newton.Problem(example.network, 1, 5, batch_size=100, curvature_samples=100)
+        free = movable(repair.Survivors(), networks.layers(*example), example.params, masks)
+        given = metrics.Fisher(), gauss_newton.start(example.params, 0.1), free, inputs, outputs
+        lowered = gauss_newton.take_steps.lower(problem, *given, steps=2)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(40_000) < 1.05 * temporary_bytes(10_000)
@@ -129,15 +130,15 @@ def test_labels_outputs_and_mixtures_of_them():
     labels = jnp.asarray(np.random.default_rng(0).integers(3, size=23))
     options = {"metric": "fisher", "iterations": 2}
     arguments = example.network, example.params, masks, example.inputs
-    by_label = compensate.survivors(*arguments, labels, **options)
-    by_mixture = compensate.survivors(*arguments, compensate.mixture(outputs, labels, 1), **options)
+    by_label = repair.Survivors(**options)(*arguments, labels)
+    by_mixture = repair.Survivors(**options)(*arguments, repair.mixture(outputs, labels, 1))
     jax.tree.map(np.testing.assert_array_equal, by_label, by_mixture)
-    unmixed = jax.nn.softmax(compensate.mixture(outputs, labels, 0))
+    unmixed = jax.nn.softmax(repair.mixture(outputs, labels, 0))
     np.testing.assert_allclose(unmixed, jax.nn.softmax(outputs), rtol=1e-12)
-    half = jax.nn.softmax(compensate.mixture(outputs, labels, 0.5))
+    half = jax.nn.softmax(repair.mixture(outputs, labels, 0.5))
     np.testing.assert_allclose(half, (jax.nn.softmax(outputs) + np.eye(3)[labels]) / 2, rtol=1e-12)
     # Labels teach what they say.
-    longer = compensate.survivors(*arguments, labels, metric="fisher", temperature=1, iterations=30)
+    longer = repair.Survivors(metric="fisher", iterations=30)(*arguments, labels)
     fitted, outright = (
         (np.asarray(example.network(p, example.inputs)).argmax(-1) == labels).mean() for p in (longer, example.params)
     )
@@ -148,9 +149,9 @@ def test_any_network_with_other_parameters_in_it():
     example = examples.residual()
     masks = prune.one_shot(example.params, score.magnitude(*example), 0.5).masks
     targets = example.network(example.params, example.inputs)
-    moved = compensate.survivors(example.network, example.params, masks, example.inputs, targets)
+    moved = repair.Survivors()(example.network, example.params, masks, example.inputs, targets)
     assert not np.array_equal(moved["LayerNorm_0"]["scale"], example.params["LayerNorm_0"]["scale"])
-    only = compensate.joint_biases(example.network, prune.apply_masks(example.params, masks), example.inputs, targets)
+    only = repair.Biases()(example.network, example.params, masks, example.inputs, targets)
     np.testing.assert_array_equal(only["LayerNorm_0"]["bias"], example.params["LayerNorm_0"]["bias"])
 
 
@@ -159,20 +160,24 @@ def test_params_keep_their_dtype(dtype):
     example, targets, masks = pruned_example()
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), example.params)
     inputs = example.inputs.astype(dtype)
-    moved = compensate.survivors(example.network, params, masks, inputs, targets.astype(dtype))
+    moved = repair.Survivors()(example.network, params, masks, inputs, targets.astype(dtype))
     assert {leaf.dtype for leaf in jax.tree.leaves(moved)} == {jnp.dtype(dtype)}
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(moved))
 
 
-@pytest.mark.parametrize(("samples", "widths"), [(1, (4, 1)), (2, (1, 1, 2)), (1, (3,))])
-@pytest.mark.parametrize("metric", ["euclidean", "fisher"])
+@pytest.mark.parametrize(
+    ("samples", "widths", "metric"),
+    [(1, (4, 1), "euclidean")]
+    + [(*few, metric) for few in ((1, (4, 2)), (2, (1, 1, 2)), (1, (3,))) for metric in ("euclidean", "fisher")],
+)
 def test_few_samples_few_outputs_and_dead_layers_stay_finite(samples, widths, metric):
     example, targets, masks = pruned_example(widths=widths, activation=nn.relu, samples=samples, sparsity=1.0)
     for params in (example.params, jax.tree.map(jnp.zeros_like, example.params)):
-        moved = compensate.survivors(example.network, params, masks, example.inputs, targets, metric=metric)
+        moved = repair.Survivors(metric=metric)(example.network, params, masks, example.inputs, targets)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(moved))
 
 
+@pytest.mark.slow
 def test_seeds_side_by_side():
     both = [pruned_example(seed) for seed in (0, 1)]
     network, inputs = both[0][0].network, both[0][0].inputs
@@ -183,46 +188,74 @@ def test_seeds_side_by_side():
     targets = jax.vmap(network, in_axes=(0, None))(params, inputs)
     options = {"iterations": 2, "products": 4}  # more of them would amplify rounding
 
-    def repair(params, masks, targets):
-        return compensate.survivors(network, params, masks, inputs, targets, **options)
+    def repaired_of(params, masks, targets):
+        return repair.Survivors(**options)(network, params, masks, inputs, targets)
 
-    repaired = jax.vmap(repair)(params, masks, targets)
+    repaired = jax.vmap(repaired_of)(params, masks, targets)
     for seed in (0, 1):
         p, m, t = (jax.tree.map(lambda leaf, seed=seed: leaf[seed], tree) for tree in (params, masks, targets))
-        alone = repair(p, m, t)
+        alone = repaired_of(p, m, t)
         jax.tree.map(lambda a, b, seed=seed: np.testing.assert_allclose(a, b[seed], rtol=1e-5), alone, repaired)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("given", "how", "message"),
     [
-        ({"targets": jnp.zeros((23, 4))}, r"targets of shape \(23, 4\) do not fit outputs of shape \(23, 3\)"),
-        ({"targets": jnp.zeros((22, 3))}, "do not match the 23 samples"),
-        ({"targets": jnp.zeros(23, int)}, r"targets of shape \(23,\) do not fit outputs of shape \(23, 3\)"),
-        ({"targets": jnp.full(23, 3), "metric": "fisher"}, r"labels must be in \[0, 3\)"),
-        ({"targets": jnp.zeros(23), "metric": "fisher"}, "labels must be 23 whole numbers, got float32"),
-        ({"metric": "hinge"}, "metric is 'hinge'"),
-        ({"damping": 0.0}, "damping is 0.0; it must be above 0"),
-        ({"temperature": -1}, "temperature is -1; it must be above 0"),
-        ({"iterations": 0}, "iterations is 0; it must be a whole number of at least 1"),
-        ({"products": 0}, "products is 0"),
-        ({"inputs": jnp.zeros((23, 5)).at[0, 0].set(jnp.nan)}, "hold NaN or infinity"),
+        ({"targets": jnp.zeros((23, 4))}, {}, r"targets of shape \(23, 4\) do not fit outputs of shape \(23, 3\)"),
+        ({"targets": jnp.zeros((22, 3))}, {}, "do not match the 23 samples"),
+        ({"targets": jnp.zeros(23, int)}, {}, r"targets of shape \(23,\) do not fit outputs of shape \(23, 3\)"),
+        ({"targets": jnp.full(23, 3)}, {"metric": "fisher"}, r"labels must be in \[0, 3\)"),
+        ({"targets": jnp.zeros(23)}, {"metric": "fisher"}, "labels must be 23 whole numbers, got float32"),
+        ({"targets": jnp.eye(3)[jnp.arange(23) % 3]}, {"metric": "fisher"}, r"Pass labels.argmax\(-1\)"),
+        ({"targets": jnp.full((23, 3), 1 / 3)}, {"metric": "fisher"}, r"or jnp.log\(probabilities\)"),
+        ({}, {"metric": "hinge"}, "metric is 'hinge'"),
+        (
+            {},
+            {"metric": repair.Biases()},
+            r"metric is Biases\(.*; it must be one of 'euclidean', 'fisher', or a metric",
+        ),
+        ({}, {"metric": metrics.Fisher}, "metric is Fisher, a class; call it"),
+        ({}, {"damping": 0.0}, "damping is 0.0; it must be above 0"),
+        ({}, {"metric": metrics.Fisher(-1)}, "temperature is -1; it must be above 0"),
+        ({}, {"iterations": 0}, "iterations is 0; it must be a whole number of at least 1"),
+        ({}, {"products": 0}, "products is 0"),
+        ({}, {"only": "head/*"}, "'head/\\*' matches no leaf of the params"),
+        ({}, {"only": "Dense_9"}, "'Dense_9' matches no leaf of the params"),
+        ({"inputs": jnp.zeros((23, 5)).at[0, 0].set(jnp.nan)}, {}, "hold NaN or infinity"),
     ],
 )
-def test_what_is_refused(change, message):
+def test_what_is_refused(given, how, message):
     example, targets, masks = pruned_example()
-    arguments = {"inputs": example.inputs, "targets": targets} | change
+    arguments = {"inputs": example.inputs, "targets": targets} | given
     with pytest.raises(ValueError, match=message):
-        compensate.survivors(example.network, example.params, masks, **arguments)
+        repair.Survivors(**how)(example.network, example.params, masks, **arguments)
 
 
 def test_other_errors():
     example, targets, masks = pruned_example()
     integers = jax.tree.map(lambda mask: mask.astype(int), masks)
     with pytest.raises(ValueError, match="masks are boolean"):
-        compensate.survivors(example.network, example.params, integers, example.inputs, targets)
+        repair.Survivors()(example.network, example.params, integers, example.inputs, targets)
     with pytest.raises(ValueError, match="share is 2; it must be in"):
-        compensate.mixture(targets, jnp.zeros(23, int), 2)
-    without = {"kernel": jnp.ones((5, 3))}
-    with pytest.raises(ValueError, match="no kernel of the network has a bias that could move"):
-        compensate.joint_biases(lambda params, x: x @ params["kernel"], without, example.inputs, targets)
+        repair.mixture(targets, jnp.zeros(23, int), 2)
+    without, kept = {"kernel": jnp.ones((5, 3))}, {"kernel": jnp.ones((5, 3), bool)}
+    with pytest.raises(ValueError, match="the network has no bias of a kernel that could move"):
+        repair.Biases()(lambda params, x: x @ params["kernel"], without, kept, example.inputs, targets)
+
+
+def test_only_what_is_named_moves():
+    example, targets, masks = pruned_example()
+    moved = repair.Survivors(only=("Dense_2/*", "Dense_0/bias"))(*example[:2], masks, example.inputs, targets)
+    before = networks.by_path(prune.apply_masks(example.params, masks))
+    changed = {path for path, leaf in networks.by_path(moved).items() if (leaf != before[path]).any()}
+    assert changed == {"Dense_0/bias", "Dense_2/bias", "Dense_2/kernel"}
+
+
+@pytest.mark.parametrize(("samples", "size"), [(3000, 2500), (4999, 2500), (7, 3), (2500, 2500), (10, 1), (5, 9)])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_every_sample_gets_its_turn_in_the_curvature(samples, size, blocks):
+    array = jnp.arange(blocks * samples)
+    turns = range(-(-samples // min(max(size // blocks, 1), samples)))
+    taken = [np.asarray(_batches.every(array, size, jnp.asarray(turn), blocks)) for turn in turns]
+    assert all(len(set(some)) == len(some) == len(taken[0]) for some in taken)
+    assert set(np.concatenate(taken)) == set(range(blocks * samples))

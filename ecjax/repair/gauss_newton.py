@@ -9,15 +9,11 @@ by conjugate gradients, preconditioned by the diagonal, on ``jax.jvp`` and ``jax
 goes along δ as far as the objective falls: the step is halved until it does, and not taken if it never does. So the
 objective never rises.
 
-The objective is the mean over the samples of ``½ Σ_k (y_k − t_k)²`` (metric "euclidean") or of the Kullback-Leibler
-divergence ``KL(softmax(t) || softmax(y))`` ("fisher"), whose second derivative at the outputs is the softmax Fisher M.
-The latter is of outputs and targets divided by a temperature: above 1 it sees more of what a classifier knows than its
-first choice (Hinton, Vinyals, Dean, arXiv:1503.02531). The objective and its gradient are of all samples, batch after
-batch; the curvature JᵀMJ is of a part of them, another one each step (Martens, "Deep learning via Hessian-free
-optimization", 2010).
+The objective is the mean over the samples of the metric's distance of the outputs to their targets, whose second
+derivative at the outputs is M. The objective and its gradient are of all samples, batch after batch; the curvature JᵀMJ
+is of a part of them, another one each step (Martens, "Deep learning via Hessian-free optimization", 2010).
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -26,8 +22,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
-from ecjax import _trees, batches, metrics, precision
-from ecjax.networks import Inputs, Network, Params
+from ecjax import _batches, _precision, _trees
+from ecjax._types import Inputs, Network, Params
+from ecjax.metrics import Metric
 
 _HALVINGS = 12
 _DAMPINGS = 1e-6, 1e6
@@ -46,11 +43,6 @@ class State(NamedTuple):
         damping: λ, as a multiple of the mean diagonal of JᵀMJ; adapted after every step.
         objective: the mean objective of all samples at these params; infinite before the first step.
         steps: how many were tried.
-
-    Example:
-        >>> state = gauss_newton.start(pruned.params, damping=0.01)
-        >>> float(state.objective), int(state.steps)
-        (inf, 0)
     """
 
     params: Params
@@ -60,26 +52,17 @@ class State(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What is minimised.
+    """What is minimised, compiled once for each.
 
     Attributes:
         network: pure function ``(params, inputs) -> outputs``.
-        metric: "euclidean" or "fisher".
-        temperature: what the metric "fisher" divides outputs and targets by.
-        blocks: how the samples lie on devices, see ``batches``.
+        blocks: how the samples lie on devices, see ``_batches``.
         products: products with the curvature in a step, one for each iteration of conjugate gradients.
         batch_size: samples at a time.
         curvature_samples: how many samples the curvature is of.
-
-    Example:
-        >>> sizes = {"products": 15, "batch_size": 1024, "curvature_samples": 2500}
-        >>> gauss_newton.Problem(network, "euclidean", temperature=1.0, blocks=1, **sizes).metric
-        'euclidean'
     """
 
     network: Network
-    metric: str
-    temperature: float
     blocks: int
     products: int
     batch_size: int
@@ -87,76 +70,39 @@ class Problem(NamedTuple):
 
 
 def start(params: Params, damping: float | Float[Array, ""]) -> State:
-    """The state before the first step.
-
-    Args:
-        params: to move from.
-        damping: λ to begin with, as a multiple of the mean diagonal of JᵀMJ.
-
-    Example:
-        >>> int(gauss_newton.start(params, damping=0.01).steps)
-        0
-    """
+    """The state before the first step, with λ as a multiple of the mean diagonal of JᵀMJ."""
     dtype = jnp.zeros(()).dtype
     return State(params, jnp.asarray(damping, dtype), jnp.asarray(jnp.inf, dtype), jnp.int32(0))
 
 
-def objective(
-    problem: Problem, outputs: Float[Array, "samples outputs"], targets: Float[Array, "samples outputs"]
-) -> Float[Array, " samples"]:
-    """``½ Σ_k (y_k − t_k)²``, or ``KL(softmax(t / T) || softmax(y / T))``, of each sample.
-
-    Args:
-        problem: its metric and temperature count.
-        outputs: y.
-        targets: t.
-
-    Example:
-        >>> sizes = {"products": 15, "batch_size": 1024, "curvature_samples": 2500}
-        >>> problem = gauss_newton.Problem(network, "euclidean", temperature=1.0, blocks=1, **sizes)
-        >>> gauss_newton.objective(problem, jnp.array([[1.0, 2.0]]), jnp.zeros((1, 2))).tolist()
-        [2.5]
-    """
-    outputs = outputs.astype(targets.dtype)
-    if problem.metric == "euclidean":
-        return jnp.sum((outputs - targets) ** 2, -1) / 2
-    expected, found = (jax.nn.log_softmax(logits / problem.temperature) for logits in (targets, outputs))
-    # The logits of what is never expected, of another label, are minus infinity.
-    return jnp.sum(jnp.where(expected > -jnp.inf, jnp.exp(expected) * (expected - found), 0), -1)
-
-
-@functools.partial(jax.jit, static_argnames=("problem", "steps"))
-@precision.in_full
+@_precision.compiled("problem", "steps")
 def take_steps(
-    problem: Problem, state: State, free: Free, inputs: Inputs, targets: Float[Array, "samples outputs"], steps: int
+    problem: Problem,
+    metric: Metric,
+    state: State,
+    free: Free,
+    inputs: Inputs,
+    targets: Float[Array, "samples outputs"],
+    *,
+    steps: int,
 ) -> State:
     """Takes several damped steps, each a solution of ``(JᵀMJ + λ) δ = Jᵀr`` along which the objective falls.
 
     Args:
-        problem: what is minimised; compiled once for each.
+        problem: the network, and sizes.
         state: where to start.
         free: by its path, each leaf of the params that may move, and which of its entries.
-        inputs: samples along the first axis.
-        targets: one row for each sample; of the metric "fisher" the logits of the expected distribution.
+        targets: one row for each sample.
         steps: how many.
-
-    Example:
-        >>> sizes = {"products": 15, "batch_size": 1024, "curvature_samples": 2500}
-        >>> problem = gauss_newton.Problem(network, "fisher", temperature=1.0, blocks=1, **sizes)
-        >>> layers = networks.layers(network, params, inputs)
-        >>> start, free = gauss_newton.start(pruned.params, 0.01), compensate.every_bias(layers, params)
-        >>> state = gauss_newton.take_steps(problem, start, free, inputs, network(params, inputs), steps=5)
-        >>> int(state.steps), bool(state.objective < 0.1)
-        (5, True)
     """
 
     def one_step(state, _):
-        return _step(problem, state, free, inputs, targets), None
+        return _step(problem, metric, state, free, inputs, targets), None
 
     return lax.scan(one_step, state, length=steps)[0]
 
 
-def _step(problem: Problem, state: State, free: Free, inputs, targets) -> State:
+def _step(problem: Problem, metric: Metric, state: State, free: Free, inputs, targets) -> State:
     here = _trees.by_path(state.params)
     at_rest = {path: jnp.zeros(leaf.shape, state.damping.dtype) for path, leaf in here.items() if path in free}
 
@@ -165,11 +111,11 @@ def _step(problem: Problem, state: State, free: Free, inputs, targets) -> State:
         return _trees.replace(state.params, {path: here[path] + move for path, move in moves.items()})
 
     def value(step: _Step) -> Array:
-        return _mean_objective(problem, moved(step), inputs, targets)
+        return _mean_objective(problem, metric, moved(step), inputs, targets)
 
-    before, gradient = _value_and_gradient(problem, moved, at_rest, inputs, targets)
-    seen = batches.every(inputs, problem.curvature_samples, state.steps, problem.blocks)
-    curvature, diagonal = _curvature(problem, moved, at_rest, seen, jax.random.key(state.steps))
+    before, gradient = _value_and_gradient(problem, metric, moved, at_rest, inputs, targets)
+    seen = _batches.every(inputs, problem.curvature_samples, state.steps, problem.blocks)
+    curvature, diagonal = _curvature(problem.network, metric, moved, at_rest, seen, jax.random.key(state.steps))
     damping = state.damping * _mean(diagonal, free)
     scales = jax.tree.map(lambda d: d + damping + _TINY, diagonal)
 
@@ -191,55 +137,58 @@ def _step(problem: Problem, state: State, free: Free, inputs, targets) -> State:
     )
 
 
-def _value_and_gradient(problem, moved: Callable, at_rest: _Step, inputs, targets):
+def _value_and_gradient(problem, metric, moved: Callable, at_rest: _Step, inputs, targets):
     samples = inputs.shape[0]
 
     def add(total, index):
         def of_batch(step):
-            (batch, expected), counted = batches.take((inputs, targets), index, problem.batch_size, problem.blocks)
-            values = objective(problem, problem.network(moved(step), batch), expected)
+            (batch, expected), counted = _batches.take((inputs, targets), index, problem.batch_size, problem.blocks)
+            values = _distances(metric, problem.network(moved(step), batch), expected)
             return jnp.where(counted, values, 0).sum()
 
         return jax.tree.map(jnp.add, total, jax.value_and_grad(of_batch)(at_rest)), None
 
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (jnp.zeros((), targets.dtype), at_rest))
-    number = batches.count(samples, problem.batch_size, problem.blocks)
+    number = _batches.count(samples, problem.batch_size, problem.blocks)
     total, _ = lax.scan(add, zero, jnp.arange(number))
     return jax.tree.map(lambda leaf: leaf / samples, total)
 
 
-def _mean_objective(problem: Problem, params: Params, inputs, targets) -> Array:
+def _distances(metric: Metric, outputs: Array, targets: Array) -> Float[Array, " samples"]:
+    """Of each sample, in the precision of the targets."""
+    return metric.distance(outputs.astype(targets.dtype), targets)
+
+
+def _mean_objective(problem: Problem, metric: Metric, params: Params, inputs, targets) -> Array:
     samples = inputs.shape[0]
 
     def add(total, index):
-        (batch, expected), counted = batches.take((inputs, targets), index, problem.batch_size, problem.blocks)
-        values = objective(problem, problem.network(params, batch), expected)
+        (batch, expected), counted = _batches.take((inputs, targets), index, problem.batch_size, problem.blocks)
+        values = _distances(metric, problem.network(params, batch), expected)
         return total + jnp.where(counted, values, 0).sum(), None
 
-    number = batches.count(samples, problem.batch_size, problem.blocks)
+    number = _batches.count(samples, problem.batch_size, problem.blocks)
     return lax.scan(add, jnp.zeros((), targets.dtype), jnp.arange(number))[0] / samples
 
 
 def _curvature(
-    problem: Problem, moved: Callable, at_rest: _Step, inputs, key: PRNGKeyArray
+    network: Network, metric: Metric, moved: Callable, at_rest: _Step, inputs, key: PRNGKeyArray
 ) -> tuple[Callable[[_Step], _Step], _Step]:
     """The product ``v -> JᵀMJ v / samples``, for which the network is linearised once, and its diagonal.
 
     The diagonal is estimated by random signs c, one for each sample and output: ``E[(JᵀRᵀc)²]`` (Bekas, Kokiopoulou,
     Saad 2007). It only sets scales, so a few draws do, and any others would do as well.
     """
-    temperature = problem.temperature if problem.metric == "fisher" else 1
-    outputs, push = jax.linearize(lambda step: problem.network(moved(step), inputs) / temperature, at_rest)
+    outputs, push = jax.linearize(lambda step: network(moved(step), inputs), at_rest)
     pull = jax.linear_transpose(push, at_rest)
-    apply = metrics.matrix(problem.metric, outputs)
-    factor = metrics.transposed_factor(problem.metric, outputs)
 
     def product(step):
-        (pulled,) = pull(apply(push(step)))
+        (pulled,) = pull(metric.product(outputs, push(step)).astype(outputs.dtype))
         return jax.tree.map(lambda leaf: leaf / inputs.shape[0], pulled)
 
     def add_squares(total, key):
-        (pulled,) = pull(factor(jax.random.rademacher(key, outputs.shape, outputs.dtype)))
+        signs = jax.random.rademacher(key, outputs.shape, outputs.dtype)
+        (pulled,) = pull(metric.factor(outputs, signs).astype(outputs.dtype))
         return jax.tree.map(lambda t, p: t + p**2 / (inputs.shape[0] * _DRAWS), total, pulled), None
 
     diagonal, _ = lax.scan(add_squares, at_rest, jax.random.split(key, _DRAWS))

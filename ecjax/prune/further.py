@@ -1,0 +1,59 @@
+"""Decisions about a network that is pruned already: what was removed stays removed."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+
+from ecjax import _trees, graph
+from ecjax._types import Kernels, Params, Patterns, Sparsity
+from ecjax.graph.layers import chosen
+from ecjax.prune.masks import Pruned, one_shot
+from ecjax.prune.neurons import neurons
+from ecjax.score import NeuronScores, Scores
+
+
+def further(
+    params: Params,
+    scores: Scores | NeuronScores,
+    masks: Kernels,
+    sparsity: Sparsity,
+    *,
+    scope: str = "network",
+    exclude: Patterns = (),
+) -> Pruned:
+    """Removes what is least important, up to a sparsity, and before it all that the masks have removed already.
+
+    Raises:
+        ValueError: as ``one_shot`` or ``neurons``, or scores of neurons that are excluded.
+    """
+    if not isinstance(scores, NeuronScores):
+        kept = _trees.by_path(masks)
+        ranked = {  # below everything else, also below survivors of importance 0
+            path: jnp.where(kept[path], value, -jnp.inf) if path in kept else value
+            for path, value in _trees.by_path(scores.importance).items()
+        }
+        importance = _trees.replace(scores.importance, ranked)
+        return one_shot(
+            params, dataclasses.replace(scores, importance=importance), sparsity, scope=scope, exclude=exclude
+        )
+    excluded = chosen(exclude, list(_trees.by_path(params)))
+    for layer in scores.layers:
+        if layer.kernel in excluded:
+            raise ValueError(
+                f"the criterion scores '{layer.kernel}', which is excluded: give it the same exclude, with "
+                "functools.partial(criterion, exclude=...)"
+            )
+    return neurons(params, _ranked_last(scores, masks), sparsity, scope=scope)
+
+
+def _ranked_last(scores: NeuronScores, masks: Kernels) -> NeuronScores:
+    """Ranks neurons of which no weight is left below all others."""
+    kept = _trees.by_path(masks)
+    still = {
+        own.kernel: graph.as_matrices(kept[following.kernel], following.layout)[0].any(1)
+        for own, following in itertools.pairwise(graph.chain(scores.layers))
+    }
+    importance = jax.tree.map(lambda value, there: jnp.where(there, value, -jnp.inf), scores.importance, still)
+    return dataclasses.replace(scores, importance=importance)

@@ -1,0 +1,213 @@
+"""Repairs: values that say what may move to make up for a removal, and how far."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from ecjax import _batches, _checks, _door, _trees, metrics
+from ecjax._types import Inputs, Kernels, Metric, Network, Params, Patterns, Targets
+from ecjax.graph import Layers
+from ecjax.graph.layers import chosen
+from ecjax.repair import gauss_newton
+from ecjax.repair.gauss_newton import Free, Problem, State
+from ecjax.repair.targets import as_outputs
+
+# A repair of one's own: from what pruning left to params of the same shapes.
+Repair = Callable[[Network, Params, Kernels, Inputs, Targets], Params]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Steps:
+    """What the repairs below share: how far they go, and the call."""
+
+    iterations: int = 5
+    products: int = 15
+    curvature_samples: int = 2500
+    batch_size: int = 1024
+    damping: float | int = 0.01
+    metric: Metric | None = None
+    only: Patterns = "*"
+
+    def __call__(self, network: Network, params: Params, masks: Kernels, inputs: Inputs, targets: Targets) -> Params:
+        """The params repaired; a ValueError says what of these can't be used."""
+        return _alone(self, network, params, masks, inputs, targets)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Survivors(_Steps):
+    """Moves every parameter that no mask has removed, towards the targets; removed weights stay exactly zero.
+
+    Each iteration solves ``(JᵀMJ + λ) δ = Jᵀr`` over what may move and goes along δ as far as the objective falls
+    (``ecjax/repair/gauss_newton.py``), so the mean objective over the inputs never rises. Source: this library's own;
+    the steps are Levenberg's and Marquardt's, with the products of Martens, "Deep learning via Hessian-free
+    optimization" (2010).
+
+    Called with ``(network, params, masks, inputs, targets)``, it gives the repaired params: any masks will do, wherever
+    they come from. Targets are the dense network's outputs, of shape (samples, K); or, with the metric Fisher, class
+    labels of shape (samples,), or a ``mixture`` of both. The network is differentiable forwards and backwards.
+
+    Attributes:
+        iterations: Gauss-Newton steps.
+        products: products with the curvature JᵀMJ in a step.
+        curvature_samples: how many samples the curvature is of, others in each step.
+        batch_size: samples at a time; with curvature_samples, it bounds the memory.
+        damping: λ at the start, as a multiple of the mean diagonal of JᵀMJ; adapted after every step.
+        metric: of the outputs; None for that of the run, Euclidean without one. Where the run's is Fisher, at
+            temperature 4: survivors can keep more than a first choice.
+        only: patterns of the paths of leaves that may move, as in ``fnmatch``.
+
+    Example:
+        >>> last_layer = repair.Survivors(only="Dense_1/*", metric="fisher")
+        >>> moved = last_layer(network, pruned.params, pruned.masks, inputs, labels)
+        >>> before, after = (loss(network(p, inputs), labels).mean() for p in (pruned.params, moved))
+        >>> bool(after < before), bool((moved["Dense_0"]["kernel"] == pruned.params["Dense_0"]["kernel"]).all())
+        (True, True)
+    """
+
+    own_temperature: ClassVar[float] = 4.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Biases(_Steps):
+    """Moves all biases of kernels together, towards the targets; no weight moves.
+
+    The steps, the call and the attributes are those of ``Survivors``. Where ``metric`` is None and the run's is Fisher,
+    it is Fisher at temperature 1: the first choice is what few parameters can save.
+
+    Example:
+        >>> dense = network(params, inputs)
+        >>> moved = repair.Biases(metric="fisher")(network, pruned.params, pruned.masks, inputs, dense)
+        >>> bool((moved["Dense_0"]["kernel"] == pruned.params["Dense_0"]["kernel"]).all())
+        True
+    """
+
+    own_temperature: ClassVar[float] = 1.0
+
+
+REPAIRS = {"biases": Biases(), "survivors": Survivors()}
+
+
+def named(repair: Any) -> Repair | None:
+    """The repair that a name stands for, or the repair itself; None for none.
+
+    Raises:
+        ValueError: another name, or what is no repair, or one whose numbers can't be used.
+    """
+    found = REPAIRS.get(repair) if isinstance(repair, str) else repair
+    if found is None and repair is None:
+        return None
+    if not callable(found) or isinstance(found, type):
+        called = f"{repair.__name__}, a class; call it" if isinstance(repair, type) else repr(repair)
+        raise ValueError(
+            f"repair is {called}; it must be one of None, {', '.join(map(repr, REPAIRS))}, or a repair such as "
+            "repair.Survivors(iterations=5), or a function (network, params, masks, inputs, targets) -> params"
+        )
+    if isinstance(found, Biases | Survivors):
+        for name in ("iterations", "products", "curvature_samples", "batch_size"):
+            _checks.require_positive(getattr(found, name), name)
+        _checks.require_above_zero(found.damping, "damping")
+        if found.metric is not None:
+            metrics.named(found.metric)
+    return found
+
+
+def metric_of(repair: Biases | Survivors, of_run: metrics.Metric) -> metrics.Metric:
+    """The metric that a repair minimises the distance in: its own, or that of the run at its own temperature.
+
+    Args:
+        repair: one of this library's.
+        of_run: the metric of the pruning that it is a part of.
+    """
+    if repair.metric is not None:
+        return metrics.named(repair.metric)
+    return metrics.Fisher(repair.own_temperature) if isinstance(of_run, metrics.Fisher) else of_run
+
+
+def movable(repair: Biases | Survivors, layers: Layers, params: Params, masks: Kernels, exclude: Patterns = ()) -> Free:
+    """What a repair may move: by its path each leaf, and which of its entries.
+
+    Args:
+        repair: biases, or every leaf of floating-point numbers but for what the masks removed.
+        layers: of the network (``networks.layers``).
+        masks: Kernels of booleans, True where the weight stays.
+        exclude: patterns of paths of leaves that must not move.
+
+    Raises:
+        ValueError: masks that do not fit, patterns that match nothing, or nothing that could move.
+    """
+    _checks.require_masks(params, masks)
+    leaves, kept = _trees.by_path(params), _trees.by_path(masks)
+    excluded, only = chosen(exclude, list(leaves)), chosen(repair.only, list(leaves))
+    biases = {layer.bias for layer in layers}
+    free = {
+        path: kept.get(path, jnp.ones(leaf.shape, bool))
+        for path, leaf in leaves.items()
+        if path in only - excluded and jnp.issubdtype(leaf.dtype, jnp.floating)
+        if path in biases or isinstance(repair, Survivors)
+    }
+    if not free:
+        what = "bias of a kernel" if isinstance(repair, Biases) else "parameter"
+        raise ValueError(
+            f"the network has no {what} that could move with only={repair.only!r}; give its layers biases of zeros, or "
+            "let more of it move"
+        )
+    return free
+
+
+def go_on(
+    repair: Biases | Survivors,
+    network: Network,
+    state: State,
+    masks: Kernels,
+    inputs: Inputs,
+    targets: Targets,
+    *,
+    metric: Metric = "euclidean",
+    exclude: Patterns = (),
+) -> State:
+    """Repairs, with the damping that earlier steps have found.
+
+    Args:
+        repair: what may move, and how far.
+        state: params, damping, objective and number of steps so far.
+        masks: Kernels of booleans, True where the weight stays.
+        targets: what the outputs should be.
+        metric: of the run.
+        exclude: patterns of paths of leaves that do not move.
+
+    Raises:
+        ValueError: whatever of these can't be used, or an objective that overflows.
+    """
+    named(repair)
+    metric = metric_of(repair, metrics.named(metric))
+    at = _door.enter(network, state.params, jnp.asarray(inputs), metric=metric, targets=targets, need="any")
+    expected = as_outputs(at.targets, at.outputs.shape, metric)
+    free = movable(repair, at.layers, at.params, masks, exclude)
+    sizes = repair.products, repair.batch_size, repair.curvature_samples
+    problem = Problem(at.network, _batches.blocks(at.inputs), *map(int, sizes))
+    given = metric, state._replace(params=at.params), free, at.inputs, expected
+    found = gauss_newton.take_steps(problem, *given, steps=int(repair.iterations))
+    _checks.require_finite(found.objective, "the objective of the repair")
+    return found._replace(params=at.whole(found.params))
+
+
+def held(params: Params, masks: Kernels, moved: Params, exclude: Patterns) -> Params:
+    """What a repair of one's own gives, with removed weights at zero and excluded leaves as they were."""
+    before, after = _trees.by_path(params), _trees.by_path(moved)
+    shapes = {path: getattr(leaf, "shape", None) for path, leaf in before.items()}
+    found = {path: getattr(leaf, "shape", None) for path, leaf in after.items()}
+    if jax.tree.structure(params) != jax.tree.structure(moved) or shapes != found:
+        raise ValueError(f"the repair must give params like those it got, of shapes {shapes}; it gave {found}")
+    excluded = chosen(exclude, list(before))
+    return _trees.masked(_trees.replace(moved, {path: before[path] for path in excluded}), masks)
+
+
+def _alone(repair, network, params, masks, inputs, targets) -> Params:
+    """A repair that is no part of a run."""
+    _checks.require_masks(params, masks)
+    named(repair)
+    start = gauss_newton.start(_trees.masked(params, masks), repair.damping)
+    return go_on(repair, network, start, masks, inputs, targets).params

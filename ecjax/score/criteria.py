@@ -1,0 +1,108 @@
+"""Criteria by name, and what of a run's options each of them takes."""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ecjax._types import Inputs, Network, Params
+from ecjax.score.baselines import magnitude, random
+from ecjax.score.definition import elimination_compensation_by_definition
+from ecjax.score.linear import elimination_compensation, optimal_brain_damage
+from ecjax.score.neurons import (
+    NeuronScores,
+    neuron_elimination_compensation,
+    neuron_elimination_compensation_by_definition,
+    neuron_norm,
+    neuron_variance,
+)
+from ecjax.score.nonlinear import nonlinear_elimination_compensation
+from ecjax.score.scores import Scores
+
+Criterion = Callable[[Network, Params, Inputs], Scores | NeuronScores]
+
+# By name, those that need no more than a key; others as functools.partial(score.gradient_magnitude, targets=..., ...).
+CRITERIA = {
+    function.__name__: function
+    for function in (
+        elimination_compensation,
+        elimination_compensation_by_definition,
+        nonlinear_elimination_compensation,
+        optimal_brain_damage,
+        magnitude,
+        random,
+    )
+}
+NEURON_CRITERIA = {
+    function.__name__: function
+    for function in (
+        neuron_elimination_compensation,
+        neuron_elimination_compensation_by_definition,
+        neuron_norm,
+        neuron_variance,
+    )
+}
+
+
+def named(criterion: Any, names: Mapping[str, Criterion]) -> Criterion:
+    """The criterion that a name stands for, or the criterion itself; the first of all for None.
+
+    Raises:
+        ValueError: another name, or what is no function.
+    """
+    if criterion is None:
+        return next(iter(names.values()))
+    found = names.get(criterion) if isinstance(criterion, str) else criterion
+    if not callable(found):
+        raise ValueError(
+            f"criterion is {criterion!r}; it must be one of {', '.join(map(repr, names))}, or a function "
+            "(network, params, inputs) -> scores, such as functools.partial(score.random, key=key)"
+        )
+    return found
+
+
+def giving(kind: type | types.UnionType, criterion: Criterion) -> Criterion:
+    """The criterion, whose scores must be of this kind; a ValueError says what came instead."""
+
+    @functools.wraps(criterion)
+    def checked(*arguments, **options):
+        scores = criterion(*arguments, **options)
+        if not isinstance(scores, kind):
+            names = " or ".join(f"score.{expected.__name__}" for expected in getattr(kind, "__args__", (kind,)))
+            raise ValueError(f"the criterion gave {type(scores).__name__}; it must give {names} here")
+        return scores
+
+    return checked
+
+
+def _keywords(criterion: Criterion) -> dict[str, Any]:
+    """What ``functools.partial`` has given a criterion already."""
+    inner = inspect.unwrap(criterion, stop=lambda function: isinstance(function, functools.partial))
+    return inner.keywords if isinstance(inner, functools.partial) else {}
+
+
+def _parameters(criterion: Criterion) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(criterion).parameters
+    except ValueError:  # of some builtins there is no signature
+        return {}
+
+
+def reads(criterion: Criterion, name: str) -> bool:
+    """Whether a criterion takes an argument that it was not given yet."""
+    return name in _parameters(criterion) and name not in _keywords(criterion)
+
+
+def draws(criterion: Criterion, *, always: bool = False) -> bool:
+    """Whether a criterion reads a random key: for probes only where it was given some, and ``always`` if it must."""
+    if not reads(criterion, "key"):
+        return False
+    probes = "probes" not in _parameters(criterion) or _keywords(criterion).get("probes") is not None
+    return probes and (not always or _parameters(criterion)["key"].default is inspect.Parameter.empty)
+
+
+def given(criterion: Criterion, **options: Any) -> Criterion:
+    """The criterion with what it takes of these; what it does not take, it is not given."""
+    taken = {name: option for name, option in options.items() if option is not None and reads(criterion, name)}
+    return functools.partial(criterion, **taken)

@@ -1,0 +1,326 @@
+"""Pruning in stages: score, remove, repair, and again. ``prune.staged`` and ``prune.staged_neurons`` are from here.
+
+The loop is short enough to be written by hand, with a schedule, a stop or measurements of one's own:
+
+    >>> state = staged.start(network, params, inputs, metric="fisher")
+    >>> for number in range(1, 5):
+    ...     reached = 0.75 * (1 - (1 - number / 4) ** 3)
+    ...     state = staged.step(network, state, inputs, reached, metric="fisher")
+    >>> pruned = staged.finish(state)
+    >>> prune.sparsity(pruned.masks)
+    0.75
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float, Int, PRNGKeyArray
+
+from ecjax import _batches, _checks, _door, _precision, _trees, metrics, score
+from ecjax._types import Inputs, Kernels, Metric, Network, Params, Patterns, Sparsity, Targets
+from ecjax.prune.further import further
+from ecjax.prune.masks import Pruned, require_scope
+from ecjax.prune.neurons import NEURON_SCOPES
+from ecjax.repair import Biases, Repair, Survivors, gauss_newton, repairs
+from ecjax.score import NeuronScores, Scores, criteria
+from ecjax.score.criteria import Criterion
+
+__all__ = ["Stage", "State", "finish", "staged", "staged_neurons", "start", "step"]
+
+
+class State(NamedTuple):
+    """Where pruning in stages stands: a pytree, if the params are one of arrays.
+
+    Attributes:
+        params: pruned and repaired so far.
+        masks: Kernels of booleans, True where the weight stays.
+        targets: what the repair aims at; None without one.
+        damping: of the repair, as the stages so far have adapted it.
+        steps: of the repair so far.
+        objective: what the repair has left of the mean distance to the targets; infinite without one.
+        key: random key of the next stage, for criteria that draw; or None.
+
+    Example:
+        >>> state = staged.start(network, params, inputs, repair=None)
+        >>> float(state.objective), prune.sparsity(state.masks)
+        (inf, 0.0)
+    """
+
+    params: Params
+    masks: Kernels
+    targets: Array | None
+    damping: Float[Array, ""]
+    steps: Int[Array, ""]
+    objective: Float[Array, ""]
+    key: PRNGKeyArray | None
+
+
+class Stage(NamedTuple):
+    """What a progress callback is told after each stage.
+
+    Attributes:
+        number: of the stage, from 1.
+        stages: how many there are.
+        sparsity: reached so far.
+        objective: what the repair has left of the mean distance to the targets; infinite without one.
+
+    Example:
+        >>> tell = lambda stage: print(f"{stage.number} of {stage.stages}: {stage.sparsity:.3f}")
+        >>> pruned = prune.staged(network, params, inputs, 0.8, stages=2, repair=None, metric="fisher", progress=tell)
+        1 of 2: 0.700
+        2 of 2: 0.800
+    """
+
+    number: int
+    stages: int
+    sparsity: float | Array
+    objective: Array
+
+
+def staged(
+    network: Network,
+    params: Params,
+    inputs: Inputs,
+    sparsity: Sparsity,
+    *,
+    stages: int = 10,
+    criterion: Criterion | str | None = None,
+    repair: Repair | str | None = "survivors",
+    metric: Metric = "euclidean",
+    targets: Targets | None = None,
+    scope: str | tuple[int, int] = "network",
+    exclude: Patterns = (),
+    key: PRNGKeyArray | None = None,
+    progress: Callable[[Stage], None] | None = None,
+) -> Pruned:
+    """Removes weights in stages, scores afresh before each and repairs after each.
+
+    After a fraction t of the stages the sparsity is ``s(t) = r (1 − (1 − t)³)``: large steps while weights are plenty,
+    small ones towards the end (Zhu, Gupta, arXiv:1710.01878). What was removed stays removed. Everything is compiled
+    once, for all stages and all sparsities.
+
+    Args:
+        sparsity: r, the fraction of weights to remove in the end, in [0, 1].
+        stages: how many.
+        criterion: ``(network, params, inputs) -> Scores``, by name (``score.CRITERIA``) or as a function;
+            elimination-compensation if None. One that takes ``metric``, ``exclude`` or ``key`` gets those of the run,
+            unless ``functools.partial`` has given it others.
+        repair: "survivors" moves all parameters left, "biases" all biases together, None only adds the criterion's own
+            shifts; or a value, as ``repair.Survivors(iterations=10)``, or a function ``(network, params, masks, inputs,
+            targets) -> params``. Whatever it gives, removed weights stay zero and excluded leaves as they were.
+        metric: of the outputs (``metrics``), for the criterion and the repair.
+        targets: what the repair aims at: the outputs of the dense network if None, or see ``repair.Survivors``.
+        scope: where weights compete, as in ``one_shot``; a pattern (N, M) has no stages.
+        exclude: patterns of paths of leaves that keep every bit, in pruning and in repair, and do not count.
+        key: random key, split over the stages, for criteria that draw.
+        progress: called after each stage.
+
+    Raises:
+        ValueError: bad input, as ``one_shot``, the criterion and the repair say; what nothing would read.
+
+    Example:
+        >>> pruned = prune.staged(network, params, inputs, sparsity=0.75, stages=4, metric="fisher")
+        >>> prune.sparsity(pruned.masks)
+        0.75
+        >>> how = {"criterion": "random", "key": jax.random.key(0), "repair": repair.Biases(iterations=2)}
+        >>> prune.sparsity(prune.staged(network, params, inputs, sparsity=0.75, stages=4, **how).masks)
+        0.75
+    """
+    require_scope(scope)
+    if isinstance(scope, tuple):
+        raise ValueError(f"scope {scope} is of one sparsity, without stages: one_shot, then repair.Survivors()")
+    criterion = criteria.giving(Scores, criteria.named(criterion, score.CRITERIA))
+    given = network, params, inputs, sparsity, stages
+    return _in_stages(criterion, *given, repair, metric, targets, scope, exclude, key, progress)
+
+
+def staged_neurons(
+    network: Network,
+    params: Params,
+    inputs: Inputs,
+    fraction: Sparsity,
+    *,
+    stages: int = 10,
+    criterion: Criterion | str | None = None,
+    repair: Repair | str | None = "survivors",
+    metric: Metric = "euclidean",
+    targets: Targets | None = None,
+    scope: str = "network",
+    exclude: Patterns = (),
+    key: PRNGKeyArray | None = None,
+    progress: Callable[[Stage], None] | None = None,
+) -> Pruned:
+    """Removes whole hidden neurons of an MLP in stages, as ``staged`` removes weights.
+
+    Args:
+        fraction: of the hidden neurons to remove in the end, in [0, 1].
+        stages: how many.
+        criterion: ``(network, params, inputs) -> NeuronScores``, by name (``score.NEURON_CRITERIA``) or as a function;
+            ``score.neuron_elimination_compensation`` if None.
+        repair: as for ``staged``, like metric, targets, key and progress.
+        targets: of the repair.
+        scope: where neurons compete: "network", or each "layer".
+        exclude: patterns of paths of leaves that keep every bit; what is left must still be layer after layer.
+        key: random key.
+        progress: called after each stage.
+
+    Raises:
+        ValueError: bad input, as ``neurons``, the criterion and the repair say.
+
+    Example:
+        >>> pruned = prune.staged_neurons(network, params, inputs, fraction=0.25, stages=2, metric="fisher")
+        >>> pruned.masks["Dense_0"]["kernel"].any(0).sum().item()
+        6
+    """
+    if scope not in NEURON_SCOPES:
+        raise ValueError(f"scope is {scope!r}; for neurons it must be one of {', '.join(map(repr, NEURON_SCOPES))}")
+    criterion = criteria.giving(NeuronScores, criteria.named(criterion, score.NEURON_CRITERIA))
+    given = network, params, inputs, fraction, stages
+    return _in_stages(criterion, *given, repair, metric, targets, scope, exclude, key, progress)
+
+
+def _in_stages(
+    criterion, network, params, inputs, sparsity, stages, repair, metric, targets, scope, exclude, key, progress
+) -> Pruned:
+    _checks.require_sparsity(sparsity)
+    _checks.require_positive(stages, "stages")
+    if progress is not None and not callable(progress):
+        raise ValueError(f"progress is {progress!r}; it must be a function of a stage (prune.Stage), called after each")
+    _require_read(criterion, repair, metric, key)
+    state = start(network, params, inputs, repair=repair, metric=metric, targets=targets, exclude=exclude, key=key)
+    for number in range(1, stages + 1):
+        reached = sparsity * (1 - (1 - number / stages) ** 3)
+        state = step(
+            network,
+            state,
+            inputs,
+            reached,
+            criterion=criterion,
+            repair=repair,
+            metric=metric,
+            scope=scope,
+            exclude=exclude,
+        )
+        if progress is not None:
+            progress(Stage(number, stages, reached, state.objective))
+    return finish(state)
+
+
+def start(
+    network: Network,
+    params: Params,
+    inputs: Inputs,
+    *,
+    repair: Repair | str | None = "survivors",
+    metric: Metric = "euclidean",
+    targets: Targets | None = None,
+    exclude: Patterns = (),
+    key: PRNGKeyArray | None = None,
+) -> State:
+    """The state before the first stage: nothing is removed, and the repair knows what to aim at.
+
+    Args:
+        repair: of every stage.
+        targets: of the repair.
+        key: random key.
+
+    Raises:
+        ValueError: bad input, or targets without a repair.
+
+    Example:
+        >>> staged.start(network, params, inputs).masks["Dense_0"]["kernel"].all().item()
+        True
+    """
+    repair = repairs.named(repair)
+    if repair is None and targets is not None:
+        raise ValueError("targets are what a repair aims at, and there is none; leave them out, or name a repair")
+    at = _door.enter(network, params, inputs, exclude=exclude, metric=metric, targets=targets, need="any")
+    if targets is None and repair is not None:
+        # Samples that are spread over devices are few on each; together they stay where they are.
+        at = at._replace(targets=_outputs(at.network, _batches.blocks(at.inputs) > 1, at.params, at.inputs))
+    masks = _trees.as_kernels(params, {layer.kernel: jnp.ones(layer.shape, bool) for layer in at.layers})
+    beginning = gauss_newton.start(params, getattr(repair, "damping", 0.0))
+    return State(params, masks, at.targets, beginning.damping, beginning.steps, beginning.objective, key)
+
+
+def step(
+    network: Network,
+    state: State,
+    inputs: Inputs,
+    sparsity: Sparsity,
+    *,
+    criterion: Criterion | str | None = None,
+    repair: Repair | str | None = "survivors",
+    metric: Metric = "euclidean",
+    scope: str = "network",
+    exclude: Patterns = (),
+) -> State:
+    """One stage: scores what is left, removes weights or neurons up to a sparsity, and repairs.
+
+    Args:
+        state: of ``start``, or of the stage before.
+        inputs: calibration inputs; others than before, if the state's targets are replaced by theirs.
+        sparsity: to be reached, of all weights; of all hidden neurons with a criterion for neurons.
+        criterion: gives Scores, or NeuronScores.
+        repair: of this stage.
+        scope: where weights or neurons compete.
+
+    Raises:
+        ValueError: bad input, as ``one_shot`` or ``neurons``, the criterion and the repair say.
+
+    Example:
+        >>> state = staged.start(network, params, inputs, repair="biases")
+        >>> state = staged.step(network, state, inputs, 0.5, criterion="magnitude", repair="biases")
+        >>> prune.sparsity(state.masks)
+        0.5
+    """
+    repair = repairs.named(repair)
+    criterion = criteria.named(criterion, score.CRITERIA | score.NEURON_CRITERIA)
+    criterion = criteria.giving(Scores | NeuronScores, criterion)
+    key, now = (None, None) if state.key is None else jax.random.split(state.key)
+    scores = criteria.given(criterion, metric=metric, exclude=exclude, key=now)(network, state.params, inputs)
+    params, masks = further(state.params, scores, state.masks, sparsity, scope=scope, exclude=exclude)
+    state = state._replace(params=params, masks=masks, key=key)
+    if repair is None:
+        return state
+    if state.targets is None:
+        raise ValueError("the state has no targets for a repair: give the same repair to staged.start and staged.step")
+    if isinstance(repair, Biases | Survivors):
+        before = gauss_newton.State(params, state.damping, state.objective, state.steps)
+        found = repairs.go_on(repair, network, before, masks, inputs, state.targets, metric=metric, exclude=exclude)
+        return state._replace(**found._asdict())
+    moved = repair(network, params, masks, inputs, state.targets)
+    return state._replace(params=repairs.held(params, masks, moved, exclude))
+
+
+def finish(state: State) -> Pruned:
+    """The pruned network.
+
+    Example:
+        >>> staged.finish(staged.start(network, params, inputs)).params is params
+        True
+    """
+    return Pruned(state.params, state.masks)
+
+
+def _require_read(criterion: Criterion, repair: Any, metric: Any, key: Any) -> None:
+    """Raises a ValueError for options that nothing reads, and for a criterion that draws without a key."""
+    own, usual = repairs.named(repair), isinstance(metrics.named(metric), metrics.Euclidean)
+    reads_metric = isinstance(own, Biases | Survivors) and own.metric is None
+    if not usual and not reads_metric and not criteria.reads(criterion, "metric"):
+        raise ValueError(f"metric={metric!r} is read by neither this criterion nor this repair; leave it out")
+    if key is not None and not criteria.draws(criterion):
+        raise ValueError("key is for criteria that draw, such as 'random'; this one does not, so leave it out")
+    if key is None and criteria.draws(criterion, always=True):
+        raise ValueError("this criterion draws at random: give key=, such as jax.random.key(0)")
+
+
+@_precision.compiled("network", "together")
+def _outputs(network: Network, together: bool, params: Params, inputs: Inputs) -> Array:
+    """What the network answers, the targets of a repair without labels: all samples together, or in batches."""
+    if together:
+        return network(params, inputs)
+    return lax.map(lambda sample: network(params, sample[None])[0], inputs, batch_size=1024)
