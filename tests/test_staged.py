@@ -165,6 +165,11 @@ def test_labels_instead_of_outputs(trained):
         ({"inputs": np.zeros((0, 64), np.float32)}, "hold no samples"),
         ({"repair": repair.Survivors(iterations=-1)}, "iterations is -1"),
         ({"repair": lambda *_: {}}, "the repair must give params like those it got"),
+        (
+            {"repair": lambda *g: jax.tree.map(lambda w: w.astype(jnp.float16), g[1])},
+            "must give params like those it got",
+        ),
+        ({"repair": lambda *g: jax.tree.map(lambda w: w * jnp.nan, g[1])}, "params of the repair 'Dense_0/bias': NaN"),
     ],
 )
 def test_what_is_refused(trained, change, message):

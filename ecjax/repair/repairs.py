@@ -197,10 +197,13 @@ def go_on(
 def held(params: Params, masks: Kernels, moved: Params, exclude: Patterns) -> Params:
     """What a repair of one's own gives, with removed weights at zero and excluded leaves as they were."""
     before, after = _trees.by_path(params), _trees.by_path(moved)
-    shapes = {path: getattr(leaf, "shape", None) for path, leaf in before.items()}
-    found = {path: getattr(leaf, "shape", None) for path, leaf in after.items()}
-    if jax.tree.structure(params) != jax.tree.structure(moved) or shapes != found:
-        raise ValueError(f"the repair must give params like those it got, of shapes {shapes}; it gave {found}")
+    kinds, found = (
+        {path: (getattr(leaf, "shape", None), str(getattr(leaf, "dtype", ""))) for path, leaf in leaves.items()}
+        for leaves in (before, after)
+    )
+    if jax.tree.structure(params) != jax.tree.structure(moved) or kinds != found:
+        raise ValueError(f"the repair must give params like those it got, {kinds}; it gave {found}")
+    _checks.require_finite(_trees.arrays(moved), "params of the repair")
     excluded = chosen(exclude, list(before))
     return _trees.masked(_trees.replace(moved, {path: before[path] for path in excluded}), masks)
 
