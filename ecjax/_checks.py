@@ -48,6 +48,14 @@ def require_targets(inputs: Inputs, targets: Array | np.ndarray) -> None:
         raise ValueError(f"targets {_describe(targets)} do not match the {inputs.shape[0]} samples of the inputs")
 
 
+def require_known(targets: Array | np.ndarray) -> None:
+    """Raises a ValueError if targets hold NaN or +infinity; the logits of what is never expected are -infinity."""
+    if jnp.issubdtype(targets.dtype, jnp.inexact) and _is_known_false(
+        ~(jnp.isnan(targets) | (targets == jnp.inf)).any()
+    ):
+        raise ValueError(f"targets of shape {targets.shape} hold NaN or infinity; clean or drop those samples first")
+
+
 def require_sparsity(sparsity: Any) -> None:
     """Raises a ValueError unless the sparsity is a number in [0, 1]."""
     if not isinstance(sparsity, float | int | np.generic | np.ndarray | Array) or isinstance(sparsity, bool):

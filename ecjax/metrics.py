@@ -214,7 +214,10 @@ def _rows(metric: Metric, outputs: Outputs, change: Outputs) -> Outputs:
 
 
 def squared_norm(metric: Metric, outputs: Outputs, change: Outputs) -> Float[Array, " samples"]:
-    """``δᵀ M δ = ‖R δ‖²`` for each sample, without the cancellation of ``δᵀ (M δ)``.
+    """``δᵀ M δ`` for each sample.
+
+    Not as ``‖R δ‖²``: XLA compiles ``Σ_k p_k (δ_k − Σ_l p_l δ_l)²`` wrongly for CPUs where many weights are mapped over
+    (jaxlib 0.10.2), and its results are off by as much as they are large.
 
     Args:
         metric: a metric, not its name.
@@ -226,4 +229,4 @@ def squared_norm(metric: Metric, outputs: Outputs, change: Outputs) -> Float[Arr
         >>> [metrics.squared_norm(metric, logits, change).round(5).tolist() for metric in metrics.METRICS.values()]
         [[2.0], [1.0]]
     """
-    return jnp.sum(_rows(metric, outputs, change) ** 2, -1)
+    return jnp.sum(change * metric.product(outputs, change), -1)

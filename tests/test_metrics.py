@@ -80,6 +80,19 @@ def test_scores_in_any_metric_are_those_of_the_definition(name):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(exact))
 
 
+def test_many_weights_and_samples_at_once_agree_with_few():
+    """In float32, where a sum over the outputs was compiled wrongly for more than 16,384 weights × samples."""
+    network, params, inputs = examples.mlp(widths=(20, 2), samples=300)
+    params, inputs = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (params, inputs))
+    found = score.elimination_compensation(network, params, inputs, metric="fisher").importance
+    many, few = (
+        score.elimination_compensation_by_definition(network, params, inputs, metric="fisher", weights_at_once=n)
+        for n in (64, 1)
+    )
+    for importance in (many.importance, few.importance):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), importance, found)
+
+
 @pytest.mark.slow
 def test_equal_weights_are_euclidean_all_the_way():
     example, ones = examples.mlp(samples=60), Weighted(jnp.ones(3))

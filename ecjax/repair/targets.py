@@ -45,14 +45,16 @@ def as_outputs(targets: Targets, shape: tuple[int, ...], metric: metrics.Metric)
         ValueError: targets of another shape, labels that are none, or what is no logits where logits are needed.
     """
     fisher = isinstance(metric, metrics.Fisher)
+    _checks.require_known(targets)
     if np.shape(targets) == shape:
+        targets = jnp.asarray(targets, jnp.promote_types(targets.dtype, jnp.float32))
         probabilities = _checks.are_probabilities(jnp.asarray(targets)) if fisher else False
         if not isinstance(probabilities, jax.core.Tracer) and probabilities:
             raise ValueError(
                 f"targets of shape {shape} are at least 0 and sum to one: probabilities, or labels as unit vectors; "
                 "the metric Fisher takes logits. Pass labels.argmax(-1), of shape (samples,), or jnp.log(probabilities)"
             )
-        return jnp.asarray(targets, jnp.promote_types(targets.dtype, jnp.float32))
+        return targets
     if fisher and np.ndim(targets) == 1:
         _checks.require_labels(targets, shape)
         return jnp.log(jax.nn.one_hot(targets, shape[-1]))

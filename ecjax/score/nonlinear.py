@@ -101,4 +101,4 @@ def _minimise(function, start, usual_curvature, *, steps):
     (best, least, move), _ = lax.scan(step, (start, jnp.full_like(start, jnp.inf), jnp.zeros_like(start)), length=steps)
     tried = best - move
     value = function(tried)
-    return jnp.minimum(value, least), jnp.where(value < least, tried, best)
+    return jnp.maximum(jnp.minimum(value, least), 0), jnp.where(value < least, tried, best)

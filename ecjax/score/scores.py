@@ -70,7 +70,7 @@ def least(remainder: Callable[[Array], Array], zero: Array) -> tuple[Array, Arra
     slope, curvature = jax.jvp(jax.grad(remainder), (zero,), (jnp.ones_like(zero),))
     best = jnp.where(curvature > 0, -slope / jnp.where(curvature > 0, curvature, 1), 0)
     best = jnp.where(curvature < jnp.inf, best, jnp.nan)
-    return remainder(best), best
+    return jnp.maximum(remainder(best), 0), best  # rounding may take it below
 
 
 def of_each_weight(
