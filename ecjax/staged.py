@@ -111,7 +111,8 @@ def staged(
         repair: "survivors" moves all parameters left, "biases" all biases together, None only adds the criterion's own
             shifts; or a value, as ``repair.Survivors(iterations=10)``, or a function ``(network, params, masks, inputs,
             targets) -> params``. Whatever it gives, removed weights stay zero and excluded leaves as they were.
-        metric: of the outputs (``metrics``), for the criterion and the repair.
+        metric: of the outputs (``metrics``), for the criterion and the repair; Fisher at a temperature of the repair's
+            own, 4 for survivors and 1 for biases, unless the repair is given a metric.
         targets: what the repair aims at: the outputs of the dense network if None, or see ``repair.Survivors``.
         scope: where weights compete, as in ``one_shot``; a pattern (N, M) has no stages.
         exclude: patterns of paths of leaves that keep every bit, in pruning and in repair, and do not count.

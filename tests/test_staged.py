@@ -149,6 +149,10 @@ def test_labels_instead_of_outputs(trained):
             "criterion is 'magnitudo'; it must be one of 'elimination_compensation', .*'magnitude'",
         ),
         ({"criterion": 3}, "criterion is 3; it must be one of"),
+        (
+            {"criterion": lambda *given: score.Scores(jax.tree.map(jnp.abs, given[1]))},
+            "the criterion scores 'Dense_0/bias', which is no kernel",
+        ),
         ({"criterion": lambda _, params, __: params}, "the criterion gave dict; it must give score.Scores here"),
         ({"criterion": score.neuron_norm}, "the criterion gave NeuronScores; it must give score.Scores here"),
         ({"criterion": "random"}, "this criterion draws at random: give key="),

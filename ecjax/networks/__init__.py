@@ -13,7 +13,8 @@ inputs: calibration inputs, one array with samples along the first axis. A few t
 exclude: patterns of the paths of leaves, as in ``fnmatch``: "head/*", or several in a tuple. What they match is not
     read, scored, pruned or moved, keeps every bit, and does not count.
 metric: how a change of the outputs is measured, "euclidean" or "fisher", or a value (``ecjax.metrics``).
-batch_size: samples at a time; it bounds the memory, and changes results by no more than rounding.
+batch_size: samples at a time; it bounds the memory, and changes results by no more than rounding, but for what probes
+    draw.
 
 Under ``jit``, ``vmap`` and ``grad`` of your own, shapes are checked as ever, but values can't be seen: NaN in the
 inputs, outputs that are probabilities, labels out of range, a temperature below 0 are not refused there.

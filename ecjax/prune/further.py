@@ -28,8 +28,12 @@ def further(
     Raises:
         ValueError: as ``one_shot`` or ``neurons``, or scores of neurons that are excluded.
     """
+    excluded = chosen(exclude, list(_trees.by_path(params)))
     if not isinstance(scores, NeuronScores):
         kept = _trees.by_path(masks)
+        for path in _trees.by_path(scores.importance):
+            if path not in kept and path not in excluded:
+                raise ValueError(f"the criterion scores '{path}', which is no kernel; give None in its place")
         ranked = {  # below everything else, also below survivors of importance 0
             path: jnp.where(kept[path], value, -jnp.inf) if path in kept else value
             for path, value in _trees.by_path(scores.importance).items()
@@ -38,7 +42,6 @@ def further(
         return one_shot(
             params, dataclasses.replace(scores, importance=importance), sparsity, scope=scope, exclude=exclude
         )
-    excluded = chosen(exclude, list(_trees.by_path(params)))
     for layer in scores.layers:
         if layer.kernel in excluded:
             raise ValueError(
