@@ -53,7 +53,11 @@ def require_known(targets: Array | np.ndarray) -> None:
     if jnp.issubdtype(targets.dtype, jnp.inexact) and _is_known_false(
         ~(jnp.isnan(targets) | (targets == jnp.inf)).any()
     ):
-        raise ValueError(f"targets of shape {targets.shape} hold NaN or infinity; clean or drop those samples first")
+        raise ValueError(
+            f"targets of shape {targets.shape}: NaN or infinity, from the params or because numbers on the way leave the "
+            f"range of {targets.dtype}, if they are outputs of a network; drop those samples, scale the inputs, or use "
+            "float64"
+        )
 
 
 def require_sparsity(sparsity: Any) -> None:

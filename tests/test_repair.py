@@ -211,9 +211,9 @@ def test_seeds_side_by_side():
         (
             {"targets": jnp.zeros((23, 3)).at[0, 0].set(jnp.nan)},
             {"metric": "fisher"},
-            "targets .* hold NaN or infinity",
+            "targets of shape .*: NaN or infinity",
         ),
-        ({"targets": jnp.zeros((23, 3)).at[0, 0].set(jnp.inf)}, {}, "targets .* hold NaN or infinity"),
+        ({"targets": jnp.zeros((23, 3)).at[0, 0].set(jnp.inf)}, {}, "targets of shape .*: NaN or infinity"),
         ({"targets": jnp.eye(3, dtype=int)[jnp.arange(23) % 3]}, {"metric": "fisher"}, r"Pass labels.argmax\(-1\)"),
         ({}, {"metric": "hinge"}, "metric is 'hinge'"),
         (
