@@ -16,9 +16,14 @@ from ecjax import _trees
 from ecjax._types import Inputs, Kernels, Params
 
 
+def are_known(tree: PyTree) -> bool:
+    """Whether the values of all leaves are there to be looked at: none is traced or only a shape."""
+    return not any(isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
+
+
 def _is_known_false(condition) -> bool:
     """Whether a condition is there to be looked at, and false."""
-    return not isinstance(condition, jax.core.Tracer) and not condition
+    return are_known(condition) and not condition
 
 
 def _all_finite(array: Array | np.ndarray) -> Array | np.bool_:

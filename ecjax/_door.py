@@ -56,10 +56,6 @@ class Entered(NamedTuple):
     targets: Targets | None
     static: tuple
 
-    def whole(self, params: Params) -> Params:
-        """Params with the leaves that are no arrays back in their places."""
-        return _trees.whole(params, self.static)
-
 
 def enter(
     network: Network,
@@ -70,7 +66,7 @@ def enter(
     metric: Metric | None = None,
     targets: Targets | None = None,
     need: str = "moments",
-    **counts: int,
+    **counts: int | None,
 ) -> Entered:
     """What every function that takes calibration inputs passes first: all checks, the reading, and where arrays lie.
 
@@ -219,15 +215,14 @@ def _require_apart(network: Callable, params: PyTree, inputs, facts: _Facts) -> 
         )
     if not facts.unknown:
         return
-    leaves = [*jax.tree.leaves(params), inputs]
-    if any(isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) for leaf in leaves):
+    if not _checks.are_known((params, inputs)):
         raise ValueError(
             f"the network holds {facts.unknown}, which may mix samples; that is found out by comparing samples "
             "together and alone, which takes values: call this outside of jit"
         )
     if inputs.shape[0] < 2:
         return
-    few = jnp.asarray(inputs)[:: max(inputs.shape[0] // _COMPARED, 1)][:_COMPARED]
+    few = jnp.asarray(_spread(inputs, _COMPARED))
     together = _called(network, params, few)
     alone = np.concatenate([_called(network, params, few[i : i + 1]) for i in range(len(few))])
     scale = np.nanmax(np.abs(alone), initial=0)
@@ -240,11 +235,15 @@ def _require_apart(network: Callable, params: PyTree, inputs, facts: _Facts) -> 
 
 def _few_outputs(network: Callable, params: PyTree, inputs, metric: metrics.Metric) -> Array | None:
     """What the network gives for a few samples; None where values can't be seen, or do not matter."""
-    few = inputs[:: max(inputs.shape[0] // _LOOKED_AT, 1)][:_LOOKED_AT]
-    leaves = [*jax.tree.leaves((params, metric)), few]
-    if isinstance(metric, metrics.Euclidean) or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if isinstance(metric, metrics.Euclidean) or not _checks.are_known((params, inputs, metric)):
         return None
-    return _called_in_full(network, params, few)
+    few = _called_in_full(network, params, _spread(inputs, _LOOKED_AT))
+    return few if _checks.are_known(few) else None  # under jit, what is computed of constants can't be seen either
+
+
+def _spread(inputs, count: int):
+    """So many samples at most, spread over all."""
+    return inputs[:: max(inputs.shape[0] // count, 1)][:count]
 
 
 @_precision.compiled("network")

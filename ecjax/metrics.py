@@ -199,18 +199,14 @@ def require_outputs(metric: Metric, outputs: jax.ShapeDtypeStruct, few: Outputs 
             )
     if few is not None:
         change = jnp.cos(jnp.arange(few.size, dtype=few.dtype)).reshape(few.shape)  # any that is not special
-        by_factor, by_product = metric.factor(few, _rows(metric, few, change)), metric.product(few, change)
+        (rows,) = jax.linear_transpose(lambda coefficients: metric.factor(few, coefficients), change)(change)  # R δ
+        by_factor, by_product = metric.factor(few, rows), metric.product(few, change)
         far = 1e-2 * float(jnp.abs(by_product).max(initial=0))
         if not jnp.allclose(by_factor, by_product, rtol=1e-2, atol=far, equal_nan=True):
             raise ValueError(
                 f"factor and product of {metric!r} do not belong together: with R the matrix whose transpose factor "
                 "applies, product must apply RᵀR"
             )
-
-
-def _rows(metric: Metric, outputs: Outputs, change: Outputs) -> Outputs:
-    """``R δ``."""
-    return jax.linear_transpose(lambda coefficients: metric.factor(outputs, coefficients), change)(change)[0]
 
 
 def squared_norm(metric: Metric, outputs: Outputs, change: Outputs) -> Float[Array, " samples"]:

@@ -120,6 +120,17 @@ def test_another_temperature_compiles_nothing_anew(compilations):
     assert any(not np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_inside_a_jit_that_closes_over_everything(kind):
+    network, params, inputs = examples.mlp()
+
+    def of_sparsity(sparsity):
+        scores = score.elimination_compensation(network, params, kind(inputs), metric="fisher")
+        return prune.one_shot(params, scores, sparsity).masks["Dense_0"]["kernel"]
+
+    np.testing.assert_array_equal(jax.jit(of_sparsity)(0.5), of_sparsity(0.5))
+
+
 def test_names_are_the_defaults():
     example = examples.mlp()
     for name, metric in metrics.METRICS.items():

@@ -51,7 +51,7 @@ def read(network: Network, params: Params, inputs: Inputs) -> Chain:
     """
     _checks.require_inputs(inputs)
     network, params, _ = _trees.split(network, params)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in [*jax.tree.leaves(params), inputs]):
+    if not _checks.are_known((params, inputs)):
         raise ValueError("the shapes of what is compacted depend on values: call this outside of jit, vmap and grad")
     layers = _door.layers(network, params, inputs, need="any")
     for layer in layers:

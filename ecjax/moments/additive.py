@@ -139,7 +139,21 @@ def start(
         _checks.require_positive(probes, "probes")
     metric = metrics.named(metric)
     network, params, _ = _trees.split(network, params)
-    leaves, read = _trees.by_path(params), _door.layers(network, params, inputs, exclude=exclude)
+    read = _door.layers(network, params, inputs, exclude=exclude)
+    return nothing(params, read, metric, as_patterns(exclude), probes, of_weights=of_weights)
+
+
+def nothing(
+    params: Params,
+    read: Layers,
+    metric: metrics.Metric,
+    exclude: tuple[str, ...],
+    probes: int | None,
+    *,
+    of_weights: bool,
+) -> Moments:
+    """The moments of no samples, of layers that were read already."""
+    leaves = _trees.by_path(params)
 
     def zeros(layer: Layer):
         kernel, (_, inputs, neurons) = leaves[layer.kernel], layer.layout.sizes
@@ -151,7 +165,7 @@ def start(
 
     layers = read if of_weights else graph.chain(read)[1:]
     found = {layer.kernel: zeros(layer) for layer in layers}
-    return Moments(jnp.zeros(()), found, metric, read, as_patterns(exclude), probes, of_weights)
+    return Moments(jnp.zeros(()), found, metric, read, exclude, probes, of_weights)
 
 
 def merge(first: Moments, second: Moments) -> Moments:
@@ -175,7 +189,7 @@ def merge(first: Moments, second: Moments) -> Moments:
         >>> float(twice.samples), bool(jnp.allclose(both.scatter, 2 * once.scatter))
         (400.0, True)
     """
-    known = not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((first.metric, second.metric)))
+    known = _checks.are_known((first.metric, second.metric))
     _require_alike(_taken(first, known), _taken(second, known))
     if first.read != second.read:
         raise ValueError(f"these moments are of networks whose layers differ: {first.read}\n\nand\n\n{second.read}")
@@ -229,5 +243,5 @@ def require(params: Params, seen: Moments, *, of_weights: bool) -> None:
             f"moments of other layers: {described(seen)} given; {', '.join(wanted)} "
             f"{'for each weight' if of_weights else 'for each input'} of these params are needed: {leaves}"
         )
-    if not isinstance(seen.samples, jax.core.Tracer) and seen.samples == 0:
+    if _checks.are_known(seen.samples) and seen.samples == 0:
         raise ValueError("these moments are of no samples; update them with a batch of inputs first")

@@ -10,7 +10,8 @@ from jaxtyping import Num, PRNGKeyArray
 
 from ecjax import _batches, _door, _precision
 from ecjax._types import Inputs, Metric, Network, Params, Patterns
-from ecjax.moments.additive import Moments, described, merge, start
+from ecjax.graph.layers import as_patterns
+from ecjax.moments.additive import Moments, described, merge, nothing, start
 from ecjax.moments.batch import of_batch
 
 
@@ -47,8 +48,10 @@ def of_inputs(
         >>> bool(jnp.allclose(importance, scores.importance["Dense_0"]["kernel"]))
         True
     """
-    nothing = start(network, params, inputs, metric=metric, probes=probes, exclude=exclude, of_weights=of_weights)
-    return _updated(nothing, network, params, inputs, key, batch_size, any_number=False)
+    _require_key(probes, key)
+    at = _door.enter(network, params, inputs, exclude=exclude, metric=metric, batch_size=batch_size, probes=probes)
+    seen = nothing(at.params, at.layers, at.metric, as_patterns(exclude), probes, of_weights=of_weights)
+    return _scan(at.network, int(batch_size), _batches.blocks(at.inputs), seen, at.params, at.inputs, None, key)
 
 
 def update(
@@ -80,7 +83,17 @@ def update(
         >>> float(seen.samples)
         200.0
     """
-    return _updated(seen, network, params, inputs, key, batch_size, any_number=True)
+    _require_key(seen.probes, key)
+    blocks, samples = _batches.blocks(inputs), None
+    if blocks == 1 and len(inputs):  # without samples it is refused
+        samples, inputs = jnp.int32(len(inputs)), _batches.filled_up(inputs, int(batch_size))
+    at = _door.enter(network, params, inputs, exclude=seen.exclude, metric=seen.metric, batch_size=batch_size)
+    if at.layers != seen.read:
+        raise ValueError(
+            f"moments of other layers: {described(seen)} given, "
+            f"{', '.join(f'{layer.kernel} {layer.shape}' for layer in at.layers)} in this network"
+        )
+    return _scan(at.network, int(batch_size), blocks, seen, at.params, at.inputs, samples, key)
 
 
 def of_batches(
@@ -122,19 +135,9 @@ def of_batches(
     return seen
 
 
-def _updated(seen: Moments, network, params, inputs, key, batch_size: int, *, any_number: bool) -> Moments:
-    if seen.probes is not None and key is None:
-        raise ValueError(f"probes={seen.probes} draws random signs: give it a key, such as jax.random.key(0)")
-    blocks, samples = _batches.blocks(inputs), None
-    if any_number and blocks == 1 and len(inputs):  # without samples it is refused
-        samples, inputs = jnp.int32(len(inputs)), _batches.filled_up(inputs, int(batch_size))
-    at = _door.enter(network, params, inputs, exclude=seen.exclude, metric=seen.metric, batch_size=batch_size)
-    if at.layers != seen.read:
-        raise ValueError(
-            f"moments of other layers: {described(seen)} given, "
-            f"{', '.join(f'{layer.kernel} {layer.shape}' for layer in at.layers)} in this network"
-        )
-    return _scan(at.network, int(batch_size), blocks, seen, at.params, at.inputs, samples, key)
+def _require_key(probes: int | None, key: PRNGKeyArray | None) -> None:
+    if probes is not None and key is None:
+        raise ValueError(f"probes={probes} draws random signs: give it a key, such as jax.random.key(0)")
 
 
 @_precision.compiled("network", "batch_size", "blocks")

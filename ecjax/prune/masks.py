@@ -90,7 +90,8 @@ def one_shot(
     else:
         _checks.require_sparsity(sparsity)
     _checks.require_kernels(params, scores.importance, "importances")
-    importance = _left(_trees.by_path(scores.importance), params, exclude)
+    excluded = chosen(exclude, list(_trees.by_path(params)))
+    importance = _left(_trees.by_path(scores.importance), excluded)
     _checks.require_no_nan(importance, "importances")
     layers = _known(scores.layers, importance, scope)
     found = _masks(importance, layers, sparsity, scope)
@@ -98,14 +99,13 @@ def one_shot(
     if scores.bias_shift is None:
         return Pruned(apply_masks(params, masks), masks)
     _checks.require_kernels(params, scores.bias_shift, "bias shifts")
-    shifts = _left(_trees.by_path(scores.bias_shift), params, exclude)
+    shifts = _left(_trees.by_path(scores.bias_shift), excluded)
     _known(scores.layers, shifts, "neuron")
-    return Pruned(apply_masks(_shift_biases(params, shifts, found, layers, exclude), masks), masks)
+    return Pruned(apply_masks(_shift_biases(params, shifts, found, layers, excluded), masks), masks)
 
 
-def _left(kernels: dict[str, Array], params: Params, exclude: Patterns) -> dict[str, Array]:
+def _left(kernels: dict[str, Array], excluded: frozenset[str]) -> dict[str, Array]:
     """What is not excluded, by path."""
-    excluded = chosen(exclude, list(_trees.by_path(params)))
     left = {path: leaf for path, leaf in kernels.items() if path not in excluded}
     if not left:
         raise ValueError("every kernel is excluded; there is nothing to prune")
@@ -128,7 +128,7 @@ def _require_finite_removed(importance: dict[str, Array], masks: dict[str, Array
     """Raises a ValueError if a weight of infinite importance goes: it was to be kept."""
     for path, mask in masks.items():
         removed = jnp.any(~mask & (importance[path] == jnp.inf))
-        if not isinstance(removed, jax.core.Tracer) and removed:
+        if _checks.are_known(removed) and removed:
             raise ValueError(
                 f"the sparsity asks for more weights than there are of finite importance: some of '{path}', of "
                 f"importance inf, would go; to keep a layer out, name it: exclude=('{path}',)"
@@ -249,11 +249,14 @@ def smallest(values: Real[Array, " weights"], count: int | Array) -> Bool[Array,
 
 
 def _shift_biases(
-    params: Params, shifts: dict[str, Array], masks: dict[str, Array], layers: dict[str, Layer], exclude: Patterns
+    params: Params,
+    shifts: dict[str, Array],
+    masks: dict[str, Array],
+    layers: dict[str, Layer],
+    excluded: frozenset[str],
 ) -> Params:
     """Adds to each bias that is not excluded the shifts of its neuron's removed weights."""
     leaves, biases = _trees.by_path(params), {}
-    excluded = chosen(exclude, list(leaves))
     for path, mask in masks.items():
         layer = layers[path]
         if layer.bias is None or layer.bias in excluded:

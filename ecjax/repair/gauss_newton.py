@@ -142,9 +142,7 @@ def _value_and_gradient(problem, metric, moved: Callable, at_rest: _Step, inputs
 
     def add(total, index):
         def of_batch(step):
-            (batch, expected), counted = _batches.take((inputs, targets), index, problem.batch_size, problem.blocks)
-            values = _distances(metric, problem.network(moved(step), batch), expected)
-            return jnp.where(counted, values, 0).sum()
+            return _of_batch(problem, metric, moved(step), inputs, targets, index)
 
         return jax.tree.map(jnp.add, total, jax.value_and_grad(of_batch)(at_rest)), None
 
@@ -154,18 +152,18 @@ def _value_and_gradient(problem, metric, moved: Callable, at_rest: _Step, inputs
     return jax.tree.map(lambda leaf: leaf / samples, total)
 
 
-def _distances(metric: Metric, outputs: Array, targets: Array) -> Float[Array, " samples"]:
-    """Of each sample, in the precision of the targets."""
-    return metric.distance(outputs.astype(targets.dtype), targets)
+def _of_batch(problem: Problem, metric: Metric, params: Params, inputs, targets, index) -> Array:
+    """The sum of the distances of one batch's outputs to their targets, in the precision of the targets."""
+    (batch, expected), counted = _batches.take((inputs, targets), index, problem.batch_size, problem.blocks)
+    distances = metric.distance(problem.network(params, batch).astype(expected.dtype), expected)
+    return jnp.where(counted, distances, 0).sum()
 
 
 def _mean_objective(problem: Problem, metric: Metric, params: Params, inputs, targets) -> Array:
     samples = inputs.shape[0]
 
     def add(total, index):
-        (batch, expected), counted = _batches.take((inputs, targets), index, problem.batch_size, problem.blocks)
-        values = _distances(metric, problem.network(params, batch), expected)
-        return total + jnp.where(counted, values, 0).sum(), None
+        return total + _of_batch(problem, metric, params, inputs, targets, index), None
 
     number = _batches.count(samples, problem.batch_size, problem.blocks)
     return lax.scan(add, jnp.zeros((), targets.dtype), jnp.arange(number))[0] / samples

@@ -171,7 +171,7 @@ def go_on(
     """Repairs, with the damping that earlier steps have found.
 
     Args:
-        repair: what may move, and how far.
+        repair: what may move, and how far; of ``named``, which has looked at its numbers.
         state: params, damping, objective and number of steps so far.
         masks: Kernels of booleans, True where the weight stays.
         targets: what the outputs should be.
@@ -181,7 +181,6 @@ def go_on(
     Raises:
         ValueError: whatever of these can't be used, or an objective that overflows.
     """
-    named(repair)
     metric = metric_of(repair, metrics.named(metric))
     at = _door.enter(network, state.params, jnp.asarray(inputs), metric=metric, targets=targets, need="any")
     expected = as_outputs(at.targets, at.outputs.shape, metric)
@@ -191,7 +190,7 @@ def go_on(
     given = metric, state._replace(params=at.params), free, at.inputs, expected
     found = gauss_newton.take_steps(problem, *given, steps=int(repair.iterations))
     _checks.require_finite(found.objective, "the objective of the repair")
-    return found._replace(params=at.whole(found.params))
+    return found._replace(params=_trees.whole(found.params, at.static))
 
 
 def held(params: Params, masks: Kernels, moved: Params, exclude: Patterns) -> Params:

@@ -48,8 +48,8 @@ def as_outputs(targets: Targets, shape: tuple[int, ...], metric: metrics.Metric)
     _checks.require_known(targets)
     if np.shape(targets) == shape:
         targets = jnp.asarray(targets, jnp.promote_types(targets.dtype, jnp.float32))
-        probabilities = _checks.are_probabilities(jnp.asarray(targets)) if fisher else False
-        if not isinstance(probabilities, jax.core.Tracer) and probabilities:
+        probabilities = fisher and _checks.are_probabilities(targets)
+        if _checks.are_known(probabilities) and probabilities:
             raise ValueError(
                 f"targets of shape {shape} are at least 0 and sum to one: probabilities, or labels as unit vectors; "
                 "the metric Fisher takes logits. Pass labels.argmax(-1), of shape (samples,), or jnp.log(probabilities)"
