@@ -4,6 +4,7 @@ Values can only be looked at when they are there: under ``jit`` or ``vmap`` the 
 of shapes remain.
 """
 
+import types
 from typing import Any
 
 import jax
@@ -59,9 +60,9 @@ def require_known(targets: Array | np.ndarray) -> None:
         ~(jnp.isnan(targets) | (targets == jnp.inf)).any()
     ):
         raise ValueError(
-            f"targets of shape {targets.shape}: NaN or infinity, from the params or because numbers on the way leave the "
-            f"range of {targets.dtype}, if they are outputs of a network; drop those samples, scale the inputs, or use "
-            "float64"
+            f"targets of shape {targets.shape}: NaN or infinity, from the params or because numbers on the way leave "
+            f"the range of {targets.dtype}, if they are outputs of a network; drop those samples, scale the inputs, or "
+            "use float64"
         )
 
 
@@ -100,6 +101,11 @@ def require_kernels(params: Params, given: Kernels, name: str) -> None:
 def require_masks(params: Params, masks: Kernels) -> None:
     """Raises a ValueError unless the masks are boolean and shaped like the kernels of ``params``."""
     require_kernels(params, masks, "masks")
+    require_boolean(masks)
+
+
+def require_boolean(masks: Kernels) -> None:
+    """Raises a ValueError unless all masks are boolean."""
     for path, mask in _trees.by_path(masks).items():
         if mask.dtype != bool:
             raise ValueError(f"mask '{path}' is {mask.dtype}; masks are boolean, True where the weight stays")
@@ -145,14 +151,29 @@ def are_probabilities(outputs: Array) -> Array:
 
 
 def require_above_zero(value: float | int | Array, name: str) -> None:
-    """Raises a ValueError unless ``value`` is above 0."""
-    if _is_known_false(value > 0):
-        raise ValueError(f"{name} is {value}; it must be above 0")
+    """Raises a ValueError unless ``value`` is above 0, and finite."""
+    if _is_known_false((value > 0) & (value < np.inf)):
+        raise ValueError(f"{name} is {value}; it must be above 0, and finite")
+
+
+def require_scores(scores: Any, kind: type | types.UnionType, what: str) -> None:
+    """Raises a ValueError unless these are scores of that kind."""
+    if not isinstance(scores, kind):
+        names = " or ".join(f"score.{expected.__name__}" for expected in getattr(kind, "__args__", (kind,)))
+        raise ValueError(f"{what} {type(scores).__name__}; {names} is needed here")
+
+
+def require_key(key: Any) -> None:
+    """Raises a ValueError unless this is one random key."""
+    kind = getattr(key, "dtype", np.dtype(object))
+    shape = () if jnp.issubdtype(kind, jax.dtypes.prng_key) else (2,) if kind == np.uint32 else None
+    if shape is None or key.shape != shape:
+        raise ValueError(f"key is {key!r}; it must be a random key, such as jax.random.key(0)")
 
 
 def require_positive(value: int, name: str) -> None:
     """Raises a ValueError unless ``value`` is a whole number of at least 1."""
-    if not isinstance(value, int | float | np.number) or int(value) != value or value < 1:
+    if not isinstance(value, int | float | np.number) or isinstance(value, bool) or int(value) != value or value < 1:
         raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
 
 

@@ -5,12 +5,14 @@ The loop is short enough to be written by hand, with a schedule, a stop or measu
     >>> state = staged.start(network, params, inputs, metric="fisher")
     >>> for number in range(1, 5):
     ...     reached = 0.75 * (1 - (1 - number / 4) ** 3)
-    ...     state = staged.step(network, state, inputs, reached, metric="fisher")
+    ...     state = staged.step(network, state, inputs, reached)
     >>> pruned = staged.finish(state)
     >>> prune.sparsity(pruned.masks)
     0.75
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from jaxtyping import Float, Int, PRNGKeyArray
 
 from ecjax import _batches, _checks, _door, _precision, _trees, metrics, score
 from ecjax._types import Inputs, Kernels, Metric, Network, Params, Patterns, Sparsity, Targets
+from ecjax.graph.layers import as_patterns
 from ecjax.prune.further import further
 from ecjax.prune.masks import Pruned, require_scope
 from ecjax.prune.neurons import NEURON_SCOPES
@@ -31,17 +34,25 @@ from ecjax.score.criteria import Criterion
 __all__ = ["Stage", "State", "finish", "staged", "staged_neurons", "start", "step"]
 
 
-class State(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["params", "masks", "metric", "targets", "damping", "steps", "objective", "key"],
+    meta_fields=["exclude"],
+)
+@dataclasses.dataclass(frozen=True)
+class State:
     """Where pruning in stages stands: a pytree, if the params are one of arrays.
 
     Attributes:
         params: pruned and repaired so far.
         masks: Kernels of booleans, True where the weight stays.
+        metric: of the outputs.
         targets: what the repair aims at; None without one.
         damping: of the repair, as the stages so far have adapted it.
         steps: of the repair so far.
         objective: what the repair has left of the mean distance to the targets; infinite without one.
         key: random key of the next stage, for criteria that draw; or None.
+        exclude: patterns of paths of leaves that keep every bit; static.
 
     Example:
         >>> state = staged.start(network, params, inputs, repair=None)
@@ -51,11 +62,13 @@ class State(NamedTuple):
 
     params: Params
     masks: Kernels
+    metric: metrics.Metric
     targets: Array | None
     damping: Float[Array, ""]
     steps: Int[Array, ""]
     objective: Float[Array, ""]
     key: PRNGKeyArray | None
+    exclude: tuple[str, ...] = ()
 
 
 class Stage(NamedTuple):
@@ -110,7 +123,8 @@ def staged(
             unless ``functools.partial`` has given it others.
         repair: "survivors" moves all parameters left, "biases" all biases together, None only adds the criterion's own
             shifts; or a value, as ``repair.Survivors(iterations=10)``, or a function ``(network, params, masks, inputs,
-            targets) -> params``. Whatever it gives, removed weights stay zero and excluded leaves as they were.
+            targets) -> params``, which gets ``metric`` and ``exclude`` if it takes them. Whatever it gives, removed
+            weights stay zero and excluded leaves as they were.
         metric: of the outputs (``metrics``), for the criterion and the repair; Fisher at a temperature of the repair's
             own, 4 for survivors and 1 for biases, unless the repair is given a metric.
         targets: what the repair aims at: the outputs of the dense network if None, or see ``repair.Survivors``.
@@ -188,23 +202,14 @@ def _in_stages(
 ) -> Pruned:
     _checks.require_sparsity(sparsity)
     _checks.require_positive(stages, "stages")
+    stages = int(stages)
     if progress is not None and not callable(progress):
         raise ValueError(f"progress is {progress!r}; it must be a function of a stage (prune.Stage), called after each")
-    _require_read(criterion, repair, metric, key)
+    _require_read(criterion, repairs.named(repair), metrics.named(metric), key)
     state = start(network, params, inputs, repair=repair, metric=metric, targets=targets, exclude=exclude, key=key)
     for number in range(1, stages + 1):
         reached = sparsity * (1 - (1 - number / stages) ** 3)
-        state = step(
-            network,
-            state,
-            inputs,
-            reached,
-            criterion=criterion,
-            repair=repair,
-            metric=metric,
-            scope=scope,
-            exclude=exclude,
-        )
+        state = step(network, state, inputs, reached, criterion=criterion, repair=repair, scope=scope)
         if progress is not None:
             progress(Stage(number, stages, reached, state.objective))
     return finish(state)
@@ -225,8 +230,9 @@ def start(
 
     Args:
         repair: of every stage.
+        metric: of every stage, like ``exclude``: the state holds both.
         targets: of the repair.
-        key: random key.
+        key: random key, for criteria that draw.
 
     Raises:
         ValueError: bad input, or targets without a repair.
@@ -238,13 +244,16 @@ def start(
     repair = repairs.named(repair)
     if repair is None and targets is not None:
         raise ValueError("targets are what a repair aims at, and there is none; leave them out, or name a repair")
+    if key is not None:
+        _checks.require_key(key)
     at = _door.enter(network, params, inputs, exclude=exclude, metric=metric, targets=targets, need="any")
     if targets is None and repair is not None:
         # Samples that are spread over devices are few on each; together they stay where they are.
         at = at._replace(targets=_outputs(at.network, _batches.blocks(at.inputs) > 1, at.params, at.inputs))
     masks = _trees.as_kernels(params, {layer.kernel: jnp.ones(layer.shape, bool) for layer in at.layers})
     beginning = gauss_newton.start(params, getattr(repair, "damping", 0.0))
-    return State(params, masks, at.targets, beginning.damping, beginning.steps, beginning.objective, key)
+    steps = {"damping": beginning.damping, "steps": beginning.steps, "objective": beginning.objective}
+    return State(params, masks, at.metric, at.targets, **steps, key=key, exclude=as_patterns(exclude))
 
 
 def step(
@@ -255,16 +264,15 @@ def step(
     *,
     criterion: Criterion | str | None = None,
     repair: Repair | str | None = "survivors",
-    metric: Metric = "euclidean",
     scope: str = "network",
-    exclude: Patterns = (),
 ) -> State:
     """One stage: scores what is left, removes weights or neurons up to a sparsity, and repairs.
 
     Args:
         state: of ``start``, or of the stage before.
         inputs: calibration inputs; others than before, if the state's targets are replaced by theirs.
-        sparsity: to be reached, of all weights; of all hidden neurons with a criterion for neurons.
+        sparsity: to be reached, of all weights; of all hidden neurons with a criterion for neurons. Never lower than
+            before.
         criterion: gives Scores, or NeuronScores.
         repair: of this stage.
         scope: where weights or neurons compete.
@@ -281,20 +289,22 @@ def step(
     repair = repairs.named(repair)
     criterion = criteria.named(criterion, score.CRITERIA | score.NEURON_CRITERIA)
     criterion = criteria.giving(Scores | NeuronScores, criterion)
+    _require_drawn(criterion, state.key)
     key, now = (None, None) if state.key is None else jax.random.split(state.key)
-    scores = criteria.given(criterion, metric=metric, exclude=exclude, key=now)(network, state.params, inputs)
-    params, masks = further(state.params, scores, state.masks, sparsity, scope=scope, exclude=exclude)
-    state = state._replace(params=params, masks=masks, key=key)
+    of_run = {"metric": state.metric, "exclude": state.exclude}
+    scores = criteria.given(criterion, **of_run, key=now)(network, state.params, inputs)
+    params, masks = further(state.params, scores, state.masks, sparsity, scope=scope, exclude=state.exclude)
+    state = dataclasses.replace(state, params=params, masks=masks, key=key)
     if repair is None:
         return state
     if state.targets is None:
         raise ValueError("the state has no targets for a repair: give the same repair to staged.start and staged.step")
     if isinstance(repair, Biases | Survivors):
         before = gauss_newton.State(params, state.damping, state.objective, state.steps)
-        found = repairs.go_on(repair, network, before, masks, inputs, state.targets, metric=metric, exclude=exclude)
-        return state._replace(**found._asdict())
-    moved = repair(network, params, masks, inputs, state.targets)
-    return state._replace(params=repairs.held(params, masks, moved, exclude))
+        found = repairs.go_on(repair, network, before, masks, inputs, state.targets, **of_run)
+        return dataclasses.replace(state, **found._asdict())
+    moved = criteria.given(repair, **of_run)(network, params, masks, inputs, state.targets)
+    return dataclasses.replace(state, params=repairs.held(params, masks, moved, state.exclude))
 
 
 def finish(state: State) -> Pruned:
@@ -307,14 +317,24 @@ def finish(state: State) -> Pruned:
     return Pruned(state.params, state.masks)
 
 
-def _require_read(criterion: Criterion, repair: Any, metric: Any, key: Any) -> None:
+def _require_read(criterion: Criterion, repair: Repair | None, metric: metrics.Metric, key: Any) -> None:
     """Raises a ValueError for options that nothing reads, and for a criterion that draws without a key."""
-    own, usual = repairs.named(repair), isinstance(metrics.named(metric), metrics.Euclidean)
-    reads_metric = isinstance(own, Biases | Survivors) and own.metric is None
-    if not usual and not reads_metric and not criteria.reads(criterion, "metric"):
-        raise ValueError(f"metric={metric!r} is read by neither this criterion nor this repair; leave it out")
+    if isinstance(repair, Biases | Survivors):
+        repaired = repair.metric is None
+    else:
+        repaired = repair is not None and criteria.reads(repair, "metric")
+    if not isinstance(metric, metrics.Euclidean) and not repaired and not criteria.reads(criterion, "metric"):
+        raise ValueError(
+            f"metric={metric!r} is read by neither this criterion nor this repair; leave it out, or let one of them "
+            "take metric="
+        )
     if key is not None and not criteria.draws(criterion):
         raise ValueError("key is for criteria that draw, such as 'random'; this one does not, so leave it out")
+    _require_drawn(criterion, key)
+
+
+def _require_drawn(criterion: Criterion, key: Any) -> None:
+    """Raises a ValueError for a criterion that draws without a key."""
     if key is None and criteria.draws(criterion, always=True):
         raise ValueError("this criterion draws at random: give key=, such as jax.random.key(0)")
 

@@ -153,8 +153,8 @@ def test_labels_instead_of_outputs(trained):
             {"criterion": lambda *given: score.Scores(jax.tree.map(jnp.abs, given[1]))},
             "the criterion scores 'Dense_0/bias', which is no kernel",
         ),
-        ({"criterion": lambda _, params, __: params}, "the criterion gave dict; it must give score.Scores here"),
-        ({"criterion": score.neuron_norm}, "the criterion gave NeuronScores; it must give score.Scores here"),
+        ({"criterion": lambda _, params, __: params}, "the criterion gave dict; score.Scores is needed here"),
+        ({"criterion": score.neuron_norm}, "the criterion gave NeuronScores; score.Scores is needed"),
         ({"criterion": "random"}, "this criterion draws at random: give key="),
         ({"key": jax.random.key(0)}, "key is for criteria that draw"),
         ({"progress": 3}, "progress is 3; it must be a function of a stage"),
@@ -183,7 +183,7 @@ def test_what_is_refused(trained, change, message):
 
 
 def test_scores_of_weights_where_neurons_are_asked_for(trained):
-    with pytest.raises(ValueError, match=r"the criterion gave Scores; it must give score.NeuronScores here"):
+    with pytest.raises(ValueError, match=r"the criterion gave Scores; score.NeuronScores is needed"):
         prune.staged_neurons(NETWORK, trained, INPUTS[:50], 0.5, criterion=score.magnitude)
     with pytest.raises(
         ValueError, match="criterion is 'magnitude'; it must be one of 'neuron_elimination_compensation'"
@@ -201,16 +201,75 @@ def test_the_loop_by_hand_is_the_same(trained):
     state = staged.start(NETWORK, trained, INPUTS, metric="fisher")
     for number in (1, 2, 3):
         reached = 0.8 * (1 - (1 - number / 3) ** 3)
-        state = staged.step(NETWORK, state, INPUTS, reached, metric="fisher")
+        state = staged.step(NETWORK, state, INPUTS, reached)
     jax.tree.map(np.testing.assert_array_equal, staged.finish(state), pruned)
-    assert jax.tree.structure(jax.tree.map(jnp.zeros_like, state._replace(key=None))) is not None
+    assert isinstance(jax.tree.map(jnp.zeros_like, state), staged.State)
+
+
+def test_a_state_knows_its_metric_and_what_is_excluded(trained):
+    how = {
+        "repair": repair.Survivors(iterations=1),
+        "metric": metrics.Fisher(2.0),
+        "exclude": ("Dense_0/*", "Dense_1/bias"),
+    }
+    pruned = prune.staged(NETWORK, trained, INPUTS, 0.5, stages=1, **how)
+    state = staged.step(NETWORK, staged.start(NETWORK, trained, INPUTS, **how), INPUTS, 0.5, repair=how["repair"])
+    jax.tree.map(np.testing.assert_array_equal, staged.finish(state), pruned)
+    np.testing.assert_array_equal(state.params["Dense_1"]["bias"], trained["Dense_1"]["bias"])
+
+
+@pytest.mark.parametrize("lower", [{"sparsity": 0.3}, {"sparsity": 0.6, "scope": "layer", "criterion": "magnitude"}])
+def test_what_was_removed_does_not_come_back(trained, lower):
+    state = staged.start(NETWORK, trained, INPUTS, repair=None)
+    state = staged.step(NETWORK, state, INPUTS, 0.6, repair=None)
+    with pytest.raises(ValueError, match=r"\d+ weights that are removed would come back: the sparsity is lower"):
+        staged.step(NETWORK, state, INPUTS, repair=None, **lower)
+    without = functools.partial(score.elimination_compensation, exclude="Dense_0/*")
+    with pytest.raises(ValueError, match="or the criterion leaves out a kernel that is pruned"):
+        staged.step(NETWORK, state, INPUTS, 0.8, repair=None, criterion=without)
+
+
+def test_neurons_do_not_come_back(trained):
+    how = {"repair": None, "criterion": "neuron_elimination_compensation"}
+    state = staged.step(NETWORK, staged.start(NETWORK, trained, INPUTS, repair=None), INPUTS, 0.5, **how)
+    with pytest.raises(ValueError, match="weights that are removed would come back"):
+        staged.step(NETWORK, state, INPUTS, 0.2, **how)
+
+
+def test_a_step_that_draws_needs_a_key(trained):
+    state = staged.start(NETWORK, trained, INPUTS, repair=None)
+    with pytest.raises(ValueError, match="this criterion draws at random: give key="):
+        staged.step(NETWORK, state, INPUTS, 0.5, repair=None, criterion="random")
+
+
+def test_a_repair_of_ones_own_gets_what_it_takes(trained):
+    told = []
+
+    def nothing(_network, params, _masks, _inputs, _targets, *, metric, exclude):
+        told.append((metric, exclude))
+        return params
+
+    how = {"metric": metrics.Fisher(3.0), "criterion": "magnitude", "exclude": "Dense_0/*"}
+    prune.staged(NETWORK, trained, INPUTS, 0.5, stages=1, repair=nothing, **how)
+    assert told == [(metrics.Fisher(3.0), ("Dense_0/*",))]
+
+
+def test_a_criterion_gets_the_metric_as_a_value(trained):
+    told = []
+
+    def squares(network, params, inputs, *, metric):
+        told.append(metric)
+        return score.magnitude(network, params, inputs)
+
+    prune.staged(NETWORK, trained, INPUTS, 0.5, stages=1, repair=None, criterion=squares, metric="fisher")
+    assert told == [metrics.Fisher()]
 
 
 def test_a_stage_goes_through_jit(trained):
     how = {"repair": repair.Biases(iterations=1), "metric": "fisher"}
     state = staged.start(NETWORK, trained, INPUTS, **how)
-    jitted = jax.jit(functools.partial(staged.step, NETWORK, **how))
-    found, expected = (step(state, INPUTS, 0.5) for step in (jitted, functools.partial(staged.step, NETWORK, **how)))
+    step = functools.partial(staged.step, NETWORK, repair=how["repair"])
+    found, expected = (one(state, INPUTS, 0.5) for one in (jax.jit(step), step))
     assert removed(found.masks) == removed(expected.masks) == 1110
 
 

@@ -4,8 +4,9 @@ What most functions of ecjax take, and their docstrings do not explain again:
 
 network: a pure function ``(params, inputs) -> outputs``, jitted or not, that gives each sample its row of outputs, of
     shape (samples, K), whatever the other samples are. Make it once and pass the same function everywhere: all of ecjax
-    is compiled once for each network function. ``from_linen`` and ``from_nnx`` make one of a Flax module; an Equinox
-    module is its own params, with ``lambda module, inputs: jax.vmap(module)(inputs)`` as the network.
+    is compiled once for each network function, with the arrays that it closes over as they are then. ``from_linen`` and
+    ``from_nnx`` make one of a Flax module; an Equinox module is its own params, with
+    ``lambda module, inputs: jax.vmap(module)(inputs)`` as the network.
 params: any pytree: nested dicts, lists, tuples, dataclasses, a single array. Leaves that are no arrays, such as an
     activation in an Equinox module, are left as they are. What a leaf is called means nothing: a *kernel* is one that
     multiplies what depends on the inputs, its *bias* the one that is added to that product (``layers`` shows them).

@@ -6,7 +6,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from ecjax import _trees, graph
+from ecjax import _checks, _trees, graph
 from ecjax._types import Kernels, Params, Patterns, Sparsity
 from ecjax.graph.layers import chosen
 from ecjax.prune.masks import Pruned, one_shot
@@ -30,6 +30,7 @@ def further(
     """
     excluded = chosen(exclude, list(_trees.by_path(params)))
     if not isinstance(scores, NeuronScores):
+        _checks.require_kernels(params, scores.importance, "importances")
         kept = _trees.by_path(masks)
         for path in _trees.by_path(scores.importance):
             if path not in kept and path not in excluded:
@@ -39,16 +40,28 @@ def further(
             for path, value in _trees.by_path(scores.importance).items()
         }
         importance = _trees.replace(scores.importance, ranked)
-        return one_shot(
-            params, dataclasses.replace(scores, importance=importance), sparsity, scope=scope, exclude=exclude
-        )
+        scores = dataclasses.replace(scores, importance=importance)
+        return _none_back(one_shot(params, scores, sparsity, scope=scope, exclude=exclude), masks)
     for layer in scores.layers:
         if layer.kernel in excluded:
             raise ValueError(
                 f"the criterion scores '{layer.kernel}', which is excluded: give it the same exclude, with "
                 "functools.partial(criterion, exclude=...)"
             )
-    return neurons(params, _ranked_last(scores, masks), sparsity, scope=scope)
+    return _none_back(neurons(params, _ranked_last(scores, masks), sparsity, scope=scope), masks)
+
+
+def _none_back(pruned: Pruned, masks: Kernels) -> Pruned:
+    """What was pruned; a ValueError if a removed weight would be among those that stay."""
+    before, after = _trees.by_path(masks), _trees.by_path(pruned.masks)
+    back = sum(jnp.sum(~mask & after.get(path, True)) for path, mask in before.items())
+    if _checks.are_known(back) and back:
+        raise ValueError(
+            f"{back} weights that are removed would come back: the sparsity is lower than it is already, in all or in "
+            "some scope, or the criterion leaves out a kernel that is pruned. What was removed stays removed: go on to "
+            "a higher sparsity, in the same scope, or start anew"
+        )
+    return pruned
 
 
 def _ranked_last(scores: NeuronScores, masks: Kernels) -> NeuronScores:

@@ -57,7 +57,7 @@ class Survivors(_Steps):
         damping: λ at the start, as a multiple of the mean diagonal of JᵀMJ; adapted after every step.
         metric: of the outputs; None for that of the run, Euclidean without one. Where the run's is Fisher, at
             temperature 4: survivors can keep more than a first choice.
-        only: patterns of the paths of leaves that may move, as in ``fnmatch``.
+        only: patterns of the paths of leaves that may move, as in ``fnmatch``; in a run, ``exclude`` holds as well.
 
     Example:
         >>> last_layer = repair.Survivors(only="Dense_1/*", metric="fisher")

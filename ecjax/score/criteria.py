@@ -6,6 +6,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ecjax import _checks
 from ecjax._types import Inputs, Network, Params
 from ecjax.score.baselines import magnitude, random
 from ecjax.score.definition import elimination_compensation_by_definition
@@ -68,9 +69,7 @@ def giving(kind: type | types.UnionType, criterion: Criterion) -> Criterion:
     @functools.wraps(criterion)
     def checked(*arguments, **options):
         scores = criterion(*arguments, **options)
-        if not isinstance(scores, kind):
-            names = " or ".join(f"score.{expected.__name__}" for expected in getattr(kind, "__args__", (kind,)))
-            raise ValueError(f"the criterion gave {type(scores).__name__}; it must give {names} here")
+        _checks.require_scores(scores, kind, "the criterion gave")
         return scores
 
     return checked
