@@ -161,8 +161,8 @@ def named(metric: Any) -> Metric:
             "jax.tree_util.register_dataclass"
         )
     if isinstance(found, Fisher):
-        if jnp.ndim(found.temperature):
-            raise ValueError(f"temperature must be one number above 0, got shape {jnp.shape(found.temperature)}")
+        if found.temperature is None or jnp.shape(found.temperature):
+            raise ValueError(f"temperature is {found.temperature!r}; it must be one number above 0")
         _checks.require_above_zero(found.temperature, "temperature")
     return found
 
@@ -185,28 +185,66 @@ def require_outputs(metric: Metric, outputs: jax.ShapeDtypeStruct, few: Outputs 
             "the metric is Fisher's, which takes logits, and the network ends in a softmax: its outputs are at least 0 "
             "and sum to one. Leave the softmax out of the network, or take metric='euclidean'"
         )
-    if isinstance(metric, Euclidean | Fisher):
+    if not isinstance(metric, Euclidean | Fisher):
+        _require_methods(metric, outputs)
+    if few is None or few.size == 0 or isinstance(metric, Euclidean):
         return
+    few = few.astype(jnp.promote_types(few.dtype, jnp.float32))
+    change = jnp.cos(jnp.arange(few.size, dtype=few.dtype)).reshape(few.shape)  # any that is not special
+    seen = metric.product(few, change)
+    if not seen.any():
+        raise ValueError(
+            f"the metric {type(metric).__name__} sees no change in the outputs of this network: its product is 0, and "
+            "so would every importance be. Fisher's is where logits are so far apart that the softmax is 0 or 1; take "
+            "a higher temperature, or metric='euclidean'"
+        )
+    if not isinstance(metric, Fisher):
+        _require_consistent(metric, few, change, seen)
+
+
+def _require_methods(metric: Metric, outputs: jax.ShapeDtypeStruct) -> None:
+    """Raises a ValueError unless the three methods take and give the right shapes."""
+    kind = type(metric).__name__
+    outputs = outputs.update(shape=(outputs.shape[0] + 1, *outputs.shape[1:]))  # it must take any number of samples
     for name, expected in (("factor", outputs.shape), ("product", outputs.shape), ("distance", outputs.shape[:1])):
         try:
             found = getattr(jax.eval_shape(getattr(metric, name), outputs, outputs), "shape", None)
         except Exception as error:
-            raise ValueError(f"{metric!r}.{name} does not take outputs of shape {outputs.shape}: {error}") from error
+            raise ValueError(f"{kind}.{name} does not take outputs of shape {outputs.shape}: {error}") from error
         if found != expected:
             raise ValueError(
-                f"{metric!r}.{name} gives {'no array' if found is None else f'shape {found}'} for outputs of shape "
+                f"{kind}.{name} gives {'no array' if found is None else f'shape {found}'} for outputs of shape "
                 f"{outputs.shape}; it must give {expected}" + (", one for each sample" if name == "distance" else "")
             )
-    if few is not None:
-        change = jnp.cos(jnp.arange(few.size, dtype=few.dtype)).reshape(few.shape)  # any that is not special
-        (rows,) = jax.linear_transpose(lambda coefficients: metric.factor(few, coefficients), change)(change)  # R δ
-        by_factor, by_product = metric.factor(few, rows), metric.product(few, change)
-        far = 1e-2 * float(jnp.abs(by_product).max(initial=0))
-        if not jnp.allclose(by_factor, by_product, rtol=1e-2, atol=far, equal_nan=True):
-            raise ValueError(
-                f"factor and product of {metric!r} do not belong together: with R the matrix whose transpose factor "
-                "applies, product must apply RᵀR"
-            )
+
+
+def _require_consistent(metric: Metric, outputs: Outputs, change: Outputs, seen: Outputs) -> None:
+    """Raises a ValueError unless factor, product and distance belong together.
+
+    Args:
+        metric: one of the user's own.
+        outputs: a few.
+        change: δ, of these.
+        seen: M δ, what the product says.
+    """
+    kind = type(metric).__name__
+
+    def far(other):
+        tolerance = 1e-2 * float(jnp.abs(seen).max())
+        return not jnp.allclose(other, seen, rtol=1e-2, atol=tolerance, equal_nan=True)
+
+    (rows,) = jax.linear_transpose(lambda coefficients: metric.factor(outputs, coefficients), change)(change)  # R δ
+    if far(metric.factor(outputs, rows)):
+        raise ValueError(
+            f"factor and product of {kind} do not belong together: with R the matrix whose transpose factor "
+            "applies, product must apply RᵀR"
+        )
+    slope = jax.grad(lambda changed: metric.distance(changed, outputs).sum())
+    if far(jax.jvp(slope, (outputs,), (change,))[1]):
+        raise ValueError(
+            f"distance and product of {kind} do not belong together: where the outputs are the targets, the second "
+            "derivative of distance must be what product applies; for product w δ it is ½ w (y − t)²"
+        )
 
 
 def squared_norm(metric: Metric, outputs: Outputs, change: Outputs) -> Float[Array, " samples"]:

@@ -172,6 +172,7 @@ def fit(
     """
     _checks.require_inputs(inputs)
     _checks.require_targets(inputs, targets)
+    _checks.require_key(key)
     _checks.require_positive(epochs, "epochs")
     _checks.require_positive(batch_size, "batch_size")
     if masks is not None:

@@ -18,6 +18,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # workers share
 
 import hypothesis
 import jax
+import jaxtyping
 import pytest
 
 # Eight devices on any machine, for the tests of what is spread over several. All else runs on the first of them.
@@ -32,6 +33,14 @@ def float64():
     """Runs a whole module in double precision."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def without_checked_types():
+    """Annotations are not looked at, as where ecjax is used."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -131,6 +131,30 @@ def test_masks_unlike_the_params():
         prune.apply_masks(PARAMS, jax.tree.map(lambda mask: mask[:2], masks))
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda e: prune.one_shot(e.params, e.params, 0.5), "scores are dict; score.Scores is needed"),
+        (
+            lambda e: prune.neurons(e.params, score.magnitude(*e), 0.5),
+            "scores are Scores; score.NeuronScores is",
+        ),
+        (lambda e: prune.one_shot(e.params, score.magnitude(*e), scope=(2, 4.0)), r"scope is \(2, 4.0\); a pattern"),
+        (lambda e: prune.one_shot(e.params, score.magnitude(*e), scope=(1, 2, 4)), r"scope is \(1, 2, 4\); a pattern"),
+        (lambda e: prune.sparsity(e.params), "'Dense_0/bias' is float32; masks are boolean"),
+        (lambda e: prune.staged(*e, 0.5, stages=True), "stages is True; it must be a whole number"),
+        (lambda e: prune.staged(*e, 0.5, criterion="random", key=0), "key is 0; it must be a random key"),
+        (lambda e: score.random(*e, key=jnp.zeros(3)), "key is Array.*; it must be a random key"),
+        (lambda e: score.elimination_compensation(*e, probes=1, key=0), "key is 0; it must be a random key"),
+        (lambda e: score.elimination_compensation(*e, key=jax.random.key(0)), "key is for probes="),
+    ],
+)
+@pytest.mark.usefixtures("without_checked_types")
+def test_what_is_something_else(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(examples.mlp())
+
+
 def test_epochs_below_one():
     options = {"optimizer": optax.adam(1e-3), "key": jax.random.key(0)}
     with pytest.raises(ValueError, match="epochs is 0"):

@@ -184,7 +184,10 @@ class Unregistered(metrics.Euclidean):
         (3, "metric is 3; it must be one of 'euclidean', 'fisher', or a metric such as"),
         (metrics.Euclidean, "metric is Euclidean, a class; call it"),
         (metrics.Fisher(0.0), "temperature is 0.0; it must be above 0"),
-        (metrics.Fisher(jnp.ones(3)), r"temperature must be one number above 0, got shape \(3,\)"),
+        (metrics.Fisher(jnp.inf), "temperature is inf; it must be above 0, and finite"),
+        (metrics.Fisher(None), "temperature is None; it must be one number above 0"),
+        (metrics.Fisher(jnp.ones(3)), r"temperature is Array\(\[1., 1., 1.\].*; it must be one number above 0"),
+        (metrics.Fisher(1e-30), "the metric Fisher sees no change in the outputs of this network"),
         (Unregistered(), "no pytree of numbers; make it a NamedTuple"),
         (repair.Survivors(), r"metric is Survivors\("),
     ],
@@ -208,13 +211,39 @@ class Mean(Weighted):
         return (self.weights * (outputs - targets) ** 2).mean()
 
 
+class Doubled(Weighted):
+    """Without the half."""
+
+    def distance(self, outputs, targets):
+        return (self.weights * (outputs - targets) ** 2).sum(-1)
+
+
+class Negative(Weighted):
+    """The wrong way round."""
+
+    def distance(self, outputs, targets):
+        return -super().distance(outputs, targets)
+
+
+class Absolute(Weighted):
+    """Without a second derivative."""
+
+    def distance(self, outputs, targets):
+        return (self.weights * jnp.abs(outputs - targets)).sum(-1)
+
+
 @pytest.mark.parametrize(
     ("metric", "message"),
     [
+        (Doubled(jnp.ones(3)), "distance and product of Doubled do not belong together: .* for product w δ it is ½ w"),
+        (Negative(jnp.ones(3)), "distance and product of Negative do not belong together"),
+        (Absolute(jnp.ones(3)), "distance and product of Absolute do not belong together"),
+        (Weighted(jnp.zeros(3)), "the metric Weighted sees no change in the outputs of this network: its product is 0"),
+        (Weighted(jnp.ones((23, 3))), r"Weighted.factor does not take outputs of shape \(24, 3\)"),
         (Alike(jnp.array([3.0, 1.0, 2.0])), "factor and product of .* do not belong together"),
-        (Mean(jnp.ones(3)), r"distance gives shape \(\) for outputs of shape \(23, 3\); it must give \(23,\)"),
-        (Weighted(jnp.ones(4)), r"factor does not take outputs of shape \(23, 3\)"),
-        (Weighted(jnp.ones((5, 1, 3))), r"factor gives shape \(5, 23, 3\) for outputs"),
+        (Mean(jnp.ones(3)), r"distance gives shape \(\) for outputs of shape \(24, 3\); it must give \(24,\)"),
+        (Weighted(jnp.ones(4)), r"factor does not take outputs of shape \(24, 3\)"),
+        (Weighted(jnp.ones((5, 1, 3))), r"factor gives shape \(5, 24, 3\) for outputs"),
     ],
 )
 def test_metrics_of_ones_own_that_do_not_fit(metric, message):

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Num, PRNGKeyArray
 
-from ecjax import _batches, _door, _precision
+from ecjax import _batches, _checks, _door, _precision
 from ecjax._types import Inputs, Metric, Network, Params, Patterns
 from ecjax.graph.layers import as_patterns
 from ecjax.moments.additive import Moments, described, merge, nothing, start
@@ -136,8 +136,12 @@ def of_batches(
 
 
 def _require_key(probes: int | None, key: PRNGKeyArray | None) -> None:
+    if probes is None and key is not None:
+        raise ValueError("key is for probes=, which are not asked for; leave it out, or give both")
     if probes is not None and key is None:
         raise ValueError(f"probes={probes} draws random signs: give it a key, such as jax.random.key(0)")
+    if key is not None:
+        _checks.require_key(key)
 
 
 @_precision.compiled("network", "batch_size", "blocks")

@@ -82,6 +82,7 @@ def one_shot(
         ValueError: sparsity is 75; it must be in [0, 1], the fraction of weights to remove
     """
     require_scope(scope)
+    _checks.require_scores(scores, Scores, "scores are")
     if isinstance(scope, tuple):
         if sparsity is not None:
             raise ValueError(f"scope {scope} says itself how many weights stay; leave the sparsity out")
@@ -138,7 +139,7 @@ def _require_finite_removed(importance: dict[str, Array], masks: dict[str, Array
 def require_scope(scope: str | tuple[int, int]) -> None:
     """Raises a ValueError unless ``scope`` is one."""
     if isinstance(scope, tuple):
-        if not 0 < scope[0] < scope[1]:
+        if [type(number) for number in scope] != [int, int] or not 0 < scope[0] < scope[1]:
             raise ValueError(f"scope is {scope}; a pattern (N, M) keeps N of M inputs, with 0 < N < M")
     elif scope not in SCOPES:
         raise ValueError(f"scope is {scope!r}; it must be one of {', '.join(map(repr, SCOPES))}, or a pair (N, M)")
@@ -165,10 +166,14 @@ def apply_masks(params: Params, masks: Kernels) -> Params:
 def sparsity(masks: Kernels) -> float:
     """The fraction of weights removed, over all kernels; 0 if there are none.
 
+    Raises:
+        ValueError: masks that are not boolean.
+
     Example:
         >>> prune.sparsity({"kernel": jnp.array([[True, False], [False, False]])})
         0.75
     """
+    _checks.require_boolean(masks)
     leaves = jax.tree.leaves(masks)
     total = sum(mask.size for mask in leaves)
     return sum(int(jnp.sum(~mask)) for mask in leaves) / max(total, 1)

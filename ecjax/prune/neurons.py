@@ -40,6 +40,7 @@ def neurons(params: Params, scores: NeuronScores, fraction: Sparsity, *, scope: 
         4
     """
     _checks.require_sparsity(fraction)
+    _checks.require_scores(scores, NeuronScores, "scores are")
     if scope not in NEURON_SCOPES:
         raise ValueError(f"scope is {scope!r}; for neurons it must be one of {', '.join(map(repr, NEURON_SCOPES))}")
     chain, leaves = graph.chain(scores.layers), _trees.by_path(params)

@@ -58,5 +58,5 @@ def as_outputs(targets: Targets, shape: tuple[int, ...], metric: metrics.Metric)
     if fisher and np.ndim(targets) == 1:
         _checks.require_labels(targets, shape)
         return jnp.log(jax.nn.one_hot(targets, shape[-1]))
-    labels = f", or labels of shape {shape[:1]}" if fisher else ""
+    labels = f", or labels of shape {shape[:1]}" if fisher else "; labels are for the metric Fisher"
     raise ValueError(f"targets of shape {np.shape(targets)} do not fit outputs of shape {shape}{labels}")

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from ecjax import _door, _precision, _trees
+from ecjax import _checks, _door, _precision, _trees
 from ecjax._types import Inputs, Loss, Network, Params, Patterns, Targets
 from ecjax.graph.layers import kernels
 from ecjax.score.scores import Scores, checked, scores_of
@@ -84,6 +84,7 @@ def random(network: Network, params: Params, inputs: Inputs, *, key: PRNGKeyArra
     network, params, _ = _trees.split(network, params)
     layers = _door.layers(network, params, inputs, exclude=exclude, need="weights", each_alone=False)
     weights = kernels(layers, params)
+    _checks.require_key(key)
     keys = jax.random.split(key, len(weights))
     draws = {path: jax.random.uniform(k, weights[path].shape) for k, path in zip(keys, weights, strict=True)}
     return scores_of(params, layers, draws)

@@ -67,11 +67,11 @@ def _all_weights(network, steps, weights_at_once, params, inputs, seen) -> Score
         def true_change(shift):
             tap = jnp.zeros((inputs.shape[0], kernel.shape[1]), removed.dtype).at[:, neuron].set(shift - removed)
             changed, _ = graph.tapped(reading, params, inputs, {layer.kernel: tap})
-            return metrics.squared_norm(seen.metric, outputs, changed - outputs).mean()
+            return metrics.squared_norm(seen.metric, outputs, changed - outputs).mean().astype(removed.dtype)
 
         if layer.bias is None:
             zero = jnp.zeros((), removed.dtype)
-            return true_change(zero).astype(zero.dtype), zero
+            return true_change(zero), zero
         linear_curvature = 2 * found.sensitivity[neuron] / seen.samples
         linear_shift = kernel[source, neuron] * found.mean[source, neuron]
         return _minimise(true_change, linear_shift, linear_curvature, steps=steps)
@@ -85,6 +85,7 @@ def _minimise(function, start, usual_curvature, *, steps):
     Where the function is concave the step is downhill all the same, by the size of the curvature; where it is flat, a
     hundredth of the usual curvature bounds it. A step that does not lower the function is halved.
     """
+    least_curvature = (0.01 * usual_curvature).astype(start.dtype)
 
     def value_and_slope(at):
         return jax.jvp(function, (at,), (jnp.ones_like(at),))
@@ -93,7 +94,7 @@ def _minimise(function, start, usual_curvature, *, steps):
         best, least, move = state
         tried = best - move
         (value, slope), (_, curvature) = jax.jvp(value_and_slope, (tried,), (jnp.ones_like(tried),))
-        curvature = jnp.maximum(jnp.abs(curvature), 0.01 * usual_curvature)
+        curvature = jnp.maximum(jnp.abs(curvature), least_curvature)
         newton = jnp.where(curvature > 0, slope / jnp.where(curvature > 0, curvature, 1), 0)
         lower = value < least
         return (jnp.where(lower, tried, best), jnp.minimum(value, least), jnp.where(lower, newton, move / 2)), None

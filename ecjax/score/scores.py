@@ -26,7 +26,7 @@ class Scores:
     """What removing each weight costs, and what makes up for it.
 
     Attributes:
-        importance: Kernels; at least 0, the smallest go first.
+        importance: Kernels; the smallest go first. All criteria of this library give numbers of at least 0.
         bias_shift: Kernels; for each weight, what its neuron's bias gains when the weight is removed. None for a
             criterion that compensates nothing.
         layers: of the network (``networks.layers``): which bias belongs to which kernel, and which of its axes are

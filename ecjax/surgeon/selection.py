@@ -114,6 +114,7 @@ def _start(params, gradients, weights, rows, start, key, *, count, draws, dampin
         return smallest(jnp.abs(weights), count)
     if key is None:
         raise ValueError("start='rmp' draws chunks at random: give it a key, such as jax.random.key(0)")
+    _checks.require_key(key)
     return _randomised_magnitude(weights, rows, key, count, damping, draws=int(draws))
 
 
