@@ -25,7 +25,7 @@ import optax
 import pandas as pd
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
-from rich.table import Column, Table
+from rich.table import Table
 
 from ecjax import networks, prune, repair, score, surgeon, train
 from ecjax.networks import Network, Params
@@ -34,9 +34,6 @@ from experiments.datasets import diffusion_sorption
 
 GRADIENT, JACOBIANS, DEFINITION = "gradient pass", "per-sample Jacobians", "EC by definition"
 AXES = {"width": "width of the layers", "depth": "layers", "samples": "samples", "outputs": "outputs K"}
-# Okabe and Ito's palette, told apart by the colour-blind; the markers say the same again.
-COLOURS = ("#999999", "#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
-MARKERS = "vsoD^PX<>"
 
 
 @dataclass(frozen=True)
@@ -267,8 +264,7 @@ def agreements(network: Network, params: Params, inputs: Array, numbers: Sequenc
     for probes in numbers:
         draw = functools.partial(score.elimination_compensation, network, params, inputs, probes=probes)
         found = [agreement(params, exact, draw(key=jax.random.key(seed))) for seed in range(3)]
-        spearman, overlap = np.mean(found, axis=0).tolist()
-        yield {"probes": probes, "spearman": spearman, "overlap": overlap}
+        yield {"probes": probes} | dict(zip(("spearman", "overlap"), np.mean(found, axis=0).tolist(), strict=True))
 
 
 def agreement(params: Params, exact: score.Scores, found: score.Scores) -> tuple[float, float]:
@@ -305,19 +301,11 @@ def tables(frame: pd.DataFrame, ranking: pd.DataFrame) -> Iterator[Table]:
             "XLA (MB)": ("{:,.0f}", chosen["compiler_bytes"] / 1e6),
             "process (MB)": ("{:,.0f}", chosen["process_bytes"] / 1e6),
         }
-        yield _table(f"{what}: MLP {layers}, {samples:,} samples, {jax.devices()[0].device_kind}", columns)
+        yield report.plain(f"{what}: MLP {layers}, {samples:,} samples, {jax.devices()[0].device_kind}", columns)
     if len(ranking):
         formats = {"network": "{}", "probes": "{}", "spearman": "{:.4f}", "overlap": "{:.3f}"}
         title = "probes against the exact ranking, networks of 1,000 outputs, mean of three keys"
-        yield _table(title, {name: (text, ranking[name]) for name, text in formats.items()})
-
-
-def _table(title: str, columns: dict[str, tuple[str, pd.Series]]) -> Table:
-    first, *numbers = columns
-    table = Table(first, *(Column(name, justify="right") for name in numbers), title=title)
-    for row in zip(*(values.map(text.format, "ignore").fillna("") for text, values in columns.values()), strict=True):
-        table.add_row(*row)
-    return table
+        yield report.plain(title, {name: (text, ranking[name]) for name, text in formats.items()})
 
 
 def figure(frame: pd.DataFrame, ranking: pd.DataFrame, path: Path) -> None:
@@ -326,21 +314,23 @@ def figure(frame: pd.DataFrame, ranking: pd.DataFrame, path: Path) -> None:
     frame = frame.assign(megabytes=frame["compiler_bytes"].mask(partly) / 1e6)
     frame["method"] += np.where(partly, " (part of the samples)", "")
     methods = frame.loc[frame["axis"] != "pruning", "method"].unique()
-    styles = [marker + (":" if "part" in name else "-") for name, marker in zip(methods, MARKERS * 2, strict=False)]
+    styles = [
+        marker + (":" if "part" in name else "-") for name, marker in zip(methods, 2 * report.MARKERS, strict=False)
+    ]
     canvas, axes = plt.subplots(3, 2, figsize=(10, 12), layout="constrained")
     shown = [(axis, "gradient_passes", "time (gradient passes)") for axis in AXES]
     shown.append(("samples", "megabytes", "memory of one call by XLA (MB)"))
     for panel, (axis, column, label) in zip(axes.flat, shown, strict=False):
         curves = frame[frame["axis"] == axis].pivot(index="value", columns="method", values=column)
         if len(curves):
-            options = {"style": styles, "color": COLOURS, "mfc": "none", "logx": axis != "depth", "logy": True}
+            options = {"style": styles, "color": report.COLOURS, "mfc": "none", "logx": axis != "depth", "logy": True}
             curves.reindex(columns=methods).plot(ax=panel, legend=False, **options)
             panel.set(xlabel=AXES[axis], ylabel=label)
     if len(ranking):
         words = {"spearman": "Spearman", "overlap": "same weights kept at 0.9"}
         curves = ranking.rename(columns=words).pivot(index="probes", columns="network")
         curves.columns = [f"{network}: {measure}" for measure, network in curves.columns]
-        curves.plot(ax=axes[-1, -1], style=["o-", "o-", "s--", "s--"], color=COLOURS[2:4] * 2, logx=True)
+        curves.plot(ax=axes[-1, -1], style=["o-", "o-", "s--", "s--"], color=report.COLOURS[5:7] * 2, logx=True)
         axes[-1, -1].set(xlabel="probes, K = 1,000", ylabel="agreement with the exact ranking")
         axes[-1, -1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
     for panel in axes.flat:

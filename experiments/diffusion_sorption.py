@@ -73,7 +73,7 @@ def main(config: Config) -> None:
             for noise in config.noise:
                 mlp, task = _task(hidden, data[noise], config)
                 passes = bar.track(range(config.epochs), description=f"{layers}, a = {noise:g}: training")
-                params = results.trained(config.output, f"{layers}-{noise:g}", _train, task, mlp, config, passes)
+                params = results.trained(config.output, f"{layers}-{noise:g}", _train, mlp, task, config, passes)
 
                 inputs, targets = (jnp.asarray(array[: config.calibration]) for array in data[noise][1:3])
                 few = inputs[: config.nonlinear_calibration]
@@ -82,15 +82,17 @@ def main(config: Config) -> None:
                 where = source | {"layers": layers, "noise": noise}
                 table = sweep.Table(rows, bar, where, name=f"{layers}, a = {noise:g}: ")
                 sweep.one_shot(task, params, config, compared, optimizer, table)
-            for sparsity in config.small_network_sparsities:
-                where = source | {"layers": layers, "method": sweep.SMALL, "sparsity": sparsity, "phase": sweep.TRAINED}
-                keys = [where | {"noise": noise, "seed": seed} for noise in data for seed in range(config.seeds)]
-                passes = bar.track(range(config.epochs), description=f"{layers}: small dense, {sparsity:g}")
-                missing = [key for key in keys if not rows.has(**key)]
-                found = _small_networks(hidden, sparsity, data, config, passes) if missing else ()
-                for key, row in zip(keys, found, strict=False):
-                    if key in missing:
-                        rows.add(row | key)
+                for sparsity in config.small_network_sparsities:
+                    key = where | {"method": sweep.SMALL, "sparsity": sparsity}
+                    missing = [seed for seed in range(config.seeds) if not rows.has(**key, seed=seed)]
+                    if missing:
+                        small = _task(small_widths(hidden, sparsity), data[noise], config)
+                        passes = bar.track(range(config.epochs), description=f"{layers}: small dense, {sparsity:g}")
+                        found = sweep.measure(
+                            small[1], _train(*small, config, passes), sweep.SMALL, sparsity, "trained"
+                        )
+                        for seed in missing:
+                            rows.add(where | found[seed])
 
             frame, keys = rows.frame().query("layers == @layers"), ["method", "sparsity", "seed", "phase"]
             wide = frame.pivot_table(index=keys, columns="noise", values="test_loss", sort=False).reset_index()
@@ -118,17 +120,9 @@ def _task(hidden: tuple[int, ...], data: Dataset, config: Config) -> tuple[netwo
     return mlp, sweep.Task(networks.from_linen(mlp), data, optax.squared_error, measures, config.batch_size)
 
 
-def _train(task: sweep.Task, mlp: networks.MLP, config: Config, passes, targets=None) -> networks.Params:
+def _train(mlp: networks.MLP, task: sweep.Task, config: Config, passes) -> networks.Params:
     optimizer = sweep.decaying_adam(task, config.learning_rate, config.epochs)
-    return sweep.train_seeds(task, mlp, config.seeds, optimizer, passes, targets)
-
-
-def _small_networks(hidden, sparsity: float, data: dict[float, Dataset], config: Config, passes) -> list[sweep.Row]:
-    """Dense networks of as many parameters as pruned ones keep, trained from scratch, all noise levels at once."""
-    mlp, task = _task(small_widths(hidden, sparsity), next(iter(data.values())), config)
-    targets = jnp.stack([jnp.asarray(level.train_targets) for level in data.values()])
-    params = _train(task, mlp, config, passes, targets)
-    return sweep.measure(task, params, sweep.SMALL, sparsity, sweep.TRAINED)
+    return sweep.train_seeds(task, mlp, config.seeds, optimizer, passes)
 
 
 def small_widths(widths: tuple[int, ...], sparsity: float) -> tuple[int, ...]:

@@ -19,8 +19,11 @@ class Digits:
     """Folder for the results. Default: results/ and the names of the experiment and the data."""
 
     def load(self) -> Dataset:
-        """The data that these flags name."""
-        data = choose.load_or_exit(self.data, self.data_dir)
+        """The data that these flags name; a missing or corrupt file ends the program with its one-line message."""
+        try:
+            data = choose.load(self.data, self.data_dir)
+        except (FileNotFoundError, ValueError) as error:
+            raise SystemExit(str(error)) from error
         return hold_out(data) if self.validation else data
 
 

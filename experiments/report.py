@@ -18,8 +18,9 @@ from experiments.results import Folder
 from experiments.sweep import DENSE, FINE_TUNED, PRUNED, SMALL, TRAINED
 
 # Okabe and Ito's palette, told apart by the colour-blind; the markers say the same again. Each method keeps its own.
-_COLOURS = ("#999999", "#E69F00", "#CC79A7", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#882255")
-_PALETTE = tuple(zip(_COLOURS, "xsvDo^P*", strict=True))
+COLOURS = ("#999999", "#E69F00", "#CC79A7", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#882255")
+MARKERS = "xsvDo^P*"
+_PALETTE = tuple(zip(COLOURS, MARKERS, strict=True))
 _STYLES = dict(zip(METHODS, itertools.cycle(_PALETTE), strict=False)) | {SMALL: ("black", "*")}
 _PHASES = {PRUNED: "after pruning", FINE_TUNED: "after pruning and fine-tuning"}
 _WIDTH = 11  # inches at most, so that the letters can be read where a page shows the figure 800 pixels wide
@@ -79,13 +80,20 @@ def sizes(kept: Folder) -> Table:
     """What the saved networks of the highest sparsity take."""
     frame = kept.rows.frame().query("sparsity == sparsity.max()")
     title = f"sparsity {frame['sparsity'].iloc[0]:g}; every network and report.csv are in {kept.path}/"
-    numbers = ("parameters", "non-zeros", "bytes", "multiply-adds", "µs, batch 1", "µs, 256")
-    table = Table("method", "form", *(Column(name, justify="right") for name in numbers), title=title)
-    names = ["parameters", "nonzeros", "bytes", "multiply_adds", "microseconds_batch_1", "microseconds_batch_256"]
-    for method, form, runtime, *values in frame[["method", "name", "runtime", *names]].itertuples(index=False):
-        cells = (f"{value:,.0f}" for value in values)
-        table.add_row(method, f"{form}, {runtime}", *cells, end_section=(form, runtime) == ("sparse", "NumPy"))
-    return table
+    columns = {"method": ("{}", frame["method"]), "form": ("{}", frame["name"] + ", " + frame["runtime"])}
+    words = {"microseconds_batch_1": "µs, batch 1", "microseconds_batch_256": "µs, 256", "nonzeros": "non-zeros"}
+    for name in ("parameters", "nonzeros", "bytes", "multiply_adds", "microseconds_batch_1", "microseconds_batch_256"):
+        columns[words.get(name, name.replace("_", "-"))] = "{:,.0f}", frame[name]
+    return plain(title, columns, texts=2)
+
+
+def plain(title: str, columns: dict[str, tuple[str, pd.Series]], texts: int = 1) -> Table:
+    """A table of columns, each a format and its values; so many of them, the first, are of text."""
+    headers = (Column(name, justify="left" if i < texts else "right") for i, name in enumerate(columns))
+    result = Table(*headers, title=title)
+    for row in zip(*(values.map(text.format, "ignore").fillna("") for text, values in columns.values()), strict=True):
+        result.add_row(*row)
+    return result
 
 
 Panel = tuple[str, pd.DataFrame, str, Measure]

@@ -76,17 +76,13 @@ def decaying_adam(task: Task, learning_rate: float, epochs: int) -> optax.Gradie
     return optax.adam(optax.cosine_decay_schedule(learning_rate, max(steps, 1)))
 
 
-def train_seeds(task: Task, mlp: networks.MLP, seeds: int, optimizer, epochs: Iterable[int], targets=None) -> Params:
-    """Trains one network for each seed, side by side; the params come stacked along a leading axis.
-
-    ``targets`` are several versions of the training targets, stacked: first come all seeds on the first version.
-    """
-    keys = jnp.tile(jax.vmap(jax.random.key)(jnp.arange(seeds)), 1 if targets is None else len(targets))
+def train_seeds(task: Task, mlp: networks.MLP, seeds: int, optimizer, epochs: Iterable[int]) -> Params:
+    """Trains one network for each seed, side by side; the params come stacked along a leading axis."""
+    keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
     first = jnp.asarray(task.data.train_inputs[:1])
     params = jax.vmap(lambda key: mlp.init(key, first)["params"])(keys)
     shuffles = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
-    each = None if targets is None else jnp.repeat(targets, seeds, axis=0)
-    return _fit(task, params, None, shuffles, optimizer, epochs, each)
+    return _fit(task, params, None, shuffles, optimizer, epochs)
 
 
 def fine_tune(task: Task, pruned: prune.Pruned, optimizer: optax.GradientTransformation, epochs: int) -> Params:
@@ -95,23 +91,22 @@ def fine_tune(task: Task, pruned: prune.Pruned, optimizer: optax.GradientTransfo
     return _fit(task, pruned.params, pruned.masks, keys, optimizer, range(epochs))
 
 
-def _fit(task, params, masks, keys, optimizer, epochs, targets=None) -> Params:
-    inputs, shared = jnp.asarray(task.data.train_inputs), targets is None
-    targets = jnp.asarray(task.data.train_targets) if shared else targets
+def _fit(task, params, masks, keys, optimizer, epochs) -> Params:
+    inputs, targets = jnp.asarray(task.data.train_inputs), jnp.asarray(task.data.train_targets)
     state = jax.vmap(lambda params, key: train.start(params, optimizer, key))(params, keys)
     for _ in epochs:
-        state = _epoch(task.network, state, masks, inputs, targets, task.loss, optimizer, task.batch_size, shared)
+        state = _epoch(task.network, state, masks, inputs, targets, task.loss, optimizer, task.batch_size)
         jax.block_until_ready(state)
     return state.params
 
 
-@functools.partial(jax.jit, static_argnames=("network", "loss", "optimizer", "batch_size", "shared"))
-def _epoch(network, state, masks, inputs, targets, loss, optimizer, batch_size, shared):
-    def one_seed(state, masks, targets):
+@functools.partial(jax.jit, static_argnames=("network", "loss", "optimizer", "batch_size"))
+def _epoch(network, state, masks, inputs, targets, loss, optimizer, batch_size):
+    def one_seed(state, masks):
         options = {"optimizer": optimizer, "batch_size": batch_size, "masks": masks}
         return train.epoch(network, state, inputs, targets, loss, **options)[0]
 
-    return jax.vmap(one_seed, in_axes=(0, 0, None if shared else 0))(state, masks, targets)
+    return jax.vmap(one_seed)(state, masks)
 
 
 def one_seed(params: Params, seed: int) -> Params:

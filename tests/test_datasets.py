@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from ecjax import moments, networks, score
+from experiments import flags
 from experiments.datasets import Dataset, choose, digits, hold_out, mnist
 from experiments.datasets.mnist_builder import MnistIdx
 
@@ -357,7 +358,7 @@ def test_a_folder_without_the_files_is_an_error_not_a_fallback(tmp_path, monkeyp
 @pytest.mark.usefixtures("prepared", "no_network")
 def test_a_command_ends_with_the_message_alone(tmp_path):
     with pytest.raises(SystemExit, match="holds neither t10k-labels-idx1-ubyte nor"):
-        choose.load_or_exit("mnist", tmp_path)
+        flags.Digits(data_dir=tmp_path).load()
 
 
 @pytest.mark.usefixtures("prepared")

@@ -18,7 +18,8 @@ from safetensors.numpy import save
 
 from ecjax import compact, networks
 from ecjax.compact import files
-from experiments.datasets import choose, mnist
+from experiments import flags
+from experiments.datasets import mnist
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 4, 3), np.uint8)
 NAME = "images-idx3-ubyte"
@@ -137,7 +138,7 @@ def test_a_command_names_the_damaged_file(tmp_path, monkeypatch):
     (tmp_path / name).write_bytes(CONTENT[:-1])
     message = f"{tmp_path / name} is not {name}, but truncated, corrupt or another file; fetch it again"
     with pytest.raises(SystemExit, match=message):
-        choose.load_or_exit("mnist", tmp_path)
+        flags.Digits(data_dir=tmp_path).load()
 
 
 @pytest.fixture(scope="module")

@@ -28,11 +28,3 @@ def load(name: str, folder: Path | None = None) -> Dataset:
         words = f"MNIST could not be fetched ({reason}), so this runs on scikit-learn's digits; to provide it, put its"
         print(f"{words} four idx files in a folder and name that with --data-dir or ECJAX_DATA_DIR", file=sys.stderr)
         return digits.load()
-
-
-def load_or_exit(name: str, folder: Path | None) -> Dataset:
-    """As ``load``, for a command line: a missing or corrupt file ends the program with its one-line message."""
-    try:
-        return load(name, folder)
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(str(error)) from error
