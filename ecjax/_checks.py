@@ -54,6 +54,16 @@ def require_targets(inputs: Inputs, targets: Array | np.ndarray) -> None:
         raise ValueError(f"targets {_describe(targets)} do not match the {inputs.shape[0]} samples of the inputs")
 
 
+def require_weights(weights: Array | np.ndarray, outputs: tuple[int, ...]) -> None:
+    """Raises a ValueError unless there is a weight of at least 0 for each sample, or each position, of such outputs."""
+    shape = getattr(weights, "shape", ())
+    if not shape or shape not in (outputs[:1], outputs[:-1]) or not jnp.issubdtype(weights.dtype, jnp.number):
+        or_positions = f", or {outputs[:-1]}" if len(outputs) > 2 else ""
+        raise ValueError(f"weights {_describe(weights)} must be numbers of shape {outputs[:1]}{or_positions}")
+    if _is_known_false((weights >= 0).all() & (weights < np.inf).all() & (weights > 0).any()):
+        raise ValueError("weights must be at least 0 and finite, and not all of them 0")
+
+
 def require_known(targets: Array | np.ndarray) -> None:
     """Raises a ValueError if targets hold NaN or +infinity; the logits of what is never expected are -infinity."""
     if jnp.issubdtype(targets.dtype, jnp.inexact) and _is_known_false(
@@ -136,9 +146,10 @@ def require_finite(tree: PyTree, name: str) -> None:
 
 def require_labels(labels: Array | np.ndarray, outputs: tuple[int, ...]) -> None:
     """Raises a ValueError unless there is one class, a whole number, for each row of outputs of that shape."""
-    samples, classes = outputs
-    if np.shape(labels) != (samples,) or not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(f"labels must be {samples} whole numbers, got {labels.dtype} {_describe(labels)}")
+    *rows, classes = outputs
+    if np.shape(labels) != tuple(rows) or not jnp.issubdtype(labels.dtype, jnp.integer):
+        number = " × ".join(map(str, rows))
+        raise ValueError(f"labels must be {number} whole numbers, got {labels.dtype} {_describe(labels)}")
     if _is_known_false(((labels >= 0) & (labels < classes)).all()):
         raise ValueError(f"labels must be in [0, {classes}), got some outside")
 

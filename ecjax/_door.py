@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 
 from ecjax import _batches, _checks, _precision, _trees, metrics
 from ecjax._trees import WithStatic
-from ecjax._types import Metric, Network, Params, Patterns, Targets
+from ecjax._types import Metric, Network, Params, Patterns, Targets, Weights
 from ecjax.graph import Layers, read
 from ecjax.graph.layers import as_patterns
 
@@ -30,7 +30,7 @@ class _Facts:
     layers: Layers
     mixed: str
     unknown: str
-    row: tuple[int, np.dtype]  # how many outputs each sample has, and of which dtype
+    row: tuple[tuple[int, ...], np.dtype]  # the shape of a sample's outputs, and their dtype
 
 
 class Entered(NamedTuple):
@@ -44,6 +44,7 @@ class Entered(NamedTuple):
         outputs: the shape and dtype of what the network gives for the inputs.
         metric: a metric, no name.
         targets: placed like the inputs.
+        weights: likewise.
         static: the leaves of the params that are no arrays.
     """
 
@@ -54,6 +55,7 @@ class Entered(NamedTuple):
     outputs: jax.ShapeDtypeStruct
     metric: metrics.Metric | None
     targets: Targets | None
+    weights: Weights | None
     static: tuple
 
 
@@ -65,6 +67,7 @@ def enter(
     exclude: Patterns = (),
     metric: Metric | None = None,
     targets: Targets | None = None,
+    weights: Weights | None = None,
     need: str = "moments",
     **counts: int | None,
 ) -> Entered:
@@ -75,6 +78,7 @@ def enter(
         exclude: patterns of paths, which are left alone.
         metric: of the outputs, or its name; None where there is none.
         targets: one for each sample; None where there are none.
+        weights: of samples, or of their positions; None where all count the same.
         need: of every kernel, as ``layers`` says.
         **counts: arguments that must be whole numbers of at least 1; None is one that was not given.
 
@@ -89,12 +93,14 @@ def enter(
         if count is not None:
             _checks.require_positive(count, name)
     network, params, static = _trees.split(network, params)
-    inputs, targets = _batches.placed((inputs, targets))
+    inputs, targets, weights = _batches.placed((inputs, targets, weights))
     facts = _facts(network, params, inputs, exclude=exclude, need=need, each_alone=True)
-    outputs = jax.ShapeDtypeStruct((inputs.shape[0], facts.row[0]), facts.row[1])
+    outputs = jax.ShapeDtypeStruct((inputs.shape[0], *facts.row[0]), facts.row[1])
+    if weights is not None:
+        _checks.require_weights(weights, outputs.shape)
     if metric is not None:
         metrics.require_outputs(metric, outputs, _few_outputs(network, params, inputs, metric))
-    return Entered(network, params, inputs, facts.layers, outputs, metric, targets, static)
+    return Entered(network, params, inputs, facts.layers, outputs, metric, targets, weights, static)
 
 
 def layers(
@@ -112,7 +118,7 @@ def layers(
         params: its parameters, of arrays alone (``_trees.split``).
         inputs: an array with samples in it, or only its shape.
         exclude: patterns of paths, which are left alone.
-        need: what every kernel must be: one that "moments" can score, one whose "weights" each enter one product, or
+        need: what every kernel must be: one that "moments" can score, one whose "weights" enter products one by one, or
             "any".
         each_alone: whether each sample's outputs must depend on this sample alone.
 
@@ -145,9 +151,8 @@ def _facts(network, params, inputs, *, exclude, need, each_alone) -> _Facts:
         )
     for layer in facts.layers:
         if (need == "moments" and layer.reason) or (need != "any" and layer.layout is None):
-            yet = " yet" if need == "moments" else ""
             raise ValueError(
-                f"kernel '{layer.kernel}' can't be scored{yet}: it {layer.reason}. Leave it out with "
+                f"kernel '{layer.kernel}' can't be scored: it {layer.reason}. Leave it out with "
                 f"exclude=('{layer.kernel}',); networks.layers shows all kernels"
             )
     return facts
@@ -156,7 +161,7 @@ def _facts(network, params, inputs, *, exclude, need, each_alone) -> _Facts:
 def _read(params, inputs, *, network, exclude) -> _Facts:
     found = read(network, params, inputs, exclude=exclude)
     (outputs,) = found.jaxpr.out_avals
-    return _Facts(found.layers, found.mixed, found.unknown, (outputs.shape[-1], np.dtype(outputs.dtype)))
+    return _Facts(found.layers, found.mixed, found.unknown, (outputs.shape[1:], np.dtype(outputs.dtype)))
 
 
 @functools.partial(jax.jit, static_argnames=("network", "exclude"))

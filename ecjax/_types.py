@@ -13,6 +13,7 @@ Inputs = Num[Array | np.ndarray, "samples *features"]
 Network = Callable[[Params, Inputs], Array]
 # Not checked against the samples of the inputs here: ``_checks.require_targets`` says it more clearly.
 Targets = Shaped[Array | np.ndarray, "_samples *outputs"]
+Weights = Float[Array | np.ndarray, "_samples *_positions"]
 Loss = Callable[[Array, Array], Array]
 Patterns = str | Iterable[str]
 Sparsity = float | int | Float[Array, ""]

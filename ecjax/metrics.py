@@ -6,6 +6,8 @@ information of a classifier's logits. Half of ``δᵀ M δ`` is the Kullback-Lei
 to second order. Above 1, a temperature sees more of what a classifier knows than its first choice (Hinton, Vinyals,
 Dean, arXiv:1503.02531).
 
+Outputs of more axes than (samples, K) have positions between the two; they add up. A metric sees the last axis alone.
+
 A metric of one's own is a pytree with the three methods of ``Metric``. Its arrays are leaves, so that they may change
 without compiling anew:
 
@@ -42,7 +44,7 @@ from ecjax import _checks
 
 __all__ = ["METRICS", "Euclidean", "Fisher", "Metric", "named", "squared_norm"]
 
-Outputs = Float[Array, "samples outputs"]
+Outputs = Float[Array, "samples *positions outputs"]
 
 
 @runtime_checkable
@@ -65,7 +67,7 @@ class Metric(Protocol):
     def product(self, outputs: Outputs, change: Outputs) -> Outputs:
         """``M δ``, with M taken at the outputs."""
 
-    def distance(self, outputs: Outputs, targets: Outputs) -> Float[Array, " samples"]:
+    def distance(self, outputs: Outputs, targets: Outputs) -> Float[Array, "samples *positions"]:
         """What a repair minimises: at least 0, and where the outputs are the targets its second derivative is M."""
 
 
@@ -87,7 +89,7 @@ class Euclidean:
         """``δ``."""
         return change
 
-    def distance(self, outputs: Outputs, targets: Outputs) -> Float[Array, " samples"]:
+    def distance(self, outputs: Outputs, targets: Outputs) -> Float[Array, "samples *positions"]:
         """``½ Σ_k (y_k − t_k)²``."""
         return jnp.sum((outputs - targets) ** 2, -1) / 2
 
@@ -123,7 +125,7 @@ class Fisher:
         weighted = probabilities * self._per_temperature(change)
         return self._per_temperature(weighted - probabilities * weighted.sum(-1, keepdims=True))
 
-    def distance(self, outputs: Outputs, targets: Outputs) -> Float[Array, " samples"]:
+    def distance(self, outputs: Outputs, targets: Outputs) -> Float[Array, "samples *positions"]:
         """``KL(softmax(t / T) || softmax(y / T))``."""
         expected, found = (jax.nn.log_softmax(self._per_temperature(logits)) for logits in (targets, outputs))
         # The logits of what is never expected, of another label, are minus infinity.
@@ -206,7 +208,7 @@ def _require_methods(metric: Metric, outputs: jax.ShapeDtypeStruct) -> None:
     """Raises a ValueError unless the three methods take and give the right shapes."""
     kind = type(metric).__name__
     outputs = outputs.update(shape=(outputs.shape[0] + 1, *outputs.shape[1:]))  # it must take any number of samples
-    for name, expected in (("factor", outputs.shape), ("product", outputs.shape), ("distance", outputs.shape[:1])):
+    for name, expected in (("factor", outputs.shape), ("product", outputs.shape), ("distance", outputs.shape[:-1])):
         try:
             found = getattr(jax.eval_shape(getattr(metric, name), outputs, outputs), "shape", None)
         except Exception as error:
@@ -214,7 +216,8 @@ def _require_methods(metric: Metric, outputs: jax.ShapeDtypeStruct) -> None:
         if found != expected:
             raise ValueError(
                 f"{kind}.{name} gives {'no array' if found is None else f'shape {found}'} for outputs of shape "
-                f"{outputs.shape}; it must give {expected}" + (", one for each sample" if name == "distance" else "")
+                f"{outputs.shape}; it must give {expected}"
+                + (", one for each sample (and position)" if name == "distance" else "")
             )
 
 
@@ -247,8 +250,10 @@ def _require_consistent(metric: Metric, outputs: Outputs, change: Outputs, seen:
         )
 
 
-def squared_norm(metric: Metric, outputs: Outputs, change: Outputs) -> Float[Array, " samples"]:
-    """``δᵀ M δ`` for each sample.
+def squared_norm(
+    metric: Metric, outputs: Outputs, change: Outputs, weights: Float[Array, "samples ..."] | None = None
+) -> Float[Array, " samples"]:
+    """``δᵀ M δ`` for each sample, summed over its positions.
 
     Not as ``‖R δ‖²``: XLA compiles ``Σ_k p_k (δ_k − Σ_l p_l δ_l)²`` wrongly for CPUs where many weights are mapped over
     (jaxlib 0.10.2), and its results are off by as much as they are large.
@@ -257,10 +262,25 @@ def squared_norm(metric: Metric, outputs: Outputs, change: Outputs) -> Float[Arr
         metric: a metric, not its name.
         outputs: where it is taken.
         change: δ, the change in the outputs.
+        weights: how much each sample, or each of its positions, counts; 1 if None.
 
     Example:
         >>> logits, change = jnp.zeros((1, 2)), jnp.array([[1.0, -1.0]])
         >>> [metrics.squared_norm(metric, logits, change).round(5).tolist() for metric in metrics.METRICS.values()]
         [[2.0], [1.0]]
     """
-    return jnp.sum(change * metric.product(outputs, change), -1)
+    return of_samples(jnp.sum(change * metric.product(outputs, change), -1), weights)
+
+
+def of_samples(
+    values: Float[Array, "samples *positions"], weights: Float[Array, "samples ..."] | None
+) -> Float[Array, " samples"]:
+    """The sum over the positions of each sample, weighted."""
+    if weights is not None:
+        values = values * weights.reshape(*weights.shape, *(1,) * (values.ndim - weights.ndim)).astype(values.dtype)
+    return values.reshape(values.shape[0], -1).sum(-1)
+
+
+def scale_of(weights: Float[Array, "samples ..."], outputs: Float[Array, "samples ..."]) -> Array:
+    """What the rows of the metric are scaled by, so that their squares count by the weights."""
+    return jnp.sqrt(weights.reshape(*weights.shape, *(1,) * (outputs.ndim - weights.ndim))).astype(outputs.dtype)

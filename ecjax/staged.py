@@ -22,8 +22,9 @@ from jax import Array, lax
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from ecjax import _batches, _checks, _door, _precision, _trees, metrics, score
-from ecjax._types import Inputs, Kernels, Metric, Network, Params, Patterns, Sparsity, Targets
+from ecjax._types import Inputs, Kernels, Metric, Network, Params, Patterns, Sparsity, Targets, Weights
 from ecjax.graph.layers import as_patterns
+from ecjax.moments.stream import has_many_rows
 from ecjax.prune.further import further
 from ecjax.prune.masks import Pruned, require_scope
 from ecjax.prune.neurons import NEURON_SCOPES
@@ -36,8 +37,8 @@ __all__ = ["Stage", "State", "finish", "staged", "staged_neurons", "start", "ste
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["params", "masks", "metric", "targets", "damping", "steps", "objective", "key"],
-    meta_fields=["exclude"],
+    data_fields=["params", "masks", "metric", "targets", "weights", "damping", "steps", "objective", "key"],
+    meta_fields=["exclude", "many_rows"],
 )
 @dataclasses.dataclass(frozen=True)
 class State:
@@ -48,11 +49,13 @@ class State:
         masks: Kernels of booleans, True where the weight stays.
         metric: of the outputs.
         targets: what the repair aims at; None without one.
+        weights: of samples or of their positions; None where all count the same.
         damping: of the repair, as the stages so far have adapted it.
         steps: of the repair so far.
         objective: what the repair has left of the mean distance to the targets; infinite without one.
         key: random key of the next stage, for criteria that draw; or None.
-        exclude: patterns of paths of leaves that keep every bit; static.
+        exclude: patterns of paths of leaves that keep every bit; static, like what follows.
+        many_rows: whether the outputs have so many positions that criteria take a random probe of them.
 
     Example:
         >>> state = staged.start(network, params, inputs, repair=None)
@@ -64,11 +67,13 @@ class State:
     masks: Kernels
     metric: metrics.Metric
     targets: Array | None
+    weights: Array | None
     damping: Float[Array, ""]
     steps: Int[Array, ""]
     objective: Float[Array, ""]
     key: PRNGKeyArray | None
     exclude: tuple[str, ...] = ()
+    many_rows: bool = False
 
 
 class Stage(NamedTuple):
@@ -104,6 +109,7 @@ def staged(
     repair: Repair | str | None = "survivors",
     metric: Metric = "euclidean",
     targets: Targets | None = None,
+    weights: Weights | None = None,
     scope: str | tuple[int, int] = "network",
     exclude: Patterns = (),
     key: PRNGKeyArray | None = None,
@@ -130,7 +136,8 @@ def staged(
         targets: what the repair aims at: the outputs of the dense network if None, or see ``repair.Survivors``.
         scope: where weights compete, as in ``one_shot``; a pattern (N, M) has no stages.
         exclude: patterns of paths of leaves that keep every bit, in pruning and in repair, and do not count.
-        key: random key, split over the stages, for criteria that draw.
+        key: random key, split over the stages, for criteria that draw; where outputs with positions have more than
+            256 rows a sample, for one probe.
         progress: called after each stage.
 
     Raises:
@@ -148,8 +155,8 @@ def staged(
     if isinstance(scope, tuple):
         raise ValueError(f"scope {scope} is of one sparsity, without stages: one_shot, then repair.Survivors()")
     criterion = criteria.giving(Scores, criteria.named(criterion, score.CRITERIA))
-    given = network, params, inputs, sparsity, stages
-    return _in_stages(criterion, *given, repair, metric, targets, scope, exclude, key, progress)
+    given, of_run = (network, params, inputs, sparsity, stages), (repair, metric, targets, weights)
+    return _in_stages(criterion, *given, *of_run, scope, exclude, key, progress)
 
 
 def staged_neurons(
@@ -163,6 +170,7 @@ def staged_neurons(
     repair: Repair | str | None = "survivors",
     metric: Metric = "euclidean",
     targets: Targets | None = None,
+    weights: Weights | None = None,
     scope: str = "network",
     exclude: Patterns = (),
     key: PRNGKeyArray | None = None,
@@ -193,25 +201,41 @@ def staged_neurons(
     if scope not in NEURON_SCOPES:
         raise ValueError(f"scope is {scope!r}; for neurons it must be one of {', '.join(map(repr, NEURON_SCOPES))}")
     criterion = criteria.giving(NeuronScores, criteria.named(criterion, score.NEURON_CRITERIA))
-    given = network, params, inputs, fraction, stages
-    return _in_stages(criterion, *given, repair, metric, targets, scope, exclude, key, progress)
+    given, of_run = (network, params, inputs, fraction, stages), (repair, metric, targets, weights)
+    return _in_stages(criterion, *given, *of_run, scope, exclude, key, progress)
 
 
 def _in_stages(
-    criterion, network, params, inputs, sparsity, stages, repair, metric, targets, scope, exclude, key, progress
+    criterion,
+    network,
+    params,
+    inputs,
+    sparsity,
+    stages,
+    repair,
+    metric,
+    targets,
+    weights,
+    scope,
+    exclude,
+    key,
+    tell,
 ) -> Pruned:
     _checks.require_sparsity(sparsity)
     _checks.require_positive(stages, "stages")
     stages = int(stages)
-    if progress is not None and not callable(progress):
-        raise ValueError(f"progress is {progress!r}; it must be a function of a stage (prune.Stage), called after each")
-    _require_read(criterion, repairs.named(repair), metrics.named(metric), key)
-    state = start(network, params, inputs, repair=repair, metric=metric, targets=targets, exclude=exclude, key=key)
+    if tell is not None and not callable(tell):
+        raise ValueError(f"progress is {tell!r}; it must be a function of a stage (prune.Stage), called after each")
+    outputs = _door.enter(network, params, inputs, exclude=exclude, need="any").outputs
+    probed = criteria.reads(criterion, "probes") and has_many_rows(outputs)
+    _require_read(criterion, repairs.named(repair), metrics.named(metric), key, probed=probed)
+    options = {"metric": metric, "targets": targets, "weights": weights, "exclude": exclude, "key": key}
+    state = start(network, params, inputs, repair=repair, **options)
     for number in range(1, stages + 1):
         reached = sparsity * (1 - (1 - number / stages) ** 3)
         state = step(network, state, inputs, reached, criterion=criterion, repair=repair, scope=scope)
-        if progress is not None:
-            progress(Stage(number, stages, reached, state.objective))
+        if tell is not None:
+            tell(Stage(number, stages, reached, state.objective))
     return finish(state)
 
 
@@ -223,6 +247,7 @@ def start(
     repair: Repair | str | None = "survivors",
     metric: Metric = "euclidean",
     targets: Targets | None = None,
+    weights: Weights | None = None,
     exclude: Patterns = (),
     key: PRNGKeyArray | None = None,
 ) -> State:
@@ -246,14 +271,16 @@ def start(
         raise ValueError("targets are what a repair aims at, and there is none; leave them out, or name a repair")
     if key is not None:
         _checks.require_key(key)
-    at = _door.enter(network, params, inputs, exclude=exclude, metric=metric, targets=targets, need="any")
+    given = {"metric": metric, "targets": targets, "weights": weights}
+    at = _door.enter(network, params, inputs, exclude=exclude, **given, need="any")
     if targets is None and repair is not None:
         # Samples that are spread over devices are few on each; together they stay where they are.
         at = at._replace(targets=_outputs(at.network, _batches.blocks(at.inputs) > 1, at.params, at.inputs))
     masks = _trees.as_kernels(params, {layer.kernel: jnp.ones(layer.shape, bool) for layer in at.layers})
     beginning = gauss_newton.start(params, getattr(repair, "damping", 0.0))
     steps = {"damping": beginning.damping, "steps": beginning.steps, "objective": beginning.objective}
-    return State(params, masks, at.metric, at.targets, **steps, key=key, exclude=as_patterns(exclude))
+    static = {"exclude": as_patterns(exclude), "many_rows": has_many_rows(at.outputs)}
+    return State(params, masks, at.metric, at.targets, at.weights, **steps, key=key, **static)
 
 
 def step(
@@ -291,8 +318,9 @@ def step(
     criterion = criteria.giving(Scores | NeuronScores, criterion)
     _require_drawn(criterion, state.key)
     key, now = (None, None) if state.key is None else jax.random.split(state.key)
-    of_run = {"metric": state.metric, "exclude": state.exclude}
-    scores = criteria.given(criterion, **of_run, key=now)(network, state.params, inputs)
+    of_run = {"metric": state.metric, "weights": state.weights, "exclude": state.exclude}
+    drawn = {"key": now, "probes": 1 if now is not None and state.many_rows else None}
+    scores = criteria.given(criterion, **of_run, **drawn)(network, state.params, inputs)
     params, masks = further(state.params, scores, state.masks, sparsity, scope=scope, exclude=state.exclude)
     state = dataclasses.replace(state, params=params, masks=masks, key=key)
     if repair is None:
@@ -317,7 +345,9 @@ def finish(state: State) -> Pruned:
     return Pruned(state.params, state.masks)
 
 
-def _require_read(criterion: Criterion, repair: Repair | None, metric: metrics.Metric, key: Any) -> None:
+def _require_read(
+    criterion: Criterion, repair: Repair | None, metric: metrics.Metric, key: Any, *, probed: bool
+) -> None:
     """Raises a ValueError for options that nothing reads, and for a criterion that draws without a key."""
     if isinstance(repair, Biases | Survivors):
         repaired = repair.metric is None
@@ -328,7 +358,12 @@ def _require_read(criterion: Criterion, repair: Repair | None, metric: metrics.M
             f"metric={metric!r} is read by neither this criterion nor this repair; leave it out, or let one of them "
             "take metric="
         )
-    if key is not None and not criteria.draws(criterion):
+    if probed and key is None:
+        raise ValueError(
+            "the outputs have so many positions that the criterion takes random probes of them: give key=, such as "
+            "jax.random.key(0)"
+        )
+    if key is not None and not criteria.draws(criterion) and not probed:
         raise ValueError("key is for criteria that draw, such as 'random'; this one does not, so leave it out")
     _require_drawn(criterion, key)
 

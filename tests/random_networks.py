@@ -189,12 +189,12 @@ _LAYER_NAMES = (
     "x3",
 )
 _LEAF_NAMES = (
-    ("kernel", "bias", "scale", "w4", "w5"),
-    ("bias", "kernel", "w3", "weight", "w5"),
-    ("scale", "kernel", "bias", "w", "w5"),
-    ("w", "b", "g", "w4", "w5"),
-    ("z", "y", "x", "w", "v"),
-    ("b", "w", "kernel", "bias", "scale"),
+    ("kernel", "bias", "scale", "w4", "w5", "w6", "w7"),
+    ("bias", "kernel", "w3", "weight", "w5", "w6", "w7"),
+    ("scale", "kernel", "bias", "w", "w5", "w6", "w7"),
+    ("w", "b", "g", "w4", "w5", "w6", "w7"),
+    ("z", "y", "x", "w", "v", "w6", "w7"),
+    ("b", "w", "kernel", "bias", "scale", "w6", "w7"),
 )
 
 

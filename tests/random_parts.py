@@ -222,7 +222,110 @@ def _gated(random, inputs: int, outputs: int, _) -> Part:
     return Part(leaves, apply, truth, what="a gate")
 
 
-LAYERS = (*([dense] * 8), _heads, _heads, _merge, _two_products, _equinox_linear, _low_rank, _scaled, _adapter, _gated)
+def _twice(random, inputs: int, outputs: int, _) -> Part:
+    """One kernel in two products, each with the same bias, or none with any."""
+    leaves = {"up": normal(random, inputs, outputs), "kernel": normal(random, outputs, outputs)}
+    biased = bool(random.random() < 0.5)
+    leaves |= {"bias": normal(random, outputs)} if biased else {}
+
+    def apply(leaves, h, _):
+        shift = leaves["bias"] if biased else 0
+        return jnp.tanh(h @ leaves["up"] @ leaves["kernel"] + shift) @ leaves["kernel"] + shift
+
+    truth = {
+        "up": Kernel(None, np.zeros((inputs, outputs), int)),
+        "kernel": Kernel("bias" if biased else None, columns(outputs, outputs)),
+    }
+    return Part(leaves, apply, truth, what=f"a kernel used twice, {'a' if biased else 'no'} bias")
+
+
+def _scan(random, inputs: int, outputs: int, _) -> Part:
+    """A stack of kernels, each with its own part of the bias, and what goes in front of it."""
+    leaves = {"up": normal(random, inputs, outputs), "kernel": normal(random, 2, outputs, outputs)}
+    leaves["bias"] = normal(random, 2, outputs)
+
+    def apply(leaves, h, _):
+        def turn(h, layer):
+            return jnp.tanh(h @ layer[0] + layer[1]), None
+
+        return jax.lax.scan(turn, h @ leaves["up"], (leaves["kernel"], leaves["bias"]))[0]
+
+    beside = np.arange(2)[:, None, None] * outputs + columns(outputs, outputs)
+    truth = {"up": Kernel(None, np.zeros((inputs, outputs), int)), "kernel": Kernel("bias", beside)}
+    return Part(leaves, apply, truth, what="a scan over kernels")
+
+
+def _recurrent(random, inputs: int, outputs: int, _) -> Part:
+    """A scan that closes over its kernel: one kernel, used in every turn."""
+    leaves = {"up": normal(random, inputs, outputs), "kernel": normal(random, outputs, outputs)}
+    leaves["bias"] = normal(random, outputs)
+
+    def apply(leaves, h, _):
+        start = h @ leaves["up"]
+        return jax.lax.fori_loop(0, 3, lambda _, h: jnp.tanh(h @ leaves["kernel"] + leaves["bias"]), start)
+
+    truth = {
+        "up": Kernel(None, np.zeros((inputs, outputs), int)),
+        "kernel": Kernel("bias", columns(outputs, outputs)),
+    }
+    return Part(leaves, apply, truth, what="a recurrence")
+
+
+def _positions(random, inputs: int, outputs: int, _) -> Part:
+    """Two positions of each sample, beside each other, or merged with the samples and taken apart again."""
+    (bias, how), merged = _bias(random, outputs), bool(random.random() < 0.5)
+    leaves = {"kernel": normal(random, inputs, outputs), **bias}
+
+    def apply(leaves, h, _):
+        rows = jnp.stack([h, jnp.cos(h)], 1)
+        rows = rows.reshape(2 * len(h), inputs) if merged else rows
+        units = rows @ leaves["kernel"] + (leaves["bias"] if bias else 0)
+        units = units.reshape(len(h), 2, outputs)
+        return units[:, 0] + jnp.tanh(units[:, 1])
+
+    truth = {"kernel": Kernel("bias" if bias else None, columns(outputs, inputs))}
+    return Part(leaves, apply, truth, what=f"two positions{' among the samples' * merged}, {how}")
+
+
+def _convolution(random, _inputs: int, outputs: int, _) -> Part:
+    """The units as a signal of one channel."""
+    size, strides = int(random.integers(1, 4)), (int(random.integers(1, 3)),)
+    (bias, how), leaves = _bias(random, outputs), {"kernel": normal(random, size, 1, outputs)}
+    truth = {"kernel": Kernel("bias" if bias else None, np.broadcast_to(np.arange(outputs), (size, 1, outputs)))}
+
+    def apply(leaves, h, _):
+        product = jax.lax.conv_general_dilated(
+            h[:, :, None], leaves["kernel"], strides, "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        )
+        return jnp.tanh(product + (leaves["bias"] if bias else 0)).sum(1)
+
+    return Part(leaves | bias, apply, truth, what=f"a convolution of {size}, strides {strides}, {how}")
+
+
+def _attention(random, inputs: int, outputs: int, _) -> Part:
+    """Every unit is a token; softmax does not see the biases of the keys."""
+    leaves = {"lift": normal(random, inputs + 1, 4)}
+    for name, width in (("q", 4), ("k", 4), ("v", outputs)):
+        leaves |= {name: normal(random, 4, width), f"{name}_bias": normal(random, width)}
+    causal = bool(random.random() < 0.5)
+
+    def apply(leaves, h, _):
+        h = jnp.concatenate([h, jnp.ones((len(h), 1))], 1)[:, :, None] * leaves["lift"]
+        q, k, v = (h @ leaves[name] + leaves[f"{name}_bias"] for name in "qkv")
+        scores = jnp.einsum("ntf,nsf->nts", q, k)
+        scores = jnp.where(jnp.tri(inputs + 1, dtype=bool), scores, -jnp.inf) if causal else scores
+        return jnp.einsum("nts,nsf->ntf", jax.nn.softmax(scores), v).mean(1)
+
+    truth = {"q": Kernel("q_bias", columns(4, 4)), "v": Kernel("v_bias", columns(outputs, 4))}
+    truth["k"] = Kernel(None, np.zeros((4, 4), int))
+    return Part(leaves, apply, truth, what=f"{'causal ' * causal}attention")
+
+
+LAYERS = (
+    *([dense] * 8),
+    *(_heads, _heads, _merge, _two_products, _equinox_linear, _low_rank, _scaled, _adapter, _gated),
+    *(_positions, _positions, _convolution, _convolution, _attention, _scan, _recurrent, _twice),
+)
 
 
 @jax.custom_jvp
@@ -304,12 +407,6 @@ def _sorted(_, width: int) -> Part:
 OTHERS = (_scale, _shift, _embedding, _unused, _sorted)
 
 
-def _twice(random, inputs: int, outputs: int) -> Part:
-    leaves = {"up": normal(random, inputs, outputs), "kernel": normal(random, outputs, outputs)}
-    apply = lambda leaves, h, x: jnp.tanh(h @ leaves["up"] @ leaves["kernel"]) @ leaves["kernel"]  # noqa: E731
-    return Part(leaves, apply, refused=frozenset({"kernel"}), what="a kernel used twice")
-
-
 def _tied(random, inputs: int, outputs: int) -> Part:
     leaves = {"kernel": normal(random, inputs, outputs), "last": normal(random, inputs, outputs)}
     apply = lambda leaves, h, x: jnp.tanh(h @ leaves["kernel"]) @ leaves["kernel"].T @ leaves["last"]  # noqa: E731
@@ -339,15 +436,6 @@ def _custom(random, inputs: int, outputs: int) -> Part:
     leaves = {"kernel": normal(random, inputs, outputs), "bias": normal(random, outputs)}
     apply = lambda leaves, h, x: rule(leaves["kernel"], h) + leaves["bias"]  # noqa: E731
     return Part(leaves, apply, refused=frozenset({"kernel"}), what="a kernel with a derivative of its own")
-
-
-def _scan(random, inputs: int, outputs: int) -> Part:
-    leaves = {"up": normal(random, inputs, outputs), "kernel": normal(random, 2, outputs, outputs)}
-
-    def apply(leaves, h, _):
-        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h @ leaves["up"], leaves["kernel"])[0]
-
-    return Part(leaves, apply, refused=frozenset({"kernel"}), what="a scan over kernels")
 
 
 def _with_and_without(random, inputs: int, outputs: int) -> Part:
@@ -380,16 +468,4 @@ def _fused(random, inputs: int, outputs: int) -> Part:
     return Part(leaves, apply, refused=frozenset({"kernel"}), what="a kernel in two slices")
 
 
-def _positions(random, inputs: int, outputs: int) -> Part:
-    """Two positions of each sample, merged with the samples and taken apart again."""
-    leaves = {"kernel": normal(random, inputs, outputs), "bias": normal(random, outputs)}
-
-    def apply(leaves, h, _):
-        rows = jnp.stack([h, jnp.cos(h)], 1).reshape(2 * len(h), inputs)
-        units = (rows @ leaves["kernel"] + leaves["bias"]).reshape(len(h), 2, outputs)
-        return units[:, 0] + jnp.tanh(units[:, 1])
-
-    return Part(leaves, apply, refused=frozenset({"kernel"}), what="two positions")
-
-
-REFUSED = (_twice, _tied, _custom, _scan, _with_and_without, _shared_bias, _fused, _positions)
+REFUSED = (_tied, _custom, _with_and_without, _shared_bias, _fused)

@@ -61,11 +61,12 @@ def test_no_kernel(criterion):
 
 
 @pytest.mark.parametrize("criterion", ["elimination_compensation", "nonlinear", "optimal_brain_damage"])
-def test_a_convolution_is_refused_by_name(criterion):
-    example = examples.convolution()
-    with pytest.raises(ValueError, match=r"'conv/kernel' can't be scored yet.*exclude=\('conv/kernel',\)"):
-        BY_INPUTS[criterion](*example)
-    scores = BY_INPUTS[criterion](*example, exclude="conv/*")
+def test_what_can_not_be_scored_is_refused_by_name(criterion):
+    network, params, inputs = examples.convolution()
+    branched = lambda p, x: jax.lax.cond(jnp.asarray(True), lambda x: network(p, x), lambda x: 2 * network(p, x), x)  # noqa: E731
+    with pytest.raises(ValueError, match=r"'conv/kernel' can't be scored: it is used .*exclude=\('conv/kernel',\)"):
+        BY_INPUTS[criterion](branched, params, inputs)
+    scores = BY_INPUTS[criterion](network, params, inputs, exclude="conv/*")
     assert list(networks.by_path(scores.importance)) == ["head/kernel"]
 
 

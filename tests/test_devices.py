@@ -131,7 +131,7 @@ def test_no_samples_travel_in_what_is_compiled():
     network = example().network
     assert _batches.blocks(inputs) == 8
     nothing = moments.start(network, params, inputs, metric="fisher")
-    of_moments = moments.stream._scan.lower(network, 16, 8, nothing, params, inputs, None, None)
+    of_moments = moments.stream._scan.lower(network, 16, 8, nothing, params, inputs, None, None, None)
     problem = gauss_newton.Problem(network, 8, 2, 16, 128)
     start = gauss_newton.start(params, 0.01)
     free = movable(repair.Biases(), networks.layers(network, params, inputs), params, _masks(params))
@@ -142,7 +142,7 @@ def test_no_samples_travel_in_what_is_compiled():
         assert "all-reduce" in compiled.as_text()  # the sums over devices
         assert gathered(compiled) == []
     # The same without what is known of the devices does gather: the test sees what it looks for.
-    blind = moments.stream._scan.lower(network, 16, 1, nothing, params, inputs, None, None).compile()
+    blind = moments.stream._scan.lower(network, 16, 1, nothing, params, inputs, None, None, None).compile()
     assert (1, SAMPLES, FEATURES) in gathered(blind)
 
 

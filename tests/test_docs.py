@@ -60,7 +60,7 @@ def test_examples_run_as_they_stand(name, shared_names, tmp_path, monkeypatch):
 
 
 # Explained once, in ecjax.networks.
-SHARED = {"network", "params", "inputs", "batch_size", "exclude", "metric"}
+SHARED = {"network", "params", "inputs", "batch_size", "exclude", "metric", "weights"}
 
 
 @pytest.mark.parametrize("name", [name for name, thing in DOCUMENTED.items() if not inspect.isclass(thing)])

@@ -441,7 +441,6 @@ def test_biases_are_what_is_added_to_a_product(name):
 
 # By name: the network up to its head; the leaves that the table shows as kernels which can't be scored.
 UNSCORED = {
-    "used twice": (lambda p, x: x @ p["w"] * (jnp.cos(x) @ p["w"]), ["w"]),
     "tied": (lambda p, x: (x @ p["w"]) @ p["w"].T @ p["v"], ["w"]),
     "inside custom_jvp": (lambda p, x: own_product(p["w"], x) + p["b"], ["w"]),
     "inside custom_vjp": (lambda p, x: own_transpose(p["w"], x) + p["b"], ["w"]),
@@ -461,18 +460,6 @@ UNSCORED = {
         ["square"],
     ),
     "put together": (lambda p, x: jnp.concatenate([x, x], 1) @ jnp.concatenate([p["w"], p["v"]]), ["w", "v"]),
-    "a scan over a stack": (
-        lambda p, x: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["stack"])[0] @ p["w"],
-        ["stack"],
-    ),
-    "a scan that closes over it": (
-        lambda p, x: jax.lax.fori_loop(0, 3, lambda _, h: jnp.tanh(h @ p["square"]), x[:, :3]),
-        ["square"],
-    ),
-    "a scan that carries it": (
-        lambda p, x: jax.lax.fori_loop(0, 3, lambda _, c: (c[0], jnp.tanh(c[1] @ c[0])), (p["square"], x[:, :3]))[1],
-        ["square"],
-    ),
     "a while loop": (
         lambda p, x: jax.lax.while_loop(
             lambda c: c[0] < p["c"][0], lambda c: (c[0] + 1, jnp.tanh(c[1] @ p["square"])), (0.0, x[:, :3])
@@ -489,11 +476,6 @@ UNSCORED = {
             + jnp.einsum("nsi,sio->nso", jnp.stack([x, jnp.cos(x)], 1), p["stack"])[:, 0, :3]
         ),
         ["stack"],
-    ),
-    "positions": (lambda p, x: jnp.tanh(jnp.stack([x, x**2], 1) @ p["w"] + p["b"]).sum(1), ["w"]),
-    "positions merged with the samples": (
-        lambda p, x: jnp.tanh(jnp.stack([x, x**2], 1).reshape(-1, 4) @ p["w"]).reshape(-1, 2, 3).sum(1),
-        ["w"],
     ),
     "a complex product": (lambda p, x: jnp.abs((x + 1j) @ p["w"] + p["b"]), ["w"]),
 }
@@ -626,7 +608,7 @@ def test_units_that_are_used_elsewhere_are_not_followed():
     assert [layer.follows for layer in scored(network, params, inputs())] == [None, None]
 
 
-# Layers that are shown, and not scored yet.
+# Layers that see several rows of a sample.
 
 
 @pytest.mark.parametrize(
@@ -646,10 +628,9 @@ def test_convolutions_are_shown_with_their_positions(conv, shape, positions):
     first, second = networks.layers(network, params, x)
     assert (first.kernel, first.bias, first.positions) == ("c/kernel", "c/bias", positions)
     assert (second.kernel, second.reason) == ("u", "")
-    assert first.reason
+    assert (first.reason, first.outer) == ("", False)
     assert first.weights == params["c"]["kernel"].size
-    with pytest.raises(ValueError, match="kernel 'c/kernel' can't be scored"):
-        scored(network, params, x)
+    assert roles(scored(network, params, x)) == [("c/kernel", "c/bias"), ("u", None)]
     assert roles(scored(network, params, x, exclude="c/*")) == [("u", None)]
 
 
@@ -664,7 +645,8 @@ def test_recurrent_layers_are_shown():
     network = networks.from_linen(Recurrent())
     layers = networks.layers(network, params, x)
     assert {layer.kernel for layer in layers} == {path for path in _trees.by_path(params) if path.endswith("kernel")}
-    assert all("scan" in layer.reason for layer in layers if "LSTM" in layer.kernel)
+    assert all((layer.reason, layer.positions) == ("", 6) for layer in layers if "LSTM" in layer.kernel)
+    assert not any(layer.outer for layer in layers if "LSTM" in layer.kernel)
     assert roles(scored(network, params, x, exclude="LSTMCell_0/*")) == [("head/kernel", "head/bias")]
 
 
@@ -683,7 +665,7 @@ def test_stacked_layers_of_linen_are_shown():
     params = Stack().init(jax.random.key(0), inputs())["params"]
     first, second = networks.layers(networks.from_linen(Stack()), params, inputs())
     assert (first.kernel, first.shape, first.axes) == ("dense/kernel", (3, 4, 4), ("stack", "in", "out"))
-    assert "scan" in first.reason
+    assert (first.reason, first.outer, first.positions) == ("", False, 1)
     assert roles([first, second]) == [("dense/kernel", "dense/bias"), ("head/kernel", "head/bias")]
 
 
@@ -728,7 +710,7 @@ def test_the_table():
     assert header.split() == ["kernel", "shape", "axes", "bias", "positions", "weights", "pruned"]
     assert set(line) == {"─"}
     assert first.split()[:8] == ["w", "4", "×", "3", "in,", "out", "none", "2"]
-    assert "not yet: is applied at 2 positions" in first
+    assert first.split()[-3:] == ["2", "12", "yes"]
     assert second.split()[:7] == ["u", "3", "×", "2", "in,", "out", "c"]
     assert last.split(maxsplit=1) == ["<scale>", "no: multiplies entry by entry"]
     assert repr(layers) == str(layers)

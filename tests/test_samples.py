@@ -214,8 +214,7 @@ def test_a_map_over_samples_mixes_nothing():
     mapped = lambda params, x: jax.lax.map(jnp.sin, network(params, x))  # noqa: E731
     assert len(_door.layers(mapped, params(), inputs())) == 2
     within = lambda params, x: jax.lax.map(lambda one: network(params, one[None])[0], x)  # noqa: E731
-    with pytest.raises(ValueError, match="kernel 'first/w' can't be scored yet: it is used inside a scan"):
-        _door.layers(within, params(), inputs())
+    assert [layer.positions for layer in _door.layers(within, params(), inputs())] == [1, 1]
 
 
 # Operations that are not known.
@@ -247,7 +246,7 @@ def test_an_unknown_operation_is_refused_under_jit(operation):
 
 def test_samples_that_an_unknown_operation_moves_are_not_guessed():
     moved = lambda h: jax.pure_callback(lambda h: h[None], jax.ShapeDtypeStruct((1, *h.shape), h.dtype), h)[0]  # noqa: E731
-    with pytest.raises(ValueError, match=r"'second/w' can't be scored yet.*samples can't be followed"):
+    with pytest.raises(ValueError, match=r"'second/w' can't be scored.*samples can't be followed"):
         read(moved)
 
 
@@ -316,7 +315,6 @@ def test_inputs_that_the_network_does_not_take():
         (lambda y: (y, y), r"\(\(5, 2\), \(5, 2\)\)"),
         (lambda y: {"logits": y}, r"\{'logits': \(5, 2\)\}"),
         (lambda y: y[:, 0], r"\(5,\)"),
-        (lambda y: y[:, None], r"\(5, 1, 2\)"),
         (lambda y: y.T, r"\(2, 5\)"),
         (lambda y: y[:3], r"\(3, 2\)"),
         (lambda y: y.sum(), r"\(\)"),
@@ -326,7 +324,7 @@ def test_inputs_that_the_network_does_not_take():
 def test_outputs_of_another_shape(outputs, words):
     network = lambda params, x: outputs(around(jnp.tanh)(params, x))  # noqa: E731
     with pytest.raises(
-        ValueError, match=rf"one array of shape \(samples, outputs\), here \(5, K\); it returns.*{words}"
+        ValueError, match=rf"one array of shape \(samples, outputs\), here \(5, K\), or .* it returns.*{words}"
     ):
         networks.layers(network, params(), inputs())
 

@@ -54,12 +54,6 @@ def read(network: Network, params: Params, inputs: Inputs) -> Chain:
     if not _checks.are_known((params, inputs)):
         raise ValueError("the shapes of what is compacted depend on values: call this outside of jit, vmap and grad")
     layers = _door.layers(network, params, inputs, need="any")
-    for layer in layers:
-        if layer.reason:
-            raise ValueError(
-                f"this takes a multilayer perceptron; kernel '{layer.kernel}' {layer.reason} (networks.layers shows "
-                "all kernels)"
-            )
     graph.chain(layers)
     leaves = _trees.by_path(params)
     samples = answers.few(inputs)

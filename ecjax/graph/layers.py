@@ -23,6 +23,7 @@ class Layer(NamedTuple):
         positions: how many rows a sample has in the product.
         weights: how many entries the kernel has.
         reason: why it can't be scored; "" if it can.
+        outer: whether each sample's gradient is one outer product: of its one row of inputs, and of one of neurons.
         follows: the path of the kernel whose units, entry by entry and used for nothing else, are what this one reads.
         layout: how the entries of the kernel are those of a matrix ``(in, out)``.
         bias_layout: how the entries of the bias are those of a row of neurons.
@@ -40,6 +41,7 @@ class Layer(NamedTuple):
     positions: int
     weights: int
     reason: str
+    outer: bool
     follows: str | None
     layout: Layout | None
     bias_layout: Layout | None
@@ -95,7 +97,7 @@ def _cells(layers: Layers) -> list[tuple[str, ...]]:
     for layer in layers:
         shape = " × ".join(map(str, layer.shape))
         facts = (shape, ", ".join(layer.axes), layer.bias or "none", f"{layer.positions:,}", f"{layer.weights:,}")
-        rows.append((layer.kernel or "(params)", *facts, f"not yet: {layer.reason}" if layer.reason else "yes"))
+        rows.append((layer.kernel or "(params)", *facts, f"no: {layer.reason}" if layer.reason else "yes"))
     rows += [(path, "", "", "", "", "", f"no: {what}") for path, what in layers.others.items()]
     return rows
 
@@ -162,6 +164,12 @@ def chain(layers: Sequence[Layer]) -> Sequence[Layer]:
     """
     if not layers:
         raise ValueError("the network has no kernel, so no neurons")
+    for layer in layers:
+        if not layer.outer:
+            raise ValueError(
+                f"this takes a multilayer perceptron, whose kernels each see one row of a sample; '{layer.kernel}' "
+                f"{layer.reason or 'sees more, or is used more than once'}"
+            )
     for before, layer in itertools.pairwise(layers):
         if layer.follows != before.kernel:
             raise ValueError(

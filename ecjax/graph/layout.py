@@ -185,11 +185,11 @@ def as_matrices(leaf: Shaped[Array, "..."], layout: Layout) -> Shaped[Array, "st
     return jnp.reshape(leaf, layout.split).transpose(order).reshape(layout.sizes)
 
 
-def as_leaf(matrices: Shaped[Array, "stack in out"], layout: Layout) -> Shaped[Array, "..."]:
+def as_leaf(matrices: Shaped[Array, "*stack in out"], layout: Layout) -> Shaped[Array, "..."]:
     """The leaf whose entries as matrices are these: the inverse of ``as_matrices``.
 
     Args:
-        matrices: one for each member of the stack, of which there is one in most layers.
+        matrices: one for each member of the stack; where there is one, it may come without that axis.
         layout: of the leaf.
 
     Example:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from ecjax.graph import layout as layouts
 from ecjax.graph.layout import Axes, Axis, Factor, Layout
 from ecjax.graph.samples import Place, shapes, whole_numbers
-from ecjax.graph.values import Added, Found, Leaf, Product, Units, Value, is_float, leaves_of
+from ecjax.graph.values import Added, Found, Leaf, Product, Site, Units, Value, Within, is_float, leaves_of
 
 # The origins of a product's axes: members of a stack, and neurons.
 _STACK, _OUT = 0, 1
 
 
-def multiplied(equation, operands, result: Value, found: Found, within: str, site) -> Value | None:
+def multiplied(equation, operands, result: Value, found: Found, within: Within, site) -> Value | None:
     """A product of a leaf with something that depends on the inputs; None for any other product."""
     sides = [i for i, operand in enumerate(operands) if leaves_of(operand) and operands[1 - i].depends]
     if not sides:
@@ -28,7 +28,8 @@ def multiplied(equation, operands, result: Value, found: Found, within: str, sit
     elif not all(map(is_float, (equation.invars[side], *equation.outvars))):
         what = "enters a product of whole or complex numbers"
     if what:
-        found.products += [Product(path, site, None, 1, what, side, (), (), None) for path in sorted(leaves_of(kernel))]
+        for path in sorted(leaves_of(kernel)):
+            found.products.append(Product(path, site, None, 1, what, False, side, (), (), None))
         found.consume(other.units)
         return result
     describe_product = _matrix_product if is_product else _convolution
@@ -48,21 +49,19 @@ def _matrix_product(equation, side, leaf: Leaf, other: Value, result: Value, fou
     )
     rows = math.prod(shape[axis] for axis in free_others)
     rows *= math.prod(shape[o] for a, o in zip(own[1], others[1], strict=True) if a not in stacked)
-    positions = max(rows // found.samples, 1)
-    what = within
-    if of_kernel is None:
-        what = "has entries that don't enter the product one by one"
-    elif of_kernel.stacked and not within:
-        what = "is a stack of kernels"
-    elif positions > 1 and not within:
-        what = f"is applied at {positions} positions of each sample"
-
+    positions = _positions(rows, leaf, found, within)
+    what = "has entries that don't enter the product one by one" if of_kernel is None else within.reason
+    one_by_one = of_kernel is not None and not of_kernel.stacked and positions == 1 and not within.turns
     first = len(own[1])
     gives = [first + (len(free_others) if side else 0) + i for i in range(len(free))]
     of_product = _axes_of_product(equation, own[1], stacked, free, gives)
     reads, gives_samples = _samples_first(other.place, others[0], result.place, gives)
+    if not reads and not within.turns:
+        what = what or "has a product in which the samples can't be followed"
     follows = _followed(other.units, [*others[0]], found)
-    found.products.append(Product(leaf.path, site, of_kernel, positions, what, side, reads, gives_samples, follows))
+    outer = one_by_one and bool(reads) and not what
+    product = Product(leaf.path, site, of_kernel, positions, what, outer, side, reads, gives_samples, follows)
+    found.products.append(product)
     number = len(found.products) - 1
     if follows is None:
         found.consume(other.units)
@@ -70,6 +69,12 @@ def _matrix_product(equation, side, leaf: Leaf, other: Value, result: Value, fou
         found.use(other.units)
         found.read.setdefault(follows, []).append(number)
     return result._replace(units=Units(frozenset({number}), of_product, bare=True))
+
+
+def _positions(rows: int, leaf: Leaf, found: Found, within: Within) -> int:
+    """How many rows a sample has in all turns of the scans that do not take the kernel apart."""
+    turns = math.prod(within.turns) // max(math.prod(factor.size for factor in leaf.stacked), 1)
+    return max(rows * max(turns, 1) // found.samples, 1)
 
 
 def _joined(axes: Axes, chosen: Sequence[int]) -> Axis:
@@ -114,24 +119,28 @@ def _followed(units: Units | None, contracted: Sequence[int], found: Found) -> i
 
 def _convolution(equation, side, leaf: Leaf, other: Value, result: Value, found: Found, within, site) -> Value:
     numbers = equation.params["dimension_numbers"]
-    outputs, *inputs = numbers.rhs_spec
+    outputs, channels, *window = numbers.rhs_spec
+    inputs = [*window, channels]  # so that consecutive inputs are channels
     of_kernel = layouts.layout(
         found.leaves[leaf.path].shape, leaf.stacked, _joined(leaf.axes, inputs), _joined(leaf.axes, [outputs])
     )
     (shape,) = shapes(equation.outvars)
     channel = numbers.out_spec[1]
-    positions = math.prod(shape[axis] for axis in numbers.out_spec[2:])
-    what = within or f"is convolved, {positions} positions a sample"
-    found.products.append(Product(leaf.path, site, of_kernel, positions, what, side, (), (), None))
+    rows = shape[numbers.out_spec[0]] * math.prod(shape[axis] for axis in numbers.out_spec[2:])
+    positions = _positions(rows, leaf, found, within)
+    what = "has entries that don't enter the product one by one" if of_kernel is None else within.reason
+    if equation.params["batch_group_count"] > 1:
+        what = what or "is convolved in groups of samples"
+    found.products.append(Product(leaf.path, site, of_kernel, positions, what, False, side, (), (), None))
     found.consume(other.units)
     axes = [layouts.repeated(length) for length in shape]
     axes[channel] = layouts.merged((Factor(_OUT, 1, shape[channel]),))
     return result._replace(units=Units(frozenset({len(found.products) - 1}), tuple(axes), bare=True))
 
 
-def summed(equation, operands, result: Value, found: Found, within: str) -> Value | None:
+def summed(equation, operands, result: Value, found: Found, within: Within, site) -> Value | None:
     """A sum of products, or of a product and its bias; None for any other sum."""
-    if "jax.custom" in within:
+    if "jax.custom" in within.reason:
         return None
     (shape,) = shapes(equation.outvars)
     units = [operand.units for operand in operands]
@@ -156,7 +165,7 @@ def summed(equation, operands, result: Value, found: Found, within: str) -> Valu
     added = Added(bias.leaf.path, of_bias)
     for number in product.products:
         found.added.setdefault(number, []).append(added)
-    found.biases[added.path] = found.biases.get(added.path, 0) + 1
+    found.biases.setdefault(added.path, []).append(Site(site, 1 - side, within.turns))
     return result._replace(units=product._replace(bare=False, bias=added))
 
 

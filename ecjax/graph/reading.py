@@ -15,7 +15,9 @@ from ecjax.graph import layout as layouts
 from ecjax.graph.layers import Layer, Layers, chosen
 from ecjax.graph.roles import walk
 from ecjax.graph.samples import Place
-from ecjax.graph.values import Added, Found, Leaf, Product, Value
+from ecjax.graph.values import Added, Found, Leaf, Product, Site, Value
+
+_LOOKED_UP = "is looked up in"
 
 
 class Reading(NamedTuple):
@@ -23,7 +25,8 @@ class Reading(NamedTuple):
 
     Attributes:
         layers: in order of execution, without excluded ones.
-        products: of each layer, by its kernel's path: the first one.
+        products: of each layer, by its kernel's path, in order of execution.
+        biases: by its path, where each leaf is added as a bias.
         jaxpr: of the network, for params and inputs of these shapes.
         mixed: an operation that takes samples together on the way to the outputs, in words; "" if there is none.
         unknown: an operation on that way of which it is not known whether it does; "" if there is none.
@@ -34,7 +37,8 @@ class Reading(NamedTuple):
     """
 
     layers: Layers
-    products: dict[str, Product]
+    products: dict[str, list[Product]]
+    biases: dict[str, list[Site]]
     jaxpr: core.ClosedJaxpr
     mixed: str
     unknown: str
@@ -60,7 +64,7 @@ def read(network: Callable, params: PyTree, inputs: Any, *, exclude: Iterable[st
 
     Raises:
         ValueError: a network that does not take these params and inputs, or does not return one array with a row for
-            each sample; a pattern that matches nothing.
+            each sample, or several; a pattern that matches nothing.
 
     Example:
         >>> [layer.kernel for layer in graph.read(network, params, inputs).layers]
@@ -88,8 +92,8 @@ def read(network: Callable, params: PyTree, inputs: Any, *, exclude: Iterable[st
     layers = [_layer(path, number, found, leaves, left_alone) for path, number in firsts.items()]
     named = {*firsts, *(layer.bias for layer in layers)}
     others = {path: _role(path, left_alone, found) for path in leaves if path not in named}
-    products = {path: found.products[number] for path, number in firsts.items()}
-    return Reading(Layers(layers, others), products, jaxpr, outputs.mixed, unknown)
+    products = {path: [product for product in found.products if product.path == path] for path in firsts}
+    return Reading(Layers(layers, others), products, found.biases, jaxpr, outputs.mixed, unknown)
 
 
 def _traced(network: Callable, params: PyTree, inputs: Any) -> core.ClosedJaxpr:
@@ -107,11 +111,12 @@ def _traced(network: Callable, params: PyTree, inputs: Any) -> core.ClosedJaxpr:
             f"the network returns {shape.dtype}; its outputs must be floating-point numbers, so that they can be "
             "differentiated: logits, not classes"
         )
-    if getattr(shape, "ndim", None) != 2 or shape.shape[0] != samples:
+    if getattr(shape, "ndim", 0) < 2 or shape.shape[0] != samples:
         given = jax.tree.map(lambda leaf: leaf.shape, shape)
         kind = "one of shape" if hasattr(shape, "ndim") else f"a {type(shape).__name__} of shapes"
         raise ValueError(
-            f"the network must return one array of shape (samples, outputs), here ({samples}, K); "
+            f"the network must return one array of shape (samples, outputs), here ({samples}, K), or (samples, "
+            f"positions, outputs); "
             f"it returns {kind} {given}"
         )
     return jaxpr
@@ -124,48 +129,62 @@ def _value(path: str, leaf: Any) -> Value:
 
 def _layer(path: str, number: int, found: Found, leaves: dict[str, Any], left_alone: frozenset[str]) -> Layer:
     """One layer, from all that was found about its kernel."""
-    product, leaf = found.products[number], leaves[path]
-    added = found.added.get(number, [])
-    if len(added) > 1 or any(one and found.biased.get(one.within, 0) > 1 for one in added):
-        added = [one for one in added if one is None or not one.within]  # the others are not its own alone
-    if any(one and one.path in left_alone for one in added):
-        added = []
-    bias = added[0] if len(added) == 1 else None
-    unclear = _unclear(path, added, found)
-    follows = found.products[product.follows] if product.follows is not None else None
-    if follows is not None and found.read.get(product.follows) != [number]:
-        follows = None
-    if unclear or (bias and not jnp.issubdtype(leaves[bias.path].dtype, jnp.floating)):
+    numbers = [index for index, product in enumerate(found.products) if product.path == path]
+    uses, first = [found.products[index] for index in numbers], found.products[number]
+    added = [_biases(index, found, left_alone) for index in numbers]
+    unclear = _unclear(path, uses, added, found)
+    bias = added[0][0] if added[0] and not unclear else None
+    if bias and not jnp.issubdtype(leaves[bias.path].dtype, jnp.floating):
         bias = None
-    of_kernel = None if unclear else product.layout
-    untaken = "" if product.reads else "has a product in which the samples can't be followed"
+    follows = found.products[first.follows] if first.follows is not None and len(uses) == 1 else None
+    if follows is not None and found.read.get(first.follows) != [number]:
+        follows = None
+    of_kernel = None if unclear else first.layout
     return Layer(
         kernel=path,
         bias=bias.path if bias else None,
-        shape=tuple(leaf.shape),
+        shape=tuple(leaves[path].shape),
         axes=of_kernel.axes if of_kernel else (),
-        positions=product.positions,
-        weights=int(np.prod(leaf.shape)),
-        reason=unclear or product.what or untaken,
+        positions=sum(use.positions for use in uses),
+        weights=int(np.prod(leaves[path].shape)),
+        reason=unclear or next((use.what for use in uses if use.what), ""),
+        outer=len(uses) == 1 and first.outer and not unclear and path not in found.others,
         follows=follows.path if follows else None,
         layout=of_kernel,
         bias_layout=bias.layout if bias else None,
     )
 
 
-def _unclear(path: str, added: list[Added | None], found: Found) -> str:
+def _biases(number: int, found: Found, left_alone: frozenset[str]) -> list[Added | None]:
+    """What is added to a product as its bias, None for where it is used without one; nothing if that is left alone."""
+    added = found.added.get(number, [])
+    if len(added) > 1 or any(one and found.biased.get(one.within, 0) > 1 for one in added):
+        added = [one for one in added if one is None or not one.within]  # the others are not its own alone
+    if any(one and one.path in left_alone for one in added):
+        return []
+    return added if any(added) else []
+
+
+def _unclear(path: str, uses: list[Product], added: list[list[Added | None]], found: Found) -> str:
     """Why the role of a kernel, or of its bias, is not clear; "" if it is."""
-    uses = [product for product in found.products if product.path == path]
-    if len(uses) > 1 and any(use.layout is not None for use in uses):
-        return f"is used {len(uses)} times"
-    if path in found.others or path in found.biases:
-        return f"multiplies, and also {[*found.others.get(path, []), 'is added as a bias'][0]}"
-    for bias in added:
-        if bias is None:
-            continue
-        if len(added) > 1:
-            return f"has a product that is used both with and without its bias '{bias.path}'"
-        elsewhere = found.biases[bias.path] > 1 or bias.path in found.others
+    if len({use.layout for use in uses}) > 1:
+        return f"is used {len(uses)} times, not as the same matrix"
+    others = [what for what in found.others.get(path, []) if what != _LOOKED_UP]  # a row that is looked up is a use
+    if others or path in found.biases:
+        return f"multiplies, and also {[*others, 'is added as a bias'][0]}"
+    for biases in added:
+        if len(biases) > 1:
+            paths = list(dict.fromkeys(bias.path for bias in biases if bias))
+            with_both = f"with different biases, {', '.join(map(repr, paths))}"
+            both = f"both with and without its bias '{paths[0]}'" if None in biases else with_both
+            return f"has a product that is used {both}"
+    paths = [bias[0].path if bias else None for bias in added]
+    if len(set(paths)) > 1:
+        return (
+            f"is used with different biases: {', '.join(repr(one) if one else 'none' for one in dict.fromkeys(paths))}"
+        )
+    for bias in (bias[0] for bias in added if bias):
+        elsewhere = len(found.biases[bias.path]) > len(uses) or bias.path in found.others
         if elsewhere or any(product.path == bias.path for product in found.products):
             return f"has a bias, '{bias.path}', that is also used elsewhere"
     return ""

@@ -22,7 +22,7 @@ from ecjax.graph.samples import (
     shapes,
     whole_numbers,
 )
-from ecjax.graph.values import Found, Leaf, Product, Units, Value, is_float, leaves_of
+from ecjax.graph.values import AT_TOP, Found, Leaf, Product, Units, Value, Within, is_float, leaves_of
 
 # Calls that only run the jaxpr they hold, on the same arguments, and the parameter that holds it.
 CALLS = {
@@ -54,14 +54,16 @@ PARTS = CASTS.union(
 )
 
 
-def walk(closed, arguments: Sequence[Value], found: Found, *, within: str = "", site: tuple[int, ...] = ()) -> list:
+def walk(
+    closed, arguments: Sequence[Value], found: Found, *, within: Within = AT_TOP, site: tuple[int, ...] = ()
+) -> list:
     """What the results of a jaxpr are, given what its arguments are.
 
     Args:
         closed: a jaxpr, with or without its constants.
         arguments: what is known of each.
         found: what the walk adds to.
-        within: what the jaxpr is in that keeps its products from being scored, in words.
+        within: what the jaxpr is in.
         site: the equations that it is called from.
     """
     jaxpr = getattr(closed, "jaxpr", closed)
@@ -79,25 +81,26 @@ def walk(closed, arguments: Sequence[Value], found: Found, *, within: str = "", 
     return [read(var) for var in jaxpr.outvars]
 
 
-def _equation(equation, operands: list[Value], found: Found, within: str, site: tuple[int, ...]) -> list[Value]:
+def _equation(equation, operands: list[Value], found: Found, within: Within, site: tuple[int, ...]) -> list[Value]:
     name = equation.primitive.name
     if name in CALLS:
-        inside = f"is used inside {_CUSTOM[name]}, whose derivative is its own" if name in _CUSTOM else within
+        own = f"is used inside {_CUSTOM[name]}, whose derivative is its own" if name in _CUSTOM else ""
+        inside = within._replace(reason=within.reason or own)
         results = walk(equation.params[CALLS[name]], operands, found, within=inside, site=site)
         return [_after_custom(result, _CUSTOM[name], found) for result in results] if name in _CUSTOM else results
     if name == "scan":
-        return _scan(equation, operands, found, site)
+        return _scan(equation, operands, found, within, site)
     if name == "while":
-        return _while(equation, operands, found, site)
+        return _while(equation, operands, found, within, site)
     if name == "cond":
-        return _cond(equation, operands, found, site)
+        return _cond(equation, operands, found, within, site)
     results = _samples(equation, operands, found)
     if name in ("dot_general", "conv_general_dilated"):
         product = multiplied(equation, operands, results[0], found, within, site)
         if product is not None:
             return [product]
     if name in ("add", "add_any"):
-        total = summed(equation, operands, results[0], found, within)
+        total = summed(equation, operands, results[0], found, within, site)
         if total is not None:
             return [total]
     if len(operands) == 1 and len(results) == 1:
@@ -203,7 +206,9 @@ def _otherwise(equation, operands: list[Value], results: list[Value], found: Fou
             what = _use(equation, depends)
             found.note(operand, what)
             if depends and _holds_jaxpr(equation):  # it may be a kernel there
-                found.products += [Product(path, site, None, 1, what, 0, (), (), None) for path in leaves_of(operand)]
+                found.products += [
+                    Product(path, site, None, 1, what, False, 0, (), (), None) for path in leaves_of(operand)
+                ]
         if not depends:
             sources |= leaves_of(operand) | operand.sources
     if parts:
@@ -239,14 +244,14 @@ def _entrywise_units(operands: list[Value]) -> Units | None:
     return found.pop()
 
 
-def _scan(equation, operands: list[Value], found: Found, site) -> list[Value]:
+def _scan(equation, operands: list[Value], found: Found, within: Within, site) -> list[Value]:
     """A scan: its slices keep their leaves, its carry is followed until nothing changes."""
     consts, carried = equation.params["num_consts"], equation.params["num_carry"]
     body = equation.params["jaxpr"]
     carry = [_carried(operand, found) for operand in operands[consts : consts + carried]]
     slices = [_slice(operand, found) for operand in operands[consts + carried :]]
     carry = _fixed(lambda carry, scratch: walk(body, [*operands[:consts], *carry, *slices], scratch), carry, found)
-    inside = "is used inside a scan"
+    inside = within._replace(turns=(*within.turns, equation.params["length"]))
     results = walk(body, [*operands[:consts], *carry, *slices], found, within=inside, site=site)
     left = [_carried(result, found) for result in results]
     stacked = [_unsliced(result) for result in left[carried:]]
@@ -301,13 +306,13 @@ def _joint(first: Value, second: Value) -> Value:
     return Value(depends, place, sources=first.sources | second.sources, mixed=mixed, unknown=unknown)
 
 
-def _while(equation, operands: list[Value], found: Found, site) -> list[Value]:
+def _while(equation, operands: list[Value], found: Found, within: Within, site) -> list[Value]:
     of_condition, of_body = equation.params["cond_nconsts"], equation.params["body_nconsts"]
     condition, body = operands[:of_condition], operands[of_condition : of_condition + of_body]
     carry = [_carried(operand, found) for operand in operands[of_condition + of_body :]]
     test, turn = equation.params["cond_jaxpr"], equation.params["body_jaxpr"]
     carry = _fixed(lambda carry, scratch: walk(turn, [*body, *carry], scratch), carry, found)
-    inside = "is used inside a while loop"
+    inside = within._replace(reason=within.reason or "is used inside a while loop")
     (tested,) = walk(test, [*condition, *carry], found, within=inside, site=(*site, 0))
     left = [_carried(result, found) for result in walk(turn, [*body, *carry], found, within=inside, site=(*site, 1))]
     return [_decided(tested, _joint(*pair)) for pair in zip(carry, left, strict=True)]
@@ -322,10 +327,10 @@ def _decided(decision: Value, value: Value) -> Value:
     return value._replace(depends=True, place=place, mixed=mixed, unknown=unknown)
 
 
-def _cond(equation, operands: list[Value], found: Found, site) -> list[Value]:
+def _cond(equation, operands: list[Value], found: Found, within: Within, site) -> list[Value]:
     results = None
     for number, branch in enumerate(equation.params["branches"]):
-        inside = "is used inside a branch"
+        inside = within._replace(reason=within.reason or "is used inside a branch")
         found_here = walk(branch, operands[1:], found, within=inside, site=(*site, number))
         found_here = [_carried(result, found) for result in found_here]
         results = found_here if results is None else [_joint(*p) for p in zip(results, found_here, strict=True)]

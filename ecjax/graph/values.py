@@ -40,6 +40,21 @@ class Value(NamedTuple):
     unknown: str = ""  # an operation on the way to it of which that is not known
 
 
+class Within(NamedTuple):
+    """What an equation is in.
+
+    Attributes:
+        reason: why products there can't be scored, in words; "" if they can.
+        turns: the lengths of the scans around it, the outer ones first.
+    """
+
+    reason: str = ""
+    turns: tuple[int, ...] = ()
+
+
+AT_TOP = Within()
+
+
 class Product(NamedTuple):
     """One product of a kernel with something that depends on the inputs.
 
@@ -48,7 +63,8 @@ class Product(NamedTuple):
         site: which equation it is: its index in the jaxpr, after the indices of the calls that it is in.
         layout: of the kernel; None if its entries don't enter this product one by one.
         positions: how many rows a sample has in it.
-        what: "" for a product of matrices; or why it can't be scored.
+        what: why it can't be scored; "" if it can.
+        outer: whether it is one product of matrices with one row for each sample.
         side: which operand the kernel is.
         reads: the axes (samples, inputs…) of the other operand, the inputs in the order of the layout.
         gives: the axes (samples, neurons…) of the product, likewise.
@@ -60,6 +76,7 @@ class Product(NamedTuple):
     layout: Layout | None
     positions: int
     what: str
+    outer: bool
     side: int
     reads: tuple[int, ...]
     gives: tuple[int, ...]
@@ -80,6 +97,20 @@ class Added(NamedTuple):
     within: frozenset[int] = frozenset()
 
 
+class Site(NamedTuple):
+    """Where a bias is added to a product.
+
+    Attributes:
+        path: of the equation: its index in the jaxpr, after the indices of the calls and scans that it is in.
+        side: which operand the bias is.
+        turns: the lengths of these scans, the outer ones first.
+    """
+
+    path: tuple[int, ...]
+    side: int
+    turns: tuple[int, ...]
+
+
 @dataclass
 class Found:
     """What the walk has found so far."""
@@ -89,7 +120,7 @@ class Found:
     products: list[Product] = field(default_factory=list)
     added: dict[int, list[Added | None]] = field(default_factory=dict)  # by product; None: used without a bias
     read: dict[int, list[int | None]] = field(default_factory=dict)  # by product; None: its units go elsewhere
-    biases: dict[str, int] = field(default_factory=dict)  # how many times a leaf was added as a bias
+    biases: dict[str, list[Site]] = field(default_factory=dict)  # where a leaf is added as a bias
     biased: dict[frozenset[int], int] = field(default_factory=dict)  # how many operations take products with a bias
     others: dict[str, list[str]] = field(default_factory=dict)  # what else each leaf does
 

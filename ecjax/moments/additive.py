@@ -19,7 +19,11 @@ from ecjax.graph.taps import tap_dtype
 
 
 class LayerMoments(NamedTuple):
-    """Sensitivity-weighted moments of one dense layer's inputs ``a``, for each input j and neuron i.
+    """Sensitivity-weighted moments of one layer's inputs ``a``, for each input j and neuron i.
+
+    Where a sample has several rows, or a kernel several uses, with A and B the gradients of one sample and one row of
+    the metric's factor with respect to the kernel and its bias: ``Σ B²``, ``Σ A B / Σ B²`` and ``Σ (A − mean B)²``. A
+    stack of kernels has one axis more, before all others.
 
     Attributes:
         sensitivity: ``Σ_n S_ni``, summed over samples.
@@ -32,9 +36,9 @@ class LayerMoments(NamedTuple):
         ((8,), (4, 8), (4, 8))
     """
 
-    sensitivity: Float[Array, " out"]
-    mean: Float[Array, "in out"]
-    scatter: Float[Array, "in out"]
+    sensitivity: Float[Array, "*stack out"]
+    mean: Float[Array, "*stack in out"]
+    scatter: Float[Array, "*stack in out"]
 
 
 class InputMoments(NamedTuple):
@@ -155,17 +159,27 @@ def nothing(
     """The moments of no samples, of layers that were read already."""
     leaves = _trees.by_path(params)
 
-    def zeros(layer: Layer):
-        kernel, (_, inputs, neurons) = leaves[layer.kernel], layer.layout.sizes
-        dtype = tap_dtype(kernel)
-        if not of_weights:
-            return InputMoments(*(jnp.zeros(inputs, dtype) for _ in InputMoments._fields))
-        like = graph.as_matrices(jnp.zeros_like(kernel, dtype), layer.layout)[0]
-        return LayerMoments(sensitivity=jnp.zeros(neurons, dtype), mean=like, scatter=like)
+    def of_neurons(layer: Layer) -> InputMoments:
+        kernel = leaves[layer.kernel]
+        return InputMoments(*(jnp.zeros(layer.layout.sizes[1], tap_dtype(kernel)) for _ in InputMoments._fields))
 
-    layers = read if of_weights else graph.chain(read)[1:]
-    found = {layer.kernel: zeros(layer) for layer in layers}
+    if of_weights:
+        found = {layer.kernel: nothing_of(layer, leaves[layer.kernel]) for layer in read}
+    else:
+        found = {layer.kernel: of_neurons(layer) for layer in graph.chain(read)[1:]}
     return Moments(jnp.zeros(()), found, metric, read, exclude, probes, of_weights)
+
+
+def nothing_of(layer: Layer, kernel: Array | np.ndarray) -> LayerMoments:
+    """The moments of no samples, of one layer."""
+    like = as_matrix(jnp.zeros_like(kernel, tap_dtype(kernel)), layer)
+    return LayerMoments(jnp.zeros((*like.shape[:-2], like.shape[-1]), like.dtype), mean=like, scatter=like)
+
+
+def as_matrix(kernel: Array, layer: Layer) -> Float[Array, "*stack in out"]:
+    """A kernel as a matrix, or as a stack of them."""
+    matrices = graph.as_matrices(kernel, layer.layout)
+    return matrices if layer.layout.stacked else matrices[0]
 
 
 def merge(first: Moments, second: Moments) -> Moments:
@@ -223,9 +237,14 @@ def _merge_layer(first: LayerMoments | InputMoments, second) -> LayerMoments | I
     gap = second.mean - first.mean
     return type(first)(
         sensitivity=total,
-        mean=first.mean + gap * share,
-        scatter=first.scatter + second.scatter + gap**2 * (first.sensitivity * share),
+        mean=first.mean + gap * _along(share, gap),
+        scatter=first.scatter + second.scatter + gap**2 * _along(first.sensitivity * share, gap),
     )
+
+
+def _along(of_neurons: Array, matrix: Array) -> Array:
+    """What each neuron has, for all inputs of each; of the moments of inputs, as it is."""
+    return of_neurons if of_neurons.ndim == matrix.ndim else of_neurons[..., None, :]
 
 
 def divide(numerator: Array, denominator: Array) -> Array:

@@ -1,5 +1,6 @@
 """The moments of many samples, batch after batch: of one array, or of batches that come one after another."""
 
+import math
 from collections.abc import Iterable
 
 import jax
@@ -9,10 +10,13 @@ from jax import Array, lax
 from jaxtyping import Num, PRNGKeyArray
 
 from ecjax import _batches, _checks, _door, _precision
-from ecjax._types import Inputs, Metric, Network, Params, Patterns
+from ecjax._types import Inputs, Metric, Network, Params, Patterns, Weights
+from ecjax.graph.ignored import ignored_in
 from ecjax.graph.layers import as_patterns
 from ecjax.moments.additive import Moments, described, merge, nothing, start
 from ecjax.moments.batch import of_batch
+
+_MOST_ROWS = 256  # of the metric, each of which is a backward pass
 
 
 def of_inputs(
@@ -21,6 +25,7 @@ def of_inputs(
     inputs: Inputs,
     *,
     metric: Metric = "euclidean",
+    weights: Weights | None = None,
     probes: int | None = None,
     key: PRNGKeyArray | None = None,
     batch_size: int = 1024,
@@ -49,9 +54,12 @@ def of_inputs(
         True
     """
     _require_key(probes, key)
-    at = _door.enter(network, params, inputs, exclude=exclude, metric=metric, batch_size=batch_size, probes=probes)
+    counts = {"batch_size": batch_size, "probes": probes}
+    at = _door.enter(network, params, inputs, exclude=exclude, metric=metric, weights=weights, **counts)
+    _require_probes(at.outputs, probes)
     seen = nothing(at.params, at.layers, at.metric, as_patterns(exclude), probes, of_weights=of_weights)
-    return _scan(at.network, int(batch_size), _batches.blocks(at.inputs), seen, at.params, at.inputs, None, key)
+    given = at.params, at.inputs, at.weights, None, key
+    return _scan(at.network, int(batch_size), _batches.blocks(at.inputs), seen, *given)
 
 
 def update(
@@ -60,6 +68,7 @@ def update(
     params: Params,
     inputs: Inputs,
     *,
+    weights: Weights | None = None,
     key: PRNGKeyArray | None = None,
     batch_size: int = 1024,
 ) -> Moments:
@@ -87,13 +96,16 @@ def update(
     blocks, samples = _batches.blocks(inputs), None
     if blocks == 1 and len(inputs):  # without samples it is refused
         samples, inputs = jnp.int32(len(inputs)), _batches.filled_up(inputs, int(batch_size))
-    at = _door.enter(network, params, inputs, exclude=seen.exclude, metric=seen.metric, batch_size=batch_size)
+        weights = None if weights is None else _batches.filled_up(weights, int(batch_size))
+    options = {"exclude": seen.exclude, "metric": seen.metric, "weights": weights, "batch_size": batch_size}
+    at = _door.enter(network, params, inputs, **options)
+    _require_probes(at.outputs, seen.probes)
     if at.layers != seen.read:
         raise ValueError(
             f"moments of other layers: {described(seen)} given, "
             f"{', '.join(f'{layer.kernel} {layer.shape}' for layer in at.layers)} in this network"
         )
-    return _scan(at.network, int(batch_size), blocks, seen, at.params, at.inputs, samples, key)
+    return _scan(at.network, int(batch_size), blocks, seen, at.params, at.inputs, at.weights, samples, key)
 
 
 def of_batches(
@@ -144,17 +156,32 @@ def _require_key(probes: int | None, key: PRNGKeyArray | None) -> None:
         _checks.require_key(key)
 
 
+def has_many_rows(outputs: jax.ShapeDtypeStruct) -> bool:
+    """Whether outputs with positions have more rows a sample than are worth a backward pass each."""
+    return len(outputs.shape) > 2 and math.prod(outputs.shape[1:]) > _MOST_ROWS
+
+
+def _require_probes(outputs: jax.ShapeDtypeStruct, probes: int | None) -> None:
+    if probes is None and has_many_rows(outputs):
+        raise ValueError(
+            f"outputs of shape {outputs.shape[1:]} are {math.prod(outputs.shape[1:]):,} rows of the metric for each "
+            "sample, a backward pass each; give probes=1, key=jax.random.key(0), for random combinations of them"
+        )
+
+
 @_precision.compiled("network", "batch_size", "blocks")
-def _scan(network, batch_size, blocks, seen, params, inputs, samples, key) -> Moments:
+def _scan(network, batch_size, blocks, seen, params, inputs, weights, samples, key) -> Moments:
     """Adds batch after batch; where ``samples`` are given, only so many of the inputs count."""
     key = jax.random.key(0) if key is None else key  # without probes nothing is drawn
+    ignored = ignored_in(network, seen.read, params, inputs)
 
     def add(total, index):
-        batch, counted = _batches.take(inputs, index, batch_size, blocks)
+        (batch, weight), counted = _batches.take((inputs, weights), index, batch_size, blocks)
         if samples is not None:
             counted &= index * counted.size + jnp.arange(counted.size) < samples
         drawn = jax.random.fold_in(key, total.samples.astype(jnp.uint32))
-        return merge(total, of_batch(total, network, params, batch, counted, drawn)), None
+        options = {"weights": weight, "ignored": ignored, "blocks": blocks}
+        return merge(total, of_batch(total, network, params, batch, counted, drawn, **options)), None
 
     total, _ = lax.scan(add, seen, jnp.arange(_batches.count(inputs.shape[0], batch_size, blocks)))
     return total

@@ -3,17 +3,21 @@
 What most functions of ecjax take, and their docstrings do not explain again:
 
 network: a pure function ``(params, inputs) -> outputs``, jitted or not, that gives each sample its row of outputs, of
-    shape (samples, K), whatever the other samples are. Make it once and pass the same function everywhere: all of ecjax
-    is compiled once for each network function, with the arrays that it closes over as they are then. ``from_linen`` and
-    ``from_nnx`` make one of a Flax module; an Equinox module is its own params, with
+    shape (samples, K), whatever the other samples are; or a row for each of its positions, of shape (samples,
+    positions, K), which add up: the logits of a language model. Make it once and pass the same function everywhere:
+    all of ecjax is compiled once for each network function, with the arrays that it closes over as they are then.
+    ``from_linen`` and ``from_nnx`` make one of a Flax module; an Equinox module is its own params, with
     ``lambda module, inputs: jax.vmap(module)(inputs)`` as the network.
 params: any pytree: nested dicts, lists, tuples, dataclasses, a single array. Leaves that are no arrays, such as an
     activation in an Equinox module, are left as they are. What a leaf is called means nothing: a *kernel* is one that
     multiplies what depends on the inputs, its *bias* the one that is added to that product (``layers`` shows them).
-inputs: calibration inputs, one array with samples along the first axis. A few thousand are usual; no labels.
+inputs: calibration inputs, one array with samples along the first axis, of numbers or of tokens. A few thousand are
+    usual; no labels.
 exclude: patterns of the paths of leaves, as in ``fnmatch``: "head/*", or several in a tuple. What they match is not
     read, scored, pruned or moved, keeps every bit, and does not count.
 metric: how a change of the outputs is measured, "euclidean" or "fisher", or a value (``ecjax.metrics``).
+weights: how much each sample counts, of shape (samples,), or each position of its outputs, of shape (samples,
+    positions): 0 for padding. All count the same if None.
 batch_size: samples at a time; it bounds the memory, and changes results by no more than rounding, but for what probes
     draw.
 

@@ -61,7 +61,8 @@ def one_shot(
     Args:
         scores: of a criterion, for these params.
         sparsity: the fraction of weights to remove, in [0, 1]; biases don't count. May be traced. Left out for N:M.
-        scope: where weights compete: "network", each "layer", or each "neuron" (the inputs of one output). Or a pair
+        scope: where weights compete: "network", each "layer" (of a stack, each member), or each "neuron" (the inputs of
+            one output). Or a pair
             (N, M): of every M consecutive inputs of a neuron N stay, and of a last group of fewer, at most N.
         exclude: patterns of paths of leaves that keep every bit, biases too; a kernel's weights do not count.
 
@@ -185,15 +186,18 @@ def _masks(
     sparsity: Sparsity | None,
     scope: str | tuple[int, int],
 ) -> dict[str, Array]:
-    if scope in ("network", "layer"):
+    stacks = any(layer.layout and layer.layout.stacked for path, layer in layers.items() if path in importance)
+    if scope == "network" or (scope == "layer" and not stacks):
         return keep_in_each(importance, sparsity, together=scope == "network")
-    choose = (
-        functools.partial(_keep_in_groups, stay=scope[0], group=scope[1])
-        if isinstance(scope, tuple)
-        else functools.partial(_keep_in_columns, sparsity=sparsity)
-    )
+    if isinstance(scope, tuple):
+        choose = functools.partial(_keep_in_groups, stay=scope[0], group=scope[1])
+    else:
+        choose = functools.partial(_keep_in_matrix if scope == "layer" else _keep_in_columns, sparsity=sparsity)
     found = {}
     for path, leaf in importance.items():
+        if path not in layers or layers[path].layout is None:  # of one that nothing is known of, all compete
+            found[path] = _keep_in_matrix(leaf, sparsity=sparsity)
+            continue
         matrices = jax.vmap(choose)(graph.as_matrices(leaf, layers[path].layout))
         found[path] = graph.as_leaf(matrices, layers[path].layout)
     _require_finite_removed(importance, found)
@@ -215,6 +219,10 @@ def keep_in_each(importance: dict[str, Array], sparsity: Sparsity, *, together: 
     found = {path: part.reshape(importance[path].shape) for path, part in parts.items()}
     _require_finite_removed(importance, found)
     return found
+
+
+def _keep_in_matrix(importance: Float[Array, "in out"], *, sparsity: Sparsity) -> Bool[Array, "in out"]:
+    return keep(importance.ravel(), sparsity).reshape(importance.shape)
 
 
 def _keep_in_columns(importance: Float[Array, "in out"], *, sparsity: Sparsity) -> Bool[Array, "in out"]:

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from ecjax import _batches, _precision, _trees
 from ecjax._types import Inputs, Network, Params
-from ecjax.metrics import Metric
+from ecjax.metrics import Metric, of_samples, scale_of
 
 _HALVINGS = 12
 _DAMPINGS = 1e-6, 1e6
@@ -32,6 +32,7 @@ _DRAWS = 8
 _TINY = 1e-30
 
 Free = Mapping[str, Bool[Array, "..."]]
+Data = tuple[Inputs, Array, Array | None]  # inputs, targets, weights
 _Step = dict[str, Array]
 
 
@@ -82,7 +83,8 @@ def take_steps(
     state: State,
     free: Free,
     inputs: Inputs,
-    targets: Float[Array, "samples outputs"],
+    targets: Float[Array, "samples *positions outputs"],
+    weights: Float[Array, "samples ..."] | None = None,
     *,
     steps: int,
 ) -> State:
@@ -92,17 +94,18 @@ def take_steps(
         problem: the network, and sizes.
         state: where to start.
         free: by its path, each leaf of the params that may move, and which of its entries.
-        targets: one row for each sample.
+        targets: one row for each sample, or each of its positions.
+        weights: how much each of these counts; 1 if None.
         steps: how many.
     """
 
     def one_step(state, _):
-        return _step(problem, metric, state, free, inputs, targets), None
+        return _step(problem, metric, state, free, (inputs, targets, weights)), None
 
     return lax.scan(one_step, state, length=steps)[0]
 
 
-def _step(problem: Problem, metric: Metric, state: State, free: Free, inputs, targets) -> State:
+def _step(problem: Problem, metric: Metric, state: State, free: Free, data: Data) -> State:
     here = _trees.by_path(state.params)
     at_rest = {path: jnp.zeros(leaf.shape, state.damping.dtype) for path, leaf in here.items() if path in free}
 
@@ -111,11 +114,14 @@ def _step(problem: Problem, metric: Metric, state: State, free: Free, inputs, ta
         return _trees.replace(state.params, {path: here[path] + move for path, move in moves.items()})
 
     def value(step: _Step) -> Array:
-        return _mean_objective(problem, metric, moved(step), inputs, targets)
+        return _mean_objective(problem, metric, moved(step), data)
 
-    before, gradient = _value_and_gradient(problem, metric, moved, at_rest, inputs, targets)
-    seen = _batches.every(inputs, problem.curvature_samples, state.steps, problem.blocks)
-    curvature, diagonal = _curvature(problem.network, metric, moved, at_rest, seen, jax.random.key(state.steps))
+    before, gradient = _value_and_gradient(problem, metric, moved, at_rest, data)
+    inputs, _, weights = data
+    seen = jax.tree.map(
+        lambda array: _batches.every(array, problem.curvature_samples, state.steps, problem.blocks), (inputs, weights)
+    )
+    curvature, diagonal = _curvature(problem.network, metric, moved, at_rest, *seen, jax.random.key(state.steps))
     damping = state.damping * _mean(diagonal, free)
     scales = jax.tree.map(lambda d: d + damping + _TINY, diagonal)
 
@@ -137,40 +143,40 @@ def _step(problem: Problem, metric: Metric, state: State, free: Free, inputs, ta
     )
 
 
-def _value_and_gradient(problem, metric, moved: Callable, at_rest: _Step, inputs, targets):
-    samples = inputs.shape[0]
+def _value_and_gradient(problem, metric, moved: Callable, at_rest: _Step, data: Data):
+    samples, dtype = data[0].shape[0], data[1].dtype
 
     def add(total, index):
         def of_batch(step):
-            return _of_batch(problem, metric, moved(step), inputs, targets, index)
+            return _of_batch(problem, metric, moved(step), data, index)
 
         return jax.tree.map(jnp.add, total, jax.value_and_grad(of_batch)(at_rest)), None
 
-    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (jnp.zeros((), targets.dtype), at_rest))
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (jnp.zeros((), dtype), at_rest))
     number = _batches.count(samples, problem.batch_size, problem.blocks)
     total, _ = lax.scan(add, zero, jnp.arange(number))
     return jax.tree.map(lambda leaf: leaf / samples, total)
 
 
-def _of_batch(problem: Problem, metric: Metric, params: Params, inputs, targets, index) -> Array:
+def _of_batch(problem: Problem, metric: Metric, params: Params, data: Data, index) -> Array:
     """The sum of the distances of one batch's outputs to their targets, in the precision of the targets."""
-    (batch, expected), counted = _batches.take((inputs, targets), index, problem.batch_size, problem.blocks)
+    (batch, expected, weights), counted = _batches.take(data, index, problem.batch_size, problem.blocks)
     distances = metric.distance(problem.network(params, batch).astype(expected.dtype), expected)
-    return jnp.where(counted, distances, 0).sum()
+    return jnp.where(counted, of_samples(distances, weights), 0).sum()
 
 
-def _mean_objective(problem: Problem, metric: Metric, params: Params, inputs, targets) -> Array:
-    samples = inputs.shape[0]
+def _mean_objective(problem: Problem, metric: Metric, params: Params, data: Data) -> Array:
+    samples, dtype = data[0].shape[0], data[1].dtype
 
     def add(total, index):
-        return total + _of_batch(problem, metric, params, inputs, targets, index), None
+        return total + _of_batch(problem, metric, params, data, index), None
 
     number = _batches.count(samples, problem.batch_size, problem.blocks)
-    return lax.scan(add, jnp.zeros((), targets.dtype), jnp.arange(number))[0] / samples
+    return lax.scan(add, jnp.zeros((), dtype), jnp.arange(number))[0] / samples
 
 
 def _curvature(
-    network: Network, metric: Metric, moved: Callable, at_rest: _Step, inputs, key: PRNGKeyArray
+    network: Network, metric: Metric, moved: Callable, at_rest: _Step, inputs, weights, key: PRNGKeyArray
 ) -> tuple[Callable[[_Step], _Step], _Step]:
     """The product ``v -> JᵀMJ v / samples``, for which the network is linearised once, and its diagonal.
 
@@ -179,14 +185,15 @@ def _curvature(
     """
     outputs, push = jax.linearize(lambda step: network(moved(step), inputs), at_rest)
     pull = jax.linear_transpose(push, at_rest)
+    scale = jnp.ones((), outputs.dtype) if weights is None else scale_of(weights, outputs)
 
     def product(step):
-        (pulled,) = pull(metric.product(outputs, push(step)).astype(outputs.dtype))
+        (pulled,) = pull((scale**2 * metric.product(outputs, push(step))).astype(outputs.dtype))
         return jax.tree.map(lambda leaf: leaf / inputs.shape[0], pulled)
 
     def add_squares(total, key):
         signs = jax.random.rademacher(key, outputs.shape, outputs.dtype)
-        (pulled,) = pull(metric.factor(outputs, signs).astype(outputs.dtype))
+        (pulled,) = pull((scale * metric.factor(outputs, signs)).astype(outputs.dtype))
         return jax.tree.map(lambda t, p: t + p**2 / (inputs.shape[0] * _DRAWS), total, pulled), None
 
     diagonal, _ = lax.scan(add_squares, at_rest, jax.random.split(key, _DRAWS))

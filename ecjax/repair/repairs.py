@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ecjax import _batches, _checks, _door, _trees, metrics
-from ecjax._types import Inputs, Kernels, Metric, Network, Params, Patterns, Targets
+from ecjax._types import Inputs, Kernels, Metric, Network, Params, Patterns, Targets, Weights
 from ecjax.graph import Layers
 from ecjax.graph.layers import chosen
 from ecjax.repair import gauss_newton
@@ -31,9 +31,18 @@ class _Steps:
     metric: Metric | None = None
     only: Patterns = "*"
 
-    def __call__(self, network: Network, params: Params, masks: Kernels, inputs: Inputs, targets: Targets) -> Params:
+    def __call__(
+        self,
+        network: Network,
+        params: Params,
+        masks: Kernels,
+        inputs: Inputs,
+        targets: Targets,
+        *,
+        weights: Weights | None = None,
+    ) -> Params:
         """The params repaired; a ValueError says what of these can't be used."""
-        return _alone(self, network, params, masks, inputs, targets)
+        return _alone(self, network, params, masks, inputs, targets, weights)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +56,8 @@ class Survivors(_Steps):
 
     Called with ``(network, params, masks, inputs, targets)``, it gives the repaired params: any masks will do, wherever
     they come from. Targets are the dense network's outputs, of shape (samples, K); or, with the metric Fisher, class
-    labels of shape (samples,), or a ``mixture`` of both. The network is differentiable forwards and backwards.
+    labels of shape (samples,), or a ``mixture`` of both; with positions, they have these as well. ``weights`` say how
+    much each sample counts, or each position: 0 for padding. The network is differentiable forwards and backwards.
 
     Attributes:
         iterations: Gauss-Newton steps.
@@ -166,6 +176,7 @@ def go_on(
     targets: Targets,
     *,
     metric: Metric = "euclidean",
+    weights: Weights | None = None,
     exclude: Patterns = (),
 ) -> State:
     """Repairs, with the damping that earlier steps have found.
@@ -176,18 +187,20 @@ def go_on(
         masks: Kernels of booleans, True where the weight stays.
         targets: what the outputs should be.
         metric: of the run.
+        weights: of samples or of their positions.
         exclude: patterns of paths of leaves that do not move.
 
     Raises:
         ValueError: whatever of these can't be used, or an objective that overflows.
     """
     metric = metric_of(repair, metrics.named(metric))
-    at = _door.enter(network, state.params, jnp.asarray(inputs), metric=metric, targets=targets, need="any")
+    given = {"metric": metric, "targets": targets, "weights": weights}
+    at = _door.enter(network, state.params, jnp.asarray(inputs), **given, need="any")
     expected = as_outputs(at.targets, at.outputs.shape, metric)
     free = movable(repair, at.layers, at.params, masks, exclude)
     sizes = repair.products, repair.batch_size, repair.curvature_samples
     problem = Problem(at.network, _batches.blocks(at.inputs), *map(int, sizes))
-    given = metric, state._replace(params=at.params), free, at.inputs, expected
+    given = metric, state._replace(params=at.params), free, at.inputs, expected, at.weights
     found = gauss_newton.take_steps(problem, *given, steps=int(repair.iterations))
     _checks.require_finite(found.objective, "the objective of the repair")
     return found._replace(params=_trees.whole(found.params, at.static))
@@ -207,9 +220,9 @@ def held(params: Params, masks: Kernels, moved: Params, exclude: Patterns) -> Pa
     return _trees.masked(_trees.replace(moved, {path: before[path] for path in excluded}), masks)
 
 
-def _alone(repair, network, params, masks, inputs, targets) -> Params:
+def _alone(repair, network, params, masks, inputs, targets, weights) -> Params:
     """A repair that is no part of a run."""
     _checks.require_masks(params, masks)
     named(repair)
     start = gauss_newton.start(_trees.masked(params, masks), repair.damping)
-    return go_on(repair, network, start, masks, inputs, targets).params
+    return go_on(repair, network, start, masks, inputs, targets, weights=weights).params

@@ -11,10 +11,10 @@ from ecjax._types import Targets
 
 
 def mixture(
-    outputs: Float[Array | np.ndarray, "samples outputs"],
-    labels: Int[Array | np.ndarray, " samples"],
+    outputs: Float[Array | np.ndarray, "samples *positions outputs"],
+    labels: Int[Array | np.ndarray, "samples *positions"],
     share: float | int,
-) -> Float[Array, "samples outputs"]:
+) -> Float[Array, "samples *positions outputs"]:
     """Targets between a dense classifier's outputs and labels, as logits: ``log((1 − share) softmax(y) + share e)``.
 
     Source: Hinton, Vinyals, Dean, arXiv:1503.02531, which weighs the losses of both: the same up to a constant.
@@ -38,7 +38,7 @@ def mixture(
     return jnp.log((1 - share) * jax.nn.softmax(outputs) + share * jax.nn.one_hot(labels, outputs.shape[-1]))
 
 
-def as_outputs(targets: Targets, shape: tuple[int, ...], metric: metrics.Metric) -> Float[Array, "samples outputs"]:
+def as_outputs(targets: Targets, shape: tuple[int, ...], metric: metrics.Metric) -> Array:
     """Targets as rows of outputs: as they are, or the logits of labels.
 
     Raises:
@@ -52,11 +52,12 @@ def as_outputs(targets: Targets, shape: tuple[int, ...], metric: metrics.Metric)
         if _checks.are_known(probabilities) and probabilities:
             raise ValueError(
                 f"targets of shape {shape} are at least 0 and sum to one: probabilities, or labels as unit vectors; "
-                "the metric Fisher takes logits. Pass labels.argmax(-1), of shape (samples,), or jnp.log(probabilities)"
+                f"the metric Fisher takes logits. Pass labels.argmax(-1), of shape {shape[:-1]}, or "
+                "jnp.log(probabilities)"
             )
         return targets
-    if fisher and np.ndim(targets) == 1:
+    if fisher and np.ndim(targets) == len(shape) - 1:
         _checks.require_labels(targets, shape)
         return jnp.log(jax.nn.one_hot(targets, shape[-1]))
-    labels = f", or labels of shape {shape[:1]}" if fisher else "; labels are for the metric Fisher"
+    labels = f", or labels of shape {shape[:-1]}" if fisher else "; labels are for the metric Fisher"
     raise ValueError(f"targets of shape {np.shape(targets)} do not fit outputs of shape {shape}{labels}")

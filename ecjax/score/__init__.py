@@ -24,6 +24,7 @@ from ecjax.score.neurons import (
 )
 from ecjax.score.nonlinear import nonlinear_elimination_compensation
 from ecjax.score.scores import Scores
+from ecjax.score.wanda import wanda
 
 __all__ = [
     "CRITERIA",
@@ -45,4 +46,5 @@ __all__ = [
     "optimal_brain_damage",
     "optimal_brain_damage_from_moments",
     "random",
+    "wanda",
 ]

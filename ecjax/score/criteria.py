@@ -20,6 +20,7 @@ from ecjax.score.neurons import (
 )
 from ecjax.score.nonlinear import nonlinear_elimination_compensation
 from ecjax.score.scores import Scores
+from ecjax.score.wanda import wanda
 
 Criterion = Callable[[Network, Params, Inputs], Scores | NeuronScores]
 
@@ -33,6 +34,7 @@ CRITERIA = {
         optimal_brain_damage,
         magnitude,
         random,
+        wanda,
     )
 }
 NEURON_CRITERIA = {

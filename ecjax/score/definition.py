@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from ecjax import _door, _precision, _trees, graph, metrics
-from ecjax._types import Inputs, Metric, Network, Params, Patterns
+from ecjax._types import Inputs, Metric, Network, Params, Patterns, Weights
+from ecjax.graph.ignored import ignored_in
 from ecjax.graph.taps import tap_dtype
 from ecjax.score.scores import Scores, checked, least, of_each_weight
 
@@ -15,6 +16,7 @@ def elimination_compensation_by_definition(
     inputs: Inputs,
     *,
     metric: Metric = "euclidean",
+    weights: Weights | None = None,
     weights_at_once: int = 64,
     exclude: Patterns = (),
 ) -> Scores:
@@ -46,23 +48,24 @@ def elimination_compensation_by_definition(
         >>> bool(jnp.allclose(found["Dense_0"]["kernel"], scores.importance["Dense_0"]["kernel"], rtol=1e-3, atol=1e-6))
         True
     """
-    at = _door.enter(
-        network, params, inputs, exclude=exclude, metric=metric, need="weights", weights_at_once=weights_at_once
-    )
-    return checked(_all_weights(at.network, at.layers, int(weights_at_once), at.params, at.inputs, at.metric))
+    options = {"exclude": exclude, "metric": metric, "weights": weights, "need": "weights"}
+    at = _door.enter(network, params, inputs, **options, weights_at_once=weights_at_once)
+    given = at.params, at.inputs, at.weights, at.metric
+    return checked(_all_weights(at.network, at.layers, int(weights_at_once), *given))
 
 
 @_precision.compiled("network", "layers", "weights_at_once")
-def _all_weights(network, layers, weights_at_once, params, inputs, metric) -> Scores:
-    outputs = network(params, inputs)
+def _all_weights(network, layers, weights_at_once, params, inputs, weights, metric) -> Scores:
+    outputs, ignored = network(params, inputs), ignored_in(network, layers, params, inputs)
 
     def one_weight(layer, index):
-        return _importance_and_shift(network, params, inputs, outputs, layer, index, metric=metric)
+        options = {"metric": metric, "weights": weights, "ignored": ignored.get(layer.kernel)}
+        return _importance_and_shift(network, params, inputs, outputs, layer, index, **options)
 
     return of_each_weight(params, layers, one_weight, weights_at_once=weights_at_once)
 
 
-def _importance_and_shift(network, params, inputs, outputs, layer, index, *, metric):
+def _importance_and_shift(network, params, inputs, outputs, layer, index, *, metric, weights, ignored):
     """``I`` and ``Δb*`` of the weight at a flat index of a kernel as matrices."""
     leaves = _trees.by_path(params)
     kernel = leaves[layer.kernel]
@@ -79,13 +82,15 @@ def _importance_and_shift(network, params, inputs, outputs, layer, index, *, met
             return network(_trees.replace(params, dict(zip(paths, moving, strict=True))), inputs)
 
         _, discrepancy = jax.jvp(with_leaves, tuple(leaves[path] for path in paths), tuple(by))
-        return metrics.squared_norm(metric, outputs, discrepancy).mean()
+        return metrics.squared_norm(metric, outputs, discrepancy, weights).mean()
 
     if layer.bias is None:
         return change([layer.kernel], [removed]).astype(zero.dtype), zero
     bias = leaves[layer.bias]
 
     def remainder(shift):
+        if ignored is not None:
+            shift = jnp.where(ignored[member, neuron], 0, shift)
         moved = jnp.zeros(layer.bias_layout.sizes, bias.dtype).at[member, 0, neuron].set(-shift.astype(bias.dtype))
         moved = graph.as_leaf(moved, layer.bias_layout)
         return change([layer.kernel, layer.bias], [removed, moved])

@@ -6,11 +6,11 @@ from jax import Array
 from jaxtyping import Float, PRNGKeyArray
 
 from ecjax import _trees, graph, moments
-from ecjax._types import Inputs, Metric, Network, Params, Patterns
+from ecjax._types import Inputs, Metric, Network, Params, Patterns, Weights
 from ecjax.graph import Layer
 from ecjax.graph.taps import tap_dtype
 from ecjax.moments import Moments
-from ecjax.moments.additive import require
+from ecjax.moments.additive import as_matrix, require
 from ecjax.score.scores import Scores, checked, scores_of, times_square
 
 
@@ -20,6 +20,7 @@ def elimination_compensation(
     inputs: Inputs,
     *,
     metric: Metric = "euclidean",
+    weights: Weights | None = None,
     probes: int | None = None,
     key: PRNGKeyArray | None = None,
     batch_size: int = 1024,
@@ -31,15 +32,23 @@ def elimination_compensation(
 
         Δb*_ij = W_ij · mean_S(a_j)        I_ij = W_ij² · E[S_i] · var_S(a_j)
 
-    with the mean and the variance of the layer's inputs weighted by the sensitivity ``S_i = Σ_k (∂y_k/∂z_i)²``. Source:
-    Ballini et al., arXiv:2602.20467; equal to ``elimination_compensation_by_definition`` at the price of about two
-    gradient passes over the same samples. A neuron that is dead on every sample has importance and shift 0, and so has
-    one whose squared sensitivities are below the smallest number of the dtype.
+    with the mean and the variance of the layer's inputs weighted by the sensitivity ``S_i = Σ_k (∂y_k/∂z_i)²``. Where a
+    kernel sees several rows of a sample (convolutions, sequences, scans), or is used more than once, A and B are the
+    gradients of one sample and one row of the metric with respect to the kernel and its bias, and
+
+        Δb* = W · Σ A B / Σ B²        I = W² · Σ (A − (Σ A B / Σ B²) B)² / N
+
+    A bias that the outputs ignore, as attention ignores those of its keys, does not move. Source: Ballini et al.,
+    arXiv:2602.20467; equal to ``elimination_compensation_by_definition`` at the price of about two gradient passes over
+    the same samples in an MLP, and of about one for each row or probe elsewhere. A neuron that is dead on every sample
+    has importance and shift 0, and so has one whose squared sensitivities are below the smallest number of the dtype.
 
     Args:
         params: of the network. A kernel without a bias has nothing to move: its importance is that of
             ``optimal_brain_damage``, its shift 0.
-        probes: None for the exact sensitivities, or how many random ±1 combinations of the K rows stand in for them.
+        probes: None for the exact sums over all rows of the metric, one backward pass each; or how many random
+            combinations of them stand in for all (a sign for each sample, position and output). Then ``Σ A²``, ``Σ AB``
+            and ``Σ B²`` are unbiased, with a relative error that falls as one over the root of probes × samples.
         key: random key, needed with ``probes``.
 
     Returns:
@@ -55,7 +64,15 @@ def elimination_compensation(
         ((4, 8), (4, 8))
     """
     seen = moments.of_inputs(
-        network, params, inputs, metric=metric, probes=probes, key=key, batch_size=batch_size, exclude=exclude
+        network,
+        params,
+        inputs,
+        metric=metric,
+        weights=weights,
+        probes=probes,
+        key=key,
+        batch_size=batch_size,
+        exclude=exclude,
     )
     return elimination_compensation_from_moments(params, seen)
 
@@ -87,8 +104,8 @@ def _elimination_compensation(params: Params, seen: Moments) -> Scores:
     for layer in seen.read:
         kernel, found = _matrix(leaves, layer), seen.layers[layer.kernel]
         scatter = found.scatter if layer.bias else _second_moment(found)
-        importance[layer.kernel] = _as_leaf(times_square(scatter / seen.samples, kernel), layer)
-        shift[layer.kernel] = _as_leaf(kernel * found.mean if layer.bias else jnp.zeros_like(kernel), layer)
+        importance[layer.kernel] = graph.as_leaf(times_square(scatter / seen.samples, kernel), layer.layout)
+        shift[layer.kernel] = graph.as_leaf(kernel * found.mean if layer.bias else jnp.zeros_like(kernel), layer.layout)
     return scores_of(params, seen.read, importance, shift)
 
 
@@ -98,6 +115,7 @@ def optimal_brain_damage(
     inputs: Inputs,
     *,
     metric: Metric = "euclidean",
+    weights: Weights | None = None,
     probes: int | None = None,
     key: PRNGKeyArray | None = None,
     batch_size: int = 1024,
@@ -117,7 +135,15 @@ def optimal_brain_damage(
         True
     """
     seen = moments.of_inputs(
-        network, params, inputs, metric=metric, probes=probes, key=key, batch_size=batch_size, exclude=exclude
+        network,
+        params,
+        inputs,
+        metric=metric,
+        weights=weights,
+        probes=probes,
+        key=key,
+        batch_size=batch_size,
+        exclude=exclude,
     )
     return optimal_brain_damage_from_moments(params, seen)
 
@@ -148,20 +174,16 @@ def _optimal_brain_damage(params: Params, seen: Moments) -> Scores:
     importance, leaves = {}, _trees.by_path(params)
     for layer in seen.read:
         damage = _second_moment(seen.layers[layer.kernel]) / seen.samples
-        importance[layer.kernel] = _as_leaf(times_square(damage, _matrix(leaves, layer)), layer)
+        importance[layer.kernel] = graph.as_leaf(times_square(damage, _matrix(leaves, layer)), layer.layout)
     return scores_of(params, seen.read, importance)
 
 
-def _second_moment(found: moments.LayerMoments) -> Float[Array, "in out"]:
+def _second_moment(found: moments.LayerMoments) -> Float[Array, "*stack in out"]:
     """``Σ_n S_ni a_nj²``."""
-    return found.scatter + times_square(found.sensitivity, found.mean)
+    return found.scatter + times_square(found.sensitivity[..., None, :], found.mean)
 
 
-def _matrix(leaves: dict[str, Array], layer: Layer) -> Float[Array, "in out"]:
-    """A kernel as a matrix, in the precision of the moments."""
+def _matrix(leaves: dict[str, Array], layer: Layer) -> Float[Array, "*stack in out"]:
+    """A kernel as a matrix, or as a stack of them, in the precision of the moments."""
     kernel = leaves[layer.kernel]
-    return graph.as_matrices(jnp.asarray(kernel, tap_dtype(kernel)), layer.layout)[0]
-
-
-def _as_leaf(matrix: Float[Array, "in out"], layer: Layer) -> Float[Array, "..."]:
-    return graph.as_leaf(matrix[None], layer.layout)
+    return as_matrix(jnp.asarray(kernel, tap_dtype(kernel)), layer)

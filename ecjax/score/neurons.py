@@ -10,7 +10,7 @@ from jax import Array
 from jaxtyping import Float, PRNGKeyArray, PyTree
 
 from ecjax import _door, _precision, _trees, graph, metrics, moments
-from ecjax._types import Inputs, Metric, Network, Params, Patterns
+from ecjax._types import Inputs, Metric, Network, Params, Patterns, Weights
 from ecjax.graph import Layer, Layers
 from ecjax.graph.layers import NO_LAYERS, as_patterns
 from ecjax.graph.taps import tap_dtype
@@ -49,6 +49,7 @@ def neuron_elimination_compensation(
     inputs: Inputs,
     *,
     metric: Metric = "euclidean",
+    weights: Weights | None = None,
     probes: int | None = None,
     key: PRNGKeyArray | None = None,
     batch_size: int = 1024,
@@ -80,7 +81,7 @@ def neuron_elimination_compensation(
         >>> scores.importance["Dense_0/kernel"].shape, scores.constant["Dense_0/kernel"].shape
         ((8,), (8,))
     """
-    options = {"probes": probes, "key": key, "batch_size": batch_size, "exclude": exclude}
+    options = {"weights": weights, "probes": probes, "key": key, "batch_size": batch_size, "exclude": exclude}
     seen = moments.of_inputs(network, params, inputs, metric=metric, of_weights=False, **options)
     return neuron_elimination_compensation_from_moments(params, seen)
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ecjax import _door, _precision, _trees, graph, metrics, moments
-from ecjax._types import Inputs, Metric, Network, Params, Patterns
+from ecjax._types import Inputs, Metric, Network, Params, Patterns, Weights
+from ecjax.graph.ignored import ignored_in
 from ecjax.score.scores import Scores, checked, of_each_weight
 
 
@@ -15,13 +16,14 @@ def nonlinear_elimination_compensation(
     inputs: Inputs,
     *,
     metric: Metric = "euclidean",
+    weights: Weights | None = None,
     steps: int = 3,
     weights_at_once: int = 64,
     exclude: Patterns = (),
 ) -> Scores:
     """Elimination-compensation with the true change in the outputs in place of its first-order estimate.
 
-    ``I_ij = min_Δb E[δyᵀ M δy]`` with ``δy = y(z_i − W_ij a_j + Δb) − y(z_i)``: only neuron i's pre-activation changes.
+    ``I_ij = min_Δb E[δyᵀ M δy]`` with ``δy = y(W_ij = 0, b_i + Δb) − y``: only neuron i's pre-activations change.
     Newton steps in Δb start from the linear optimum ``W_ij · mean_S(a_j)`` and the best Δb met is kept, so the
     importance is never above that of the linear shift. Source: the exact counterpart of Ballini et al.,
     arXiv:2602.20467.
@@ -45,36 +47,51 @@ def nonlinear_elimination_compensation(
         >>> exact.importance["Dense_0"]["kernel"].shape
         (4, 8)
     """
-    at = _door.enter(
-        network, params, inputs, exclude=exclude, metric=metric, steps=steps, weights_at_once=weights_at_once
-    )
-    seen = moments.of_inputs(network, params, inputs, metric=metric, exclude=exclude)
-    return checked(_all_weights(at.network, int(steps), int(weights_at_once), at.params, at.inputs, seen))
+    options = {"exclude": exclude, "metric": metric, "weights": weights}
+    at = _door.enter(network, params, inputs, **options, steps=steps, weights_at_once=weights_at_once)
+    seen = moments.of_inputs(network, params, inputs, **options)
+    given = at.params, at.inputs, at.weights, seen
+    return checked(_all_weights(at.network, int(steps), int(weights_at_once), *given))
 
 
 @_precision.compiled("network", "steps", "weights_at_once")
-def _all_weights(network, steps, weights_at_once, params, inputs, seen) -> Scores:
-    inputs = graph.at_least_two(inputs)
+def _all_weights(network, steps, weights_at_once, params, inputs, weights, seen) -> Scores:
+    ignored = ignored_in(network, seen.read, params, inputs)
+    inputs, weights = jax.tree.map(graph.at_least_two, (inputs, weights))
     reading = graph.read(network, params, inputs, exclude=seen.exclude)
     outputs, layer_inputs = graph.tapped(reading, params, inputs, {})
     leaves = _trees.by_path(params)
 
     def one_weight(layer, index):
-        kernel, found = graph.as_matrices(leaves[layer.kernel], layer.layout)[0], seen.layers[layer.kernel]
-        source, neuron = jnp.unravel_index(index, kernel.shape)
-        removed = kernel[source, neuron] * layer_inputs[layer.kernel][:, source].astype(found.mean.dtype)
+        kernel, found = graph.as_matrices(leaves[layer.kernel], layer.layout), seen.layers[layer.kernel]
+        member, source, neuron = jnp.unravel_index(index, kernel.shape)
+        weight = kernel[member, source, neuron].astype(found.mean.dtype)
+
+        def without(shift):
+            """The network without the weight and with its bias shifted."""
+            if layer.outer:
+                removed = weight * layer_inputs[layer.kernel][:, source].astype(weight.dtype)
+                tap = jnp.zeros((inputs.shape[0], kernel.shape[2]), weight.dtype).at[:, neuron].set(shift - removed)
+                return graph.tapped(reading, params, inputs, {layer.kernel: tap})[0]
+            changed = {layer.kernel: graph.as_leaf(kernel.at[member, source, neuron].set(0), layer.layout)}
+            if layer.bias is not None:
+                bias = graph.as_matrices(leaves[layer.bias].astype(weight.dtype), layer.bias_layout)
+                moved = graph.as_leaf(bias.at[member, 0, neuron].add(shift), layer.bias_layout)
+                changed[layer.bias] = moved.astype(leaves[layer.bias].dtype)
+            return network(_trees.replace(params, changed), inputs)
 
         def true_change(shift):
-            tap = jnp.zeros((inputs.shape[0], kernel.shape[1]), removed.dtype).at[:, neuron].set(shift - removed)
-            changed, _ = graph.tapped(reading, params, inputs, {layer.kernel: tap})
-            return metrics.squared_norm(seen.metric, outputs, changed - outputs).mean().astype(removed.dtype)
+            if layer.kernel in ignored:
+                shift = jnp.where(ignored[layer.kernel][member, neuron], 0, shift)
+            change = metrics.squared_norm(seen.metric, outputs, without(shift) - outputs, weights)
+            return change.mean().astype(weight.dtype)
 
         if layer.bias is None:
-            zero = jnp.zeros((), removed.dtype)
+            zero = jnp.zeros((), weight.dtype)
             return true_change(zero), zero
-        linear_curvature = 2 * found.sensitivity[neuron] / seen.samples
-        linear_shift = kernel[source, neuron] * found.mean[source, neuron]
-        return _minimise(true_change, linear_shift, linear_curvature, steps=steps)
+        sensitivity, mean = found.sensitivity.reshape(kernel.shape[::2]), found.mean.reshape(kernel.shape)
+        linear_curvature = 2 * sensitivity[member, neuron] / seen.samples
+        return _minimise(true_change, weight * mean[member, source, neuron], linear_curvature, steps=steps)
 
     return of_each_weight(params, seen.read, one_weight, weights_at_once=weights_at_once)
 

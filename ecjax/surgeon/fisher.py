@@ -33,7 +33,7 @@ def loss_gradients(
     *,
     exclude: Patterns = (),
 ) -> Kernels:
-    """Per-sample gradients of the loss with respect to the kernels, the rows of G.
+    """Per-sample gradients of the loss with respect to the kernels, the rows of G; losses of positions are summed.
 
     Args:
         inputs: samples along the first axis; with W weights the result holds samples × W numbers.
@@ -60,10 +60,10 @@ def loss_gradients(
 @_precision.compiled("network", "loss")
 def _loss_gradients(network, loss, params, kernels, inputs, targets):
     def of_sample(x, target):
-        def mean_loss(kernels):
-            return loss(network(_trees.replace(params, kernels), x[None]), target[None]).mean()
+        def summed_loss(kernels):
+            return loss(network(_trees.replace(params, kernels), x[None]), target[None]).sum()
 
-        return jax.grad(mean_loss)(kernels)
+        return jax.grad(summed_loss)(kernels)
 
     return jax.vmap(of_sample)(inputs, targets)
 

@@ -1,0 +1,117 @@
+"""A jaxpr evaluated equation by equation, with some of its equations done in another way.
+
+Only the calls and scans that such an equation is in are gone into: jitted, rematerialised and custom-derivative
+functions keep their own rules everywhere else.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.extend import core
+
+from ecjax.graph.roles import CALLS
+
+Path = tuple[int, ...]
+Aside = dict[str, Array]
+# From an equation, its operands, its place and what is given for that place: its results, and something aside.
+Hook = Callable[[Any, list, Path, Array | None], tuple[list, Aside]]
+
+
+def evaluate(
+    closed: Any,
+    arguments: Sequence,
+    sites: frozenset[Path],
+    hook: Hook,
+    given: Mapping[Path, Array],
+    others: Callable[[Any, list], list] | None = None,
+    site: Path = (),
+) -> tuple[list, Aside]:
+    """The results of a jaxpr, and what the hook puts aside.
+
+    Args:
+        closed: the jaxpr, with or without its constants.
+        arguments: its own.
+        sites: the equations that the hook evaluates: the index of each, after those of the calls that it is in.
+        hook: called there in place of the equation. What it puts aside under one name adds up, over scans too.
+        given: an array for some of the sites; in scans with an axis before its own for each of them.
+        others: how all other equations are evaluated; as they are if None.
+        site: the equations that the jaxpr is called from.
+    """
+    jaxpr = getattr(closed, "jaxpr", closed)
+    values = dict(zip(jaxpr.constvars, getattr(closed, "consts", ()), strict=True))
+    values |= dict(zip(jaxpr.invars, arguments, strict=True))
+    aside: Aside = {}
+
+    def read(var):
+        return var.val if isinstance(var, core.Literal) else values[var]
+
+    for index, equation in enumerate(jaxpr.eqns):
+        here, operands = (*site, index), [read(var) for var in equation.invars]
+        inside = frozenset(path for path in sites if path[: len(here)] == here)
+        into, name = inside or others is not None, equation.primitive.name
+        if here in sites:
+            results, more = hook(equation, operands, here, given.get(here))
+        elif into and name in CALLS:
+            results, more = evaluate(equation.params[CALLS[name]], operands, inside, hook, given, others, here)
+        elif into and name == "scan":
+            results, more = _scan(equation, operands, inside, hook, given, others, here)
+        else:
+            results, more = (others or run)(equation, operands), {}
+        aside |= {name: aside[name] + array if name in aside else array for name, array in more.items()}
+        values |= dict(zip(equation.outvars, results, strict=True))
+    return [read(var) for var in jaxpr.outvars], aside
+
+
+def _scan(equation, operands: list, sites: frozenset[Path], hook: Hook, given, others, site: Path):
+    consts, carried, body = equation.params["num_consts"], equation.params["num_carry"], equation.params["jaxpr"]
+    fixed, carry, slices = operands[:consts], operands[consts : consts + carried], operands[consts + carried :]
+
+    def turn(carry, slices):
+        slices, of_turn = slices
+        results, aside = evaluate(body, [*fixed, *carry, *slices], sites, hook, of_turn, others, site)
+        return results[:carried], (results[carried:], aside)
+
+    options = {name: equation.params[name] for name in ("length", "reverse", "unroll")}
+    here = {path: given[path] for path in sites if path in given}
+    carry, (stacked, aside) = lax.scan(turn, carry, (slices, here), **options)
+    return [*carry, *stacked], jax.tree.map(lambda array: array.sum(0), aside)
+
+
+def run(equation, operands: list) -> list:
+    """Runs one equation by itself; ``core.jaxpr_as_fun`` is the public way to bind a primitive again."""
+    variables = [var for var in equation.invars if not isinstance(var, core.Literal)]
+    source = core.DebugInfo("ecjax.graph", equation.primitive.name, None, None)
+    jaxpr = core.Jaxpr((), variables, equation.outvars, [equation], equation.effects, source)
+    arguments = [
+        operand for operand, var in zip(operands, equation.invars, strict=True) if not isinstance(var, core.Literal)
+    ]
+    return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))(*arguments)
+
+
+def promoted(array: Array) -> Array:
+    """The array in at least float32, if it holds floating-point numbers."""
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return array
+    return jnp.asarray(array, jnp.promote_types(array.dtype, jnp.float32))
+
+
+def in_full(equation, operands: list) -> list:
+    """Runs an equation in at least float32, whatever it asks for."""
+    params = dict(equation.params)
+    if any(isinstance(value, core.Jaxpr | core.ClosedJaxpr) for value in jax.tree.leaves(params)):
+        asked = [var.aval.dtype for var in equation.invars]
+        operands = [jnp.asarray(operand).astype(dtype) for operand, dtype in zip(operands, asked, strict=True)]
+        return [promoted(result) for result in run(equation, operands)]
+    for name in ("new_dtype", "preferred_element_type", "dtype"):
+        if params.get(name) is not None and jnp.issubdtype(params[name], jnp.floating):
+            params[name] = jnp.promote_types(params[name], jnp.float32)
+    operands = [jnp.asarray(operand) for operand in operands]
+    floating = [operand.dtype for operand in operands if jnp.issubdtype(operand.dtype, jnp.floating)]
+    if floating:
+        widest = jnp.result_type(jnp.float32, *floating)
+        operands = [o.astype(widest) if jnp.issubdtype(o.dtype, jnp.floating) else o for o in operands]
+    results = equation.primitive.bind(*operands, **params)
+    return list(results) if equation.primitive.multiple_results else [results]
