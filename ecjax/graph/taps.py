@@ -15,7 +15,7 @@ from ecjax.graph.reading import Reading
 
 def tapped(
     reading: Reading, params: PyTree, inputs: Array, taps: Mapping[str, Float[Array, "samples out"]]
-) -> tuple[Float[Array, "samples outputs"], dict[str, Float[Array, "samples in"]]]:
+) -> tuple[Float[Array, "samples *positions outputs"], dict[str, Float[Array, "samples in"]]]:
     """Evaluates a network with ``taps`` added to the products of its layers.
 
     The layer of a kernel gives ``a @ W + taps[path] + bias``, with W the kernel as a matrix (``Layer.layout``). The
