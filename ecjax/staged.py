@@ -228,7 +228,7 @@ def _in_stages(
         raise ValueError(f"progress is {tell!r}; it must be a function of a stage (prune.Stage), called after each")
     outputs = _door.enter(network, params, inputs, exclude=exclude, need="any").outputs
     probed = criteria.reads(criterion, "probes") and has_many_rows(outputs)
-    _require_read(criterion, repairs.named(repair), metrics.named(metric), key, probed=probed)
+    _require_read(criterion, repairs.named(repair), metrics.named(metric), weights, key, probed=probed)
     options = {"metric": metric, "targets": targets, "weights": weights, "exclude": exclude, "key": key}
     state = start(network, params, inputs, repair=repair, **options)
     for number in range(1, stages + 1):
@@ -346,7 +346,7 @@ def finish(state: State) -> Pruned:
 
 
 def _require_read(
-    criterion: Criterion, repair: Repair | None, metric: metrics.Metric, key: Any, *, probed: bool
+    criterion: Criterion, repair: Repair | None, metric: metrics.Metric, weights: Any, key: Any, *, probed: bool
 ) -> None:
     """Raises a ValueError for options that nothing reads, and for a criterion that draws without a key."""
     if isinstance(repair, Biases | Survivors):
@@ -358,6 +358,9 @@ def _require_read(
             f"metric={metric!r} is read by neither this criterion nor this repair; leave it out, or let one of them "
             "take metric="
         )
+    own = isinstance(repair, Biases | Survivors) or (repair is not None and criteria.reads(repair, "weights"))
+    if weights is not None and not own and not criteria.reads(criterion, "weights"):
+        raise ValueError("weights are read by neither this criterion nor this repair; leave them out")
     if probed and key is None:
         raise ValueError(
             "the outputs have so many positions that the criterion takes random probes of them: give key=, such as "

@@ -44,7 +44,7 @@ class Config(flags.Digits):
     """Fractions of the weights to remove from the surrogate."""
     calibration: int = 10_000  # Calibration inputs; the modest network takes six times as many.
     stages: int = 10  # Stages of the staged methods; the modest network and the surrogate take twice as many.
-    temperature: float | None = None  # Of the survivors without labels. Default: 4 for the large network, 1 else.
+    temperature: float | None = None  # Of the survivors without labels. Default: 4 for the large network, 2 else.
     products: int | None = None  # In each step of a repair. Default: 15 (large network), 20 (modest), 30 (surrogate).
     damping: float = 1e-2  # λ of the combinatorial brain surgeon.
     surrogate_epochs: int = 300  # Epochs of training of the surrogate.
@@ -151,7 +151,7 @@ def _large(config: Config, data: Dataset) -> Problem:
 def _modest(config: Config, data: Dataset) -> Problem:
     """784-40-20-10, trained by plain SGD to about 94 %."""
     epochs = 5 if len(data.train_inputs) >= 10_000 else 100
-    survivors = repair.Survivors(products=config.products or 20, metric=metrics.Fisher(config.temperature or 1.0))
+    survivors = repair.Survivors(products=config.products or 20, metric=metrics.Fisher(config.temperature or 2.0))
     how = optax.sgd(0.05), epochs, 6 * config.calibration, 2000, 2 * config.stages, survivors
     return _classifier(config, data, (40, 20), *how)
 

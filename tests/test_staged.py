@@ -236,6 +236,18 @@ def test_neurons_do_not_come_back(trained):
         staged.step(NETWORK, state, INPUTS, 0.2, **how)
 
 
+def test_weights_that_nothing_reads(trained):
+    options = {"criterion": "magnitude", "repair": None, "weights": jnp.ones(len(INPUTS))}
+    with pytest.raises(ValueError, match="weights are read by neither this criterion nor this repair"):
+        prune.staged(NETWORK, trained, INPUTS, 0.5, **options)
+
+
+def test_equal_weights_change_nothing(trained):
+    how = {"stages": 2, "metric": "fisher", "repair": repair.Survivors(iterations=1)}
+    one, two = (prune.staged(NETWORK, trained, INPUTS, 0.5, weights=w, **how) for w in (None, jnp.ones(len(INPUTS))))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), one.params, two.params)
+
+
 def test_a_step_that_draws_needs_a_key(trained):
     state = staged.start(NETWORK, trained, INPUTS, repair=None)
     with pytest.raises(ValueError, match="this criterion draws at random: give key="):
