@@ -84,6 +84,16 @@ def take(
     return jax.tree.map(of_array, arrays), jnp.tile(counted, blocks)
 
 
+def spread(inputs: Shaped[Array | np.ndarray, "samples ..."], count: int) -> Shaped[Array | np.ndarray, "few ..."]:
+    """So many samples at most, spread over all: to look at, not to compute with.
+
+    Args:
+        inputs: samples along the first axis.
+        count: how many to take, at most.
+    """
+    return inputs[:: max(inputs.shape[0] // count, 1)][:count]
+
+
 def every(
     array: Shaped[Array, "samples ..."], size: int, offset: Int[Array, ""], blocks: int = 1
 ) -> Shaped[Array, "batch ..."]:

@@ -227,7 +227,7 @@ def _require_apart(network: Callable, params: PyTree, inputs, facts: _Facts) -> 
         )
     if inputs.shape[0] < 2:
         return
-    few = jnp.asarray(_spread(inputs, _COMPARED))
+    few = jnp.asarray(_batches.spread(inputs, _COMPARED))
     together = _called(network, params, few)
     alone = np.concatenate([_called(network, params, few[i : i + 1]) for i in range(len(few))])
     scale = np.nanmax(np.abs(alone), initial=0)
@@ -242,13 +242,8 @@ def _few_outputs(network: Callable, params: PyTree, inputs, metric: metrics.Metr
     """What the network gives for a few samples; None where values can't be seen, or do not matter."""
     if isinstance(metric, metrics.Euclidean) or not _checks.are_known((params, inputs, metric)):
         return None
-    few = _called_in_full(network, params, _spread(inputs, _LOOKED_AT))
+    few = _called_in_full(network, params, _batches.spread(inputs, _LOOKED_AT))
     return few if _checks.are_known(few) else None  # under jit, what is computed of constants can't be seen either
-
-
-def _spread(inputs, count: int):
-    """So many samples at most, spread over all."""
-    return inputs[:: max(inputs.shape[0] // count, 1)][:count]
 
 
 @_precision.compiled("network")

@@ -273,7 +273,7 @@ def test_patterns_run_along_the_inputs_of_a_neuron():
     masks = prune.one_shot(convolutions.params, score.magnitude(*convolutions), scope=(1, 2)).masks
     assert (np.asarray(masks["plain"]["kernel"]).sum(2) == 1).all()
     stack = MADE("a scanned stack").example
-    masks = prune.one_shot(stack.params, score.magnitude(*stack), 0.25, scope="layer").masks["layers"]["kernel"]
+    masks = prune.one_shot(stack.params, score.magnitude(*stack), 0.25, scope="layer").masks["dense"]["kernel"]
     assert (~np.asarray(masks)).sum((1, 2)).tolist() == [4, 4, 4]
 
 

@@ -13,6 +13,7 @@ from flax.core import FrozenDict
 from jax.ad_checkpoint import checkpoint_name
 
 from ecjax import _door, _trees, graph, networks
+from tests import zoo
 
 pytestmark = pytest.mark.usefixtures("float64")
 N = 5
@@ -651,19 +652,8 @@ def test_recurrent_layers_are_shown():
 
 
 def test_stacked_layers_of_linen_are_shown():
-    class Stack(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            block = nn.scan(
-                lambda dense, h, _: (jnp.tanh(dense(h)), None),
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                length=3,
-            )
-            return nn.Dense(2, name="head")(block(nn.Dense(4, name="dense"), x, None)[0])
-
-    params = Stack().init(jax.random.key(0), inputs())["params"]
-    first, second = networks.layers(networks.from_linen(Stack()), params, inputs())
+    params = zoo.Stack().init(jax.random.key(0), inputs())["params"]
+    first, second = networks.layers(networks.from_linen(zoo.Stack()), params, inputs())
     assert (first.kernel, first.shape, first.axes) == ("dense/kernel", (3, 4, 4), ("stack", "in", "out"))
     assert (first.reason, first.outer, first.positions) == ("", False, 1)
     assert roles([first, second]) == [("dense/kernel", "dense/bias"), ("head/kernel", "head/bias")]

@@ -110,7 +110,7 @@ class Stack(nn.Module):
             split_rngs={"params": True},
             length=3,
         )
-        return nn.Dense(2, name="head")(block(nn.Dense(4, name="layers"), x, None)[0])
+        return nn.Dense(2, name="head")(block(nn.Dense(4, name="dense"), x, None)[0])
 
 
 class Block(nn.Module):
@@ -215,7 +215,7 @@ ZOO = {
         ignored=("mix/key/bias",),
     ),
     "used twice": lambda: linen(Twice(), array(N, 5)),
-    "a scanned stack": lambda: linen(Stack(), array(N, 4), stacked=("layers/kernel",)),
+    "a scanned stack": lambda: linen(Stack(), array(N, 4), stacked=("dense/kernel",)),
     "scanned attention": lambda: linen(
         Blocks(),
         array(N, 4, 6),

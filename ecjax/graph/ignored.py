@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, PyTree
 
-from ecjax import _trees
+from ecjax import _batches, _trees
 from ecjax.graph.evaluate import evaluate, in_full, promoted
 from ecjax.graph.layers import Layer, Layers
 from ecjax.graph.layout import as_leaf, as_matrices
@@ -67,7 +67,7 @@ def ignored_in(network: Callable, layers: Layers, params: PyTree, inputs: Array)
     """
     if all(layer.outer or layer.bias is None for layer in layers):
         return {}
-    few = at_least_two(inputs[:: max(inputs.shape[0] // _LOOKED_AT, 1)][:_LOOKED_AT])
+    few = at_least_two(_batches.spread(inputs, _LOOKED_AT))
     names = {layer.kernel for layer in layers}
     found = ignored(read(network, params, few), params, few)
     return {path: neurons for path, neurons in found.items() if path in names}

@@ -40,8 +40,9 @@ def elimination_compensation(
 
     A bias that the outputs ignore, as attention ignores those of its keys, does not move. Source: Ballini et al.,
     arXiv:2602.20467; equal to ``elimination_compensation_by_definition`` at the price of about two gradient passes over
-    the same samples in an MLP, and of one to two for each row or probe elsewhere. A neuron that is dead on every sample
-    has importance and shift 0, and so has one whose squared sensitivities are below the smallest number of the dtype.
+    the same samples in an MLP, and with a backward pass for each row or probe elsewhere. A neuron that is dead on every
+    sample has importance and shift 0, and so has one whose squared sensitivities are below the smallest number of the
+    dtype.
 
     Args:
         params: of the network. A kernel without a bias has nothing to move: its importance is that of
