@@ -4,27 +4,54 @@ Samples that are spread over devices lie in equal blocks, one a device. A batch 
 every device works on its own part of every batch and no inputs travel. The size of a batch is what one device holds.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jaxtyping import Bool, Int, PyTree, Shaped
 
 DATA = "data"  # the axis of a mesh along which samples are spread
 
 
-def blocks(inputs: Shaped[Array | np.ndarray, "samples *features"]) -> int:
-    """How many equal blocks of samples the devices hold; 1 for an array on one device.
+class Placement(NamedTuple):
+    """How samples lie on devices.
+
+    Attributes:
+        blocks: how many equal blocks the devices hold; 1 for an array on one device.
+        axes: of the mesh, over which they are spread.
+        mesh: None where there is one block, or where the devices are no mesh.
+    """
+
+    blocks: int = 1
+    axes: tuple[str, ...] = ()
+    mesh: Mesh | AbstractMesh | None = None
+
+
+def placement(inputs: Shaped[Array | np.ndarray, "samples *features"]) -> Placement:
+    """How samples lie on devices.
 
     Where an array lies is not known while tracing; there the axis "data" of the mesh that is set says it.
     """
     if not isinstance(inputs, Array) or inputs.shape[0] == 0:
-        return 1
+        return Placement()
     if isinstance(inputs, jax.core.Tracer):
-        parts = dict(jax.sharding.get_abstract_mesh().shape).get(DATA, 1)
-        return 1 if inputs.shape[0] % parts else parts
-    return inputs.shape[0] // inputs.sharding.shard_shape(inputs.shape)[0]
+        mesh = jax.sharding.get_abstract_mesh()
+        parts = dict(mesh.shape).get(DATA, 1)
+        return Placement() if parts == 1 or inputs.shape[0] % parts else Placement(parts, (DATA,), mesh)
+    sharding = inputs.sharding
+    blocks = inputs.shape[0] // sharding.shard_shape(inputs.shape)[0]
+    if blocks == 1 or not isinstance(sharding, NamedSharding):
+        return Placement(blocks)
+    axes = sharding.spec[0]
+    return Placement(blocks, (axes,) if isinstance(axes, str) else tuple(axes), sharding.mesh)
+
+
+def blocks(inputs: Shaped[Array | np.ndarray, "samples *features"]) -> int:
+    """How many equal blocks of samples the devices hold."""
+    return placement(inputs).blocks
 
 
 def placed(arrays: PyTree) -> PyTree:

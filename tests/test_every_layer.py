@@ -231,6 +231,26 @@ def test_wanda_of_a_convolution_by_its_patches():
     close(score.wanda(network, params, x).importance["kernel"], np.abs(params["kernel"]) * norms[..., None])
 
 
+@pytest.mark.slow
+def test_memory_is_that_of_the_gradient_and_what_is_rematerialised_stays_so():
+    """XLA's account of 24 scanned layers: no (samples, weights), and nothing kept that the network computes again."""
+    blocks = zoo.Blocks(heads=4, length=24)
+    inputs = jax.ShapeDtypeStruct((64, 32, 64), jnp.float32)
+    network = networks.from_linen(blocks)
+    params = jax.eval_shape(lambda: blocks.init(jax.random.key(0), jnp.zeros(inputs.shape, inputs.dtype))["params"])
+
+    def scored(params, inputs):
+        probed = {"probes": 1, "key": jax.random.key(0), "batch_size": inputs.shape[0]}
+        return score.elimination_compensation(network, params, inputs, **probed).importance
+
+    slopes = jax.grad(lambda params, inputs: (network(params, inputs) ** 2).sum())
+    taken, of_gradient = (
+        jax.jit(call).lower(params, inputs).compile().memory_analysis().temp_size_in_bytes for call in (scored, slopes)
+    )
+    assert "remat" in str(jax.make_jaxpr(scored)(params, inputs))
+    assert taken < 1.5 * of_gradient
+
+
 LOSS = optax.softmax_cross_entropy_with_integer_labels
 
 

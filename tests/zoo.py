@@ -114,18 +114,23 @@ class Stack(nn.Module):
 
 
 class Block(nn.Module):
+    heads: int = 2
+
     @nn.compact
     def __call__(self, x, _):
-        return x + nn.MultiHeadDotProductAttention(2, name="mix")(nn.LayerNorm()(x)), None
+        return x + nn.MultiHeadDotProductAttention(self.heads, name="mix")(nn.LayerNorm()(x)), None
 
 
 class Blocks(nn.Module):
     """Scanned and rematerialised."""
 
+    heads: int = 2
+    length: int = 3
+
     @nn.compact
     def __call__(self, x):
-        blocks = nn.scan(nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
-        x, _ = blocks(name="blocks")(x, None)
+        blocks = nn.scan(nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=self.length)
+        x, _ = blocks(self.heads, name="blocks")(x, None)
         return nn.Dense(2, name="head")(nn.LayerNorm()(x).mean(1))
 
 
@@ -173,6 +178,33 @@ def experts():
         return jnp.einsum("ne,nef->nf", jax.nn.softmax(x @ params["g"]), each) @ params["u"]
 
     return by_hand(network, params, array(N, 4), {"w": "b", "u": None, "g": None}, ("w",))
+
+
+def batched_experts(twice=False):
+    """Each expert has rows of its own: one of each sample, or two."""
+    params = {"w": array(3, 4, 5) / 2, "b": array(3, 1, 5), "u": array(5, 2), "c": array(2)}
+
+    def network(params, x):
+        rows = jnp.stack([jnp.roll(x, shift, -1) for shift in range(3)], 1)
+        rows = jnp.stack([rows, 2 * rows], 2) if twice else rows[:, :, None]
+        each = jnp.einsum("netd,edf->entf", rows, params["w"]) + params["b"][:, None]
+        return jnp.tanh(each).sum((0, 2)) @ params["u"] + params["c"]
+
+    return by_hand(network, params, array(N, 4), {"w": "b", "u": "c"}, ("w",))
+
+
+def merged_positions(turned=False):
+    """Samples and positions lie along one axis, in either order, and a scan goes over the layers in reverse."""
+    params = {"w": array(3, 4, 4) / 2, "b": array(3, 4), "u": array(4, 2)}
+
+    def network(params, x):
+        x = jnp.swapaxes(x, 0, 1) if turned else x
+        turn = lambda h, layer: (jnp.tanh(h @ layer[0] + layer[1]), None)  # noqa: E731
+        h, _ = jax.lax.scan(turn, x.reshape(-1, 4), (params["w"], params["b"]), reverse=True)
+        h = h.reshape(x.shape)
+        return (jnp.swapaxes(h, 0, 1) if turned else h).mean(1) @ params["u"]
+
+    return by_hand(network, params, array(N, 3, 4), {"w": "b", "u": None}, ("w",))
 
 
 def attention_by_hand(rotary=False):
@@ -231,4 +263,8 @@ ZOO = {
         **{f"LSTMCell_0/i{gate}/kernel": f"LSTMCell_0/h{gate}/bias" for gate in "ifgo"},
     ),
     "experts": experts,
+    "experts with rows of their own": batched_experts,
+    "experts with two rows each": lambda: batched_experts(twice=True),
+    "samples and positions merged": merged_positions,
+    "positions and samples merged": lambda: merged_positions(turned=True),
 }

@@ -1,9 +1,10 @@
 """A jaxpr evaluated equation by equation, with some of its equations done in another way.
 
-Only the calls and scans that such an equation is in are gone into: jitted, rematerialised and custom-derivative
-functions keep their own rules everywhere else.
+Only the calls and scans that such an equation is in are gone into: jitted and custom-derivative functions keep their
+own rules everywhere else. What the network rematerialises is rematerialised here.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,13 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend import core
+from jaxtyping import PyTree
 
 from ecjax.graph.roles import CALLS
 
 Path = tuple[int, ...]
 Aside = dict[str, Array]
 # From an equation, its operands, its place and what is given for that place: its results, and something aside.
-Hook = Callable[[Any, list, Path, Array | None], tuple[list, Aside]]
+Hook = Callable[[Any, list, Path, PyTree], tuple[list, Aside]]
+_REMATERIALISED = ("remat", "remat2", "checkpoint")
 
 
 def evaluate(
@@ -25,7 +28,7 @@ def evaluate(
     arguments: Sequence,
     sites: frozenset[Path],
     hook: Hook,
-    given: Mapping[Path, Array],
+    given: Mapping[Path, PyTree],
     others: Callable[[Any, list], list] | None = None,
     site: Path = (),
 ) -> tuple[list, Aside]:
@@ -36,7 +39,7 @@ def evaluate(
         arguments: its own.
         sites: the equations that the hook evaluates: the index of each, after those of the calls that it is in.
         hook: called there in place of the equation. What it puts aside under one name adds up, over scans too.
-        given: an array for some of the sites; in scans with an axis before its own for each of them.
+        given: arrays for some of the sites; in scans with an axis before their own for each of them.
         others: how all other equations are evaluated; as they are if None.
         site: the equations that the jaxpr is called from.
     """
@@ -55,7 +58,11 @@ def evaluate(
         if here in sites:
             results, more = hook(equation, operands, here, given.get(here))
         elif into and name in CALLS:
-            results, more = evaluate(equation.params[CALLS[name]], operands, inside, hook, given, others, here)
+            call = functools.partial(_call, equation.params[CALLS[name]], inside, hook, others, here)
+            if name in _REMATERIALISED:
+                options = {option: equation.params[option] for option in ("prevent_cse", "policy")}
+                call = jax.checkpoint(call, **options)
+            results, more = call(operands, {path: given[path] for path in inside if path in given})
         elif into and name == "scan":
             results, more = _scan(equation, operands, inside, hook, given, others, here)
         else:
@@ -63,6 +70,10 @@ def evaluate(
         aside |= {name: aside[name] + array if name in aside else array for name, array in more.items()}
         values |= dict(zip(equation.outvars, results, strict=True))
     return [read(var) for var in jaxpr.outvars], aside
+
+
+def _call(closed, sites: frozenset[Path], hook: Hook, others, site: Path, operands: list, given):
+    return evaluate(closed, operands, sites, hook, given, others, site)
 
 
 def _scan(equation, operands: list, sites: frozenset[Path], hook: Hook, given, others, site: Path):
@@ -91,27 +102,27 @@ def run(equation, operands: list) -> list:
     return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))(*arguments)
 
 
-def promoted(array: Array) -> Array:
-    """The array in at least float32, if it holds floating-point numbers."""
+def promoted(array: Array, least: Any = jnp.float32) -> Array:
+    """The array in at least this dtype, if it holds floating-point numbers."""
     if not jnp.issubdtype(array.dtype, jnp.floating):
         return array
-    return jnp.asarray(array, jnp.promote_types(array.dtype, jnp.float32))
+    return jnp.asarray(array, jnp.promote_types(array.dtype, least))
 
 
-def in_full(equation, operands: list) -> list:
-    """Runs an equation in at least float32, whatever it asks for."""
+def in_full(equation, operands: list, least: Any = jnp.float32) -> list:
+    """Runs an equation in at least this dtype, whatever it asks for."""
     params = dict(equation.params)
     if any(isinstance(value, core.Jaxpr | core.ClosedJaxpr) for value in jax.tree.leaves(params)):
         asked = [var.aval.dtype for var in equation.invars]
         operands = [jnp.asarray(operand).astype(dtype) for operand, dtype in zip(operands, asked, strict=True)]
-        return [promoted(result) for result in run(equation, operands)]
+        return [promoted(result, least) for result in run(equation, operands)]
     for name in ("new_dtype", "preferred_element_type", "dtype"):
         if params.get(name) is not None and jnp.issubdtype(params[name], jnp.floating):
-            params[name] = jnp.promote_types(params[name], jnp.float32)
+            params[name] = jnp.promote_types(params[name], least)
     operands = [jnp.asarray(operand) for operand in operands]
     floating = [operand.dtype for operand in operands if jnp.issubdtype(operand.dtype, jnp.floating)]
     if floating:
-        widest = jnp.result_type(jnp.float32, *floating)
+        widest = jnp.result_type(least, *floating)
         operands = [o.astype(widest) if jnp.issubdtype(o.dtype, jnp.floating) else o for o in operands]
     results = equation.primitive.bind(*operands, **params)
     return list(results) if equation.primitive.multiple_results else [results]

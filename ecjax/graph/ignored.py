@@ -1,11 +1,12 @@
 """Biases that the outputs ignore, as attention ignores the biases of its keys: softmax sees no common shift.
 
 Their gradients are zero but for rounding, and a quotient of two of them is noise. What is ignored is ignored whatever
-the params are, so kernels and biases are drawn at random, where attention is smooth, and everything is computed in at
-least float32: the sum of a neuron's gradients over samples and positions is then either of the size of its terms, or
-that of their rounding.
+the params are, so kernels and biases are drawn at random, where attention is smooth, and everything is computed in the
+widest dtype that the network has, at least float32: the sum of a neuron's gradients over samples and positions is then
+either of the size of its terms, or that of their rounding.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -37,8 +38,11 @@ def ignored(reading: Reading, params: PyTree, inputs: Array) -> dict[str, Bool[A
     if not layers:
         return {}
     sites = {site.path: site for layer in layers for site in reading.biases[layer.bias]}
-    leaves = {path: promoted(leaf) for path, leaf in _trees.by_path(params).items()}
-    inputs = promoted(inputs)
+    given = _trees.by_path(params)
+    floating = [leaf.dtype for leaf in (*given.values(), inputs) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    widest = jnp.result_type(jnp.float32, *floating)
+    leaves = {path: promoted(leaf, widest) for path, leaf in given.items()}
+    inputs = promoted(inputs, widest)
 
     def of_draw(draw):
         key, scale = draw
@@ -47,7 +51,7 @@ def ignored(reading: Reading, params: PyTree, inputs: Array) -> dict[str, Bool[A
             own = jax.random.split(jax.random.fold_in(key, number))
             drawn[layer.kernel] = _drawn(own[0], layer, drawn[layer.kernel], scale)
             drawn[layer.bias] = jax.random.normal(own[1], drawn[layer.bias].shape, drawn[layer.bias].dtype) / 4
-        return _sums(reading, layers, sites, drawn, inputs, key)
+        return _sums(reading, layers, sites, drawn, inputs, key, functools.partial(in_full, least=widest))
 
     keys = jax.random.split(jax.random.key(0), len(_SCALES))
     found, result = lax.map(of_draw, (keys, jnp.asarray(_SCALES))), {}
@@ -78,7 +82,7 @@ def _drawn(key, layer: Layer, kernel: Array, scale: Array) -> Array:
     return as_leaf(matrices * (scale / jnp.sqrt(max(layer.layout.sizes[1], 1))).astype(kernel.dtype), layer.layout)
 
 
-def _sums(reading: Reading, layers, sites, leaves: dict[str, Array], inputs: Array, key) -> dict:
+def _sums(reading: Reading, layers, sites, leaves: dict[str, Array], inputs: Array, key, in_full: Callable) -> dict:
     """By the bias's path, the sum of its gradients over samples and positions, and the sum of their sizes."""
     at = frozenset(sites)
 

@@ -24,6 +24,7 @@ class Layer(NamedTuple):
         weights: how many entries the kernel has.
         reason: why it can't be scored; "" if it can.
         outer: whether each sample's gradient is one outer product: of its one row of inputs, and of one of neurons.
+        once: whether its product is the only one, and each sample's rows can be told apart there.
         follows: the path of the kernel whose units, entry by entry and used for nothing else, are what this one reads.
         layout: how the entries of the kernel are those of a matrix ``(in, out)``.
         bias_layout: how the entries of the bias are those of a row of neurons.
@@ -42,6 +43,7 @@ class Layer(NamedTuple):
     weights: int
     reason: str
     outer: bool
+    once: bool
     follows: str | None
     layout: Layout | None
     bias_layout: Layout | None

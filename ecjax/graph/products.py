@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from ecjax.graph import layout as layouts
 from ecjax.graph.layout import Axes, Axis, Factor, Layout
-from ecjax.graph.samples import Place, shapes, whole_numbers
-from ecjax.graph.values import Added, Found, Leaf, Product, Site, Units, Value, Within, is_float, leaves_of
+from ecjax.graph.samples import shapes, whole_numbers
+from ecjax.graph.values import Added, Found, Leaf, Product, Rows, Site, Units, Value, Within, is_float, leaves_of
 
 # The origins of a product's axes: members of a stack, and neurons.
 _STACK, _OUT = 0, 1
@@ -29,7 +29,7 @@ def multiplied(equation, operands, result: Value, found: Found, within: Within, 
         what = "enters a product of whole or complex numbers"
     if what:
         for path in sorted(leaves_of(kernel)):
-            found.products.append(Product(path, site, None, 1, what, False, side, (), (), None))
+            found.products.append(Product(path, site, None, 1, what, False, side))
         found.consume(other.units)
         return result
     describe_product = _matrix_product if is_product else _convolution
@@ -55,12 +55,29 @@ def _matrix_product(equation, side, leaf: Leaf, other: Value, result: Value, fou
     first = len(own[1])
     gives = [first + (len(free_others) if side else 0) + i for i in range(len(free))]
     of_product = _axes_of_product(equation, own[1], stacked, free, gives)
-    reads, gives_samples = _samples_first(other.place, others[0], result.place, gives)
-    if not reads and not within.turns:
+    places = _stack_places(own[1], others[1], stacked)
+    reads = other.place and Rows(other.place, places[0], others[0])
+    samples = result.place and Rows(result.place, places[1], tuple(gives))
+    if not (reads and samples) and not within.turns:
         what = what or "has a product in which the samples can't be followed"
     follows = _followed(other.units, [*others[0]], found)
-    outer = one_by_one and bool(reads) and not what
-    product = Product(leaf.path, site, of_kernel, positions, what, outer, side, reads, gives_samples, follows)
+    outer = one_by_one and bool(reads and samples) and not what
+    repeats = len(stacked) < len(own[1]) or (reads and reads.samples.axis in others[1])
+    product = Product(
+        leaf.path,
+        site,
+        of_kernel,
+        positions,
+        what,
+        outer,
+        side,
+        kernel=None if repeats else (tuple(stacked), own[0], tuple(free)),
+        reads=reads,
+        gives=samples,
+        turns=within.turns,
+        sliced=_size(leaf.stacked),
+        follows=follows,
+    )
     found.products.append(product)
     number = len(found.products) - 1
     if follows is None:
@@ -73,8 +90,18 @@ def _matrix_product(equation, side, leaf: Leaf, other: Value, result: Value, fou
 
 def _positions(rows: int, leaf: Leaf, found: Found, within: Within) -> int:
     """How many rows a sample has in all turns of the scans that do not take the kernel apart."""
-    turns = math.prod(within.turns) // max(math.prod(factor.size for factor in leaf.stacked), 1)
+    turns = math.prod(within.turns) // max(_size(leaf.stacked), 1)
     return max(rows * max(turns, 1) // found.samples, 1)
+
+
+def _size(axis: Axis) -> int:
+    return math.prod(factor.size for factor in axis)
+
+
+def _stack_places(batched, others, stacked) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The axes of a stack's members in the other operand, and in the product, where batched axes come first."""
+    chosen = [batched.index(axis) for axis in stacked]
+    return tuple(others[i] for i in chosen), tuple(chosen)
 
 
 def _joined(axes: Axes, chosen: Sequence[int]) -> Axis:
@@ -95,13 +122,6 @@ def _axes_of_product(equation, batched, stacked, free, gives) -> Axes:
                 found[place] = layouts.merged((Factor(origin, stride, shape[place]),))
                 stride *= shape[place]
     return tuple(found)
-
-
-def _samples_first(of_inputs: Place | None, contracted, of_product: Place | None, gives):
-    """The axes of a product's operand and of its result, those of the samples before all others."""
-    if of_inputs is None or of_product is None:
-        return (), ()
-    return (of_inputs.axis, *contracted), (of_product.axis, *gives)
 
 
 def _followed(units: Units | None, contracted: Sequence[int], found: Found) -> int | None:
@@ -131,7 +151,21 @@ def _convolution(equation, side, leaf: Leaf, other: Value, result: Value, found:
     what = "has entries that don't enter the product one by one" if of_kernel is None else within.reason
     if equation.params["batch_group_count"] > 1:
         what = what or "is convolved in groups of samples"
-    found.products.append(Product(leaf.path, site, of_kernel, positions, what, False, side, (), (), None))
+    product = Product(
+        leaf.path,
+        site,
+        of_kernel,
+        positions,
+        what,
+        False,
+        side,
+        kernel=((), tuple(inputs), (outputs,)),
+        reads=other.place and Rows(other.place, (), ()),
+        gives=result.place and Rows(result.place, (), (channel,)),
+        turns=within.turns,
+        sliced=_size(leaf.stacked),
+    )
+    found.products.append(product)
     found.consume(other.units)
     axes = [layouts.repeated(length) for length in shape]
     axes[channel] = layouts.merged((Factor(_OUT, 1, shape[channel]),))

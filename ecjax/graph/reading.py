@@ -140,6 +140,7 @@ def _layer(path: str, number: int, found: Found, leaves: dict[str, Any], left_al
     if follows is not None and found.read.get(first.follows) != [number]:
         follows = None
     of_kernel = None if unclear else first.layout
+    alone = len(uses) == 1 and not unclear and path not in found.others
     return Layer(
         kernel=path,
         bias=bias.path if bias else None,
@@ -148,7 +149,8 @@ def _layer(path: str, number: int, found: Found, leaves: dict[str, Any], left_al
         positions=sum(use.positions for use in uses),
         weights=int(np.prod(leaves[path].shape)),
         reason=unclear or next((use.what for use in uses if use.what), ""),
-        outer=len(uses) == 1 and first.outer and not unclear and path not in found.others,
+        outer=alone and first.outer,
+        once=alone and first.once,
         follows=follows.path if follows else None,
         layout=of_kernel,
         bias_layout=bias.layout if bias else None,

@@ -206,9 +206,7 @@ def _otherwise(equation, operands: list[Value], results: list[Value], found: Fou
             what = _use(equation, depends)
             found.note(operand, what)
             if depends and _holds_jaxpr(equation):  # it may be a kernel there
-                found.products += [
-                    Product(path, site, None, 1, what, False, 0, (), (), None) for path in leaves_of(operand)
-                ]
+                found.products += [Product(path, site, None, 1, what, False, 0) for path in leaves_of(operand)]
         if not depends:
             sources |= leaves_of(operand) | operand.sources
     if parts:

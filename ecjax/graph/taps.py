@@ -1,6 +1,6 @@
 """Taps on the products of a network: the place to differentiate at, and what each kernel is multiplied with."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +14,11 @@ from ecjax.graph.reading import Reading
 
 
 def tapped(
-    reading: Reading, params: PyTree, inputs: Array, taps: Mapping[str, Float[Array, "samples out"]]
+    reading: Reading,
+    params: PyTree,
+    inputs: Array,
+    taps: Mapping[str, Float[Array, "samples out"]],
+    others: Mapping[str, tuple[Callable, PyTree]] | None = None,
 ) -> tuple[Float[Array, "samples *positions outputs"], dict[str, Float[Array, "samples in"]]]:
     """Evaluates a network with ``taps`` added to the products of its layers.
 
@@ -24,6 +28,8 @@ def tapped(
     Args:
         reading: of the network, for params and inputs of these shapes.
         taps: by the kernel's path; a layer without one is left as it is.
+        others: by the path of a kernel that is used once, what gives its product from ``(equation, product, operands,
+            given)``, and what it is given, with an axis before the others for each scan that the product is in.
 
     Returns:
         The outputs, and by each kernel's path the inputs ``a`` of its layer, of all layers that see one row a sample.
@@ -34,20 +40,29 @@ def tapped(
         >>> {path: a.shape for path, a in layer_inputs.items()}
         {'Dense_0/kernel': (200, 4), 'Dense_1/kernel': (200, 8)}
     """
-    products = [reading.products[layer.kernel][0] for layer in reading.layers if layer.outer]
-    at = {product.site: product for product in products}
+    others = others or {}
+    at = {
+        reading.products[layer.kernel][0].site: reading.products[layer.kernel][0]
+        for layer in reading.layers
+        if layer.outer or layer.kernel in others
+    }
+    given = {site: others[product.path][1] for site, product in at.items() if product.path in others}
 
-    def with_tap(equation, operands, site, _):
-        (product,), found = run(equation, operands), at[site]
-        seen = {found.path: _rows(operands[1 - found.side], found.reads)}
+    def with_tap(equation, operands, site, of_site):
+        found = at[site]
+        if found.path in others:
+            return [others[found.path][0](equation, found, operands, of_site)], {}
+        (product,) = run(equation, operands)
+        seen = {found.path: _rows(operands[1 - found.side], (found.reads.samples.axis, *found.reads.features))}
         if found.path not in taps:
             return [product], seen
-        order = _order(product.ndim, found.gives)
+        order = _order(product.ndim, (found.gives.samples.axis, *found.gives.features))
         shape = [product.shape[axis] for axis in order]
         tap = jnp.reshape(taps[found.path], shape).transpose(np.argsort(order))
         return [product + tap.astype(product.dtype)], seen
 
-    (outputs,), seen = evaluate(reading.jaxpr, [*_trees.by_path(params).values(), inputs], frozenset(at), with_tap, {})
+    arguments = [*_trees.by_path(params).values(), inputs]
+    (outputs,), seen = evaluate(reading.jaxpr, arguments, frozenset(at), with_tap, given)
     return outputs, seen
 
 

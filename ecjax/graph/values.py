@@ -1,5 +1,6 @@
 """What is known of a value in a jaxpr, and what a walk over the jaxpr has found."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -55,6 +56,20 @@ class Within(NamedTuple):
 AT_TOP = Within()
 
 
+class Rows(NamedTuple):
+    """Where the rows of a product's operand, or of its result, lie.
+
+    Attributes:
+        samples: where the samples lie.
+        stacked: the axes of a stack's members.
+        features: the axes of inputs, or of neurons; empty for the inputs of a convolution.
+    """
+
+    samples: Place
+    stacked: tuple[int, ...]
+    features: tuple[int, ...]
+
+
 class Product(NamedTuple):
     """One product of a kernel with something that depends on the inputs.
 
@@ -66,8 +81,11 @@ class Product(NamedTuple):
         what: why it can't be scored; "" if it can.
         outer: whether it is one product of matrices with one row for each sample.
         side: which operand the kernel is.
-        reads: the axes (samples, inputs…) of the other operand, the inputs in the order of the layout.
-        gives: the axes (samples, neurons…) of the product, likewise.
+        kernel: which axes of this operand are members of a stack, inputs and neurons, in the order of the layout.
+        reads: where the samples lie in the other operand, and which of its axes are members and inputs.
+        gives: where they lie in the product, and which of its axes are members and neurons.
+        turns: the lengths of the scans that it is in, the outer ones first.
+        sliced: how many of the kernel's matrices these scans tell apart.
         follows: the product whose units are exactly what this one reads.
     """
 
@@ -78,9 +96,17 @@ class Product(NamedTuple):
     what: str
     outer: bool
     side: int
-    reads: tuple[int, ...]
-    gives: tuple[int, ...]
-    follows: int | None
+    kernel: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
+    reads: "Rows | None" = None
+    gives: "Rows | None" = None
+    turns: tuple[int, ...] = ()
+    sliced: int = 1
+    follows: int | None = None
+
+    @property
+    def once(self) -> bool:
+        """Whether each turn has matrices of its own, which no axis repeats, and where samples can be told apart."""
+        return bool(self.kernel and self.reads and self.gives) and math.prod(self.turns) == self.sliced
 
 
 class Added(NamedTuple):

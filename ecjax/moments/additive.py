@@ -207,7 +207,7 @@ def merge(first: Moments, second: Moments) -> Moments:
     _require_alike(_taken(first, known), _taken(second, known))
     if first.read != second.read:
         raise ValueError(f"these moments are of networks whose layers differ: {first.read}\n\nand\n\n{second.read}")
-    layers = {path: _merge_layer(layer, second.layers[path]) for path, layer in first.layers.items()}
+    layers = {path: merge_layer(layer, second.layers[path]) for path, layer in first.layers.items()}
     return dataclasses.replace(first, samples=first.samples + second.samples, layers=layers)
 
 
@@ -231,7 +231,8 @@ def _require_alike(first: str, second: str) -> None:
         raise ValueError(f"these moments were taken in different ways and can't be put together: {first}; and {second}")
 
 
-def _merge_layer(first: LayerMoments | InputMoments, second) -> LayerMoments | InputMoments:
+def merge_layer(first: LayerMoments | InputMoments, second) -> LayerMoments | InputMoments:
+    """The moments of one layer of two sets of samples together."""
     total = first.sensitivity + second.sensitivity
     share = divide(second.sensitivity, total)
     gap = second.mean - first.mean

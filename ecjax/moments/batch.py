@@ -10,10 +10,13 @@ from jaxtyping import Bool, Float, PRNGKeyArray
 
 from ecjax import _trees, graph
 from ecjax._types import Inputs, Network, Params
-from ecjax.graph import Layers
+from ecjax.graph import Layer, Layers
+from ecjax.graph.taps import tap_dtype
+from ecjax.graph.values import Product
 from ecjax.metrics import scale_of
-from ecjax.moments.additive import InputMoments, LayerMoments, Moments, divide
-from ecjax.moments.gradients import in_blocks
+from ecjax.moments.additive import InputMoments, LayerMoments, Moments, divide, merge_layer, nothing_of
+from ecjax.moments.gradients import of_samples
+from ecjax.moments.products import of_one_row, with_moments
 
 # Backward passes per loop iteration: enough to fuse their sums, few enough to compile fast when K is 1,000.
 _UNROLLED_ROWS = 10
@@ -26,10 +29,8 @@ def of_batch(
     inputs: Inputs,
     counted: Bool[Array, " samples"],
     key: PRNGKeyArray,
-    *,
-    weights: Float[Array, "samples ..."] | None = None,
+    weights: Float[Array, "samples ..."] | None,
     ignored: dict[str, Bool[Array, "stack out"]],
-    blocks: int = 1,
 ) -> Moments:
     """The moments of one batch, taken as ``seen`` says.
 
@@ -41,37 +42,69 @@ def of_batch(
         key: for the probes.
         weights: how much each sample, or each of its positions, counts; 1 if None.
         ignored: by the kernel's path, which neurons' biases the outputs ignore.
-        blocks: how the samples lie on devices.
     """
-    several = tuple(layer for layer in seen.read if not layer.outer)
-    samples, layers = counted.sum(dtype=jnp.zeros(()).dtype), {}
-    if several:
-        each = jnp.ones(len(counted), samples.dtype) if weights is None else weights.astype(samples.dtype)
-        each = jnp.where(counted.reshape(-1, *(1,) * (each.ndim - 1)), each, 0)
-        options = {"ignored": ignored, "metric": seen.metric, "probes": seen.probes, "key": key}
-        layers = in_blocks(blocks, network, several, params, inputs, each, **options)
-    if len(several) < len(seen.read):
-        layers |= _of_outer(seen, network, params, inputs, counted, key, weights)
-    return dataclasses.replace(seen, samples=samples, layers=layers)
-
-
-def _of_outer(seen, network, params, inputs, counted, key, weights) -> dict[str, LayerMoments | InputMoments]:
-    """The moments of the layers that see one row of each sample, from one batched backward pass for each row."""
+    samples = counted.sum(dtype=jnp.zeros(()).dtype)
     inputs = graph.at_least_two(inputs)
     more = len(inputs) - len(counted)
     counted = jnp.pad(counted, (0, more))
     weights = None if weights is None else jnp.pad(weights, ((0, more), *((0, 0),) * (weights.ndim - 1)))
+    several = tuple(layer for layer in seen.read if not (layer.outer or layer.once))
+    layers = {}
+    if len(several) < len(seen.read):
+        layers = _in_one_pass(seen, network, params, inputs, counted, key, weights, ignored)
+    if several:
+        each = jnp.ones(len(counted), samples.dtype) if weights is None else weights.astype(samples.dtype)
+        each = jnp.where(counted.reshape(-1, *(1,) * (each.ndim - 1)), each, 0)
+        taken = {"ignored": ignored, "metric": seen.metric, "probes": seen.probes, "key": key}
+        layers |= of_samples(network, several, params, inputs, each, **taken)
+    return dataclasses.replace(seen, samples=samples, layers=layers)
+
+
+def _in_one_pass(
+    seen, network, params, inputs, counted, key, weights, ignored
+) -> dict[str, LayerMoments | InputMoments]:
+    """The moments of all layers that are used once, from one batched backward pass for each row of the metric."""
     reading = graph.read(network, params, inputs, exclude=seen.exclude)
-    outputs, backward, layer_inputs = jax.vjp(
-        lambda taps: graph.tapped(reading, params, inputs, taps),
-        graph.zero_taps(reading.layers, params, inputs.shape[0]),
-        has_aux=True,
-    )
+    leaves = _trees.by_path(params)
+    once = [layer for layer in reading.layers if layer.once and not layer.outer and seen.of_weights]
+    zeros = {layer.kernel: _zeros(layer, reading.products[layer.kernel][0], leaves[layer.kernel]) for layer in once}
+    moves = {layer.kernel: _moves(layer, ignored).reshape(zeros[layer.kernel].sensitivity.shape) for layer in once}
+
+    def outputs_of(taps, zeros):
+        products = {path: (with_moments, (zero, moves[path])) for path, zero in zeros.items()}
+        return graph.tapped(reading, params, inputs, taps, products)
+
+    taps = graph.zero_taps(reading.layers, params, inputs.shape[0])
+    outputs, backward, layer_inputs = jax.vjp(outputs_of, taps, zeros, has_aux=True)
     kernels = None if seen.of_weights else _reading_neurons(reading.layers, params)
     taken = {"metric": seen.metric, "probes": seen.probes, "key": key}
-    sensitivities = _sensitivities(outputs, backward, kernels, weights, **taken)
-    of_layer = _layer_moments if seen.of_weights else _input_moments
-    return {path: of_layer(layer_inputs[path], s, counted) for path, s in sensitivities.items()}
+    scale = None if weights is None else scale_of(weights, outputs)
+    if zeros:  # a sample that does not count gives no slopes; where there are only taps, it is left out afterwards
+        each = counted.reshape(-1, *(1,) * (outputs.ndim - 1)).astype(outputs.dtype)
+        scale = each if scale is None else scale * each
+    sensitivities, found = _over_rows(outputs, backward, kernels, scale, zeros, **taken)
+    of_layer = _outer_moments if seen.of_weights else _input_moments
+    layers = {path: of_layer(layer_inputs[path], s, counted) for path, s in sensitivities.items()}
+    like = {layer.kernel: nothing_of(layer, leaves[layer.kernel]) for layer in once}
+    return layers | {
+        path: jax.tree.map(lambda leaf, shaped: leaf.reshape(shaped.shape), found[path], like[path]) for path in found
+    }
+
+
+def _zeros(layer: Layer, product: Product, kernel: Array) -> LayerMoments:
+    """Moments of zeros with an axis for each scan that a product is in, and then those of its own matrices."""
+    stack, inputs, neurons = layer.layout.sizes
+    shape = (*product.turns, stack // math.prod(product.turns))
+    zero = jnp.zeros((*shape, inputs, neurons), tap_dtype(kernel))
+    return LayerMoments(zero[..., 0, :], zero, zero)
+
+
+def _moves(layer: Layer, ignored: dict[str, Array]) -> Bool[Array, "stack out"]:
+    """Which neurons have a bias that makes a difference."""
+    stack, _, neurons = layer.layout.sizes
+    if layer.bias is None:
+        return jnp.zeros((stack, neurons), bool)
+    return ~ignored[layer.kernel] if layer.kernel in ignored else jnp.ones((stack, neurons), bool)
 
 
 def _reading_neurons(layers: Layers, params: Params) -> dict[str, Float[Array, "in out"]]:
@@ -80,8 +113,10 @@ def _reading_neurons(layers: Layers, params: Params) -> dict[str, Float[Array, "
     return {layer.kernel: graph.as_matrices(leaves[layer.kernel], layer.layout)[0] for layer in graph.chain(layers)[1:]}
 
 
-def _sensitivities(outputs, backward, kernels, weights, *, metric, probes, key) -> dict[str, Float[Array, "samples _"]]:
-    """``S_ni = Σ_k g_nki²`` of every layer, one backward pass a row of the metric, or a probe.
+def _over_rows(
+    outputs, backward, kernels, scale, zeros, *, metric, probes, key
+) -> tuple[dict[str, Float[Array, "samples _"]], dict[str, LayerMoments]]:
+    """``S_ni = Σ_k g_nki²`` of every tap, and the moments that products give, one backward pass a row or a probe.
 
     With kernels, ``T_nj = Σ_k (Σ_i g_nki W_ji)²`` instead: the sensitivity to the layer's inputs.
     """
@@ -95,42 +130,31 @@ def _sensitivities(outputs, backward, kernels, weights, *, metric, probes, key) 
         return jax.random.rademacher(jax.random.fold_in(key, index), outputs.shape, outputs.dtype)
 
     def slopes(cotangents):
-        (gradients,) = backward(cotangents)
+        gradients, found = backward(cotangents)
         if kernels is None:
-            return gradients
-        return {path: gradients[path] @ kernel.T for path, kernel in kernels.items()}
+            return gradients, found
+        return {path: gradients[path] @ kernel.T for path, kernel in kernels.items()}, found
 
-    def add_squares(total, index):
+    def add(total, index):
         coefficients = row(index) if probes is None else probe(index)
-        if weights is not None:
-            coefficients *= scale_of(weights, outputs)
-        gradients = slopes(metric.factor(outputs, coefficients).astype(outputs.dtype))
-        return jax.tree.map(lambda s, g: s + g**2, total, gradients), None
+        if scale is not None:
+            coefficients *= scale
+        gradients, found = slopes(metric.factor(outputs, coefficients).astype(outputs.dtype))
+        squares = jax.tree.map(lambda s, g: s + g**2, total[0], gradients)
+        return (squares, {path: merge_layer(total[1][path], moments) for path, moments in found.items()}), None
 
     passes = count if probes is None else probes
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(slopes, outputs))
-    total, _ = lax.scan(add_squares, zeros, jnp.arange(passes), unroll=min(passes, _UNROLLED_ROWS) or 1)
-    return total if probes is None else jax.tree.map(lambda s: s / probes, total)
+    start = jax.tree.map(jnp.zeros_like, jax.eval_shape(slopes, outputs))
+    at_once = 1 if zeros else _UNROLLED_ROWS
+    (sensitivities, found), _ = lax.scan(add, start, jnp.arange(passes), unroll=min(passes, at_once) or 1)
+    if probes is None:
+        return sensitivities, found
+    sums = {path: LayerMoments(m.sensitivity / probes, m.mean, m.scatter / probes) for path, m in found.items()}
+    return jax.tree.map(lambda s: s / probes, sensitivities), sums
 
 
-def _layer_moments(layer_inputs: Array, sensitivities: Array, counted: Array) -> LayerMoments:
-    """The moments of one layer on one batch.
-
-    A weighted variance does not change when ``a`` is shifted, and the difference of raw moments cancels least around
-    the mean, so the batch is centred on its plain mean first. That the mean may be a little off does not matter.
-    """
-    weights = jnp.where(counted[:, None], sensitivities, 0)
-    raw = layer_inputs.astype(weights.dtype)
-    centre = raw.mean(0)
-    centred = raw - centre
-    total = weights.sum(0)
-    first, second = centred.T @ weights, (centred**2).T @ weights
-    offset = divide(first, total)
-    return LayerMoments(
-        sensitivity=total,
-        mean=jnp.where(total > 0, centre[:, None] + offset, 0),
-        scatter=jnp.maximum(second - offset * first, 0),
-    )
+def _outer_moments(layer_inputs: Array, sensitivities: Array, counted: Array) -> LayerMoments:
+    return of_one_row(layer_inputs, jnp.where(counted[:, None], sensitivities, 0))
 
 
 def _input_moments(layer_inputs: Array, sensitivities: Array, counted: Array) -> InputMoments:

@@ -5,8 +5,6 @@ positions of a sample, every row of every sample is one more term of ``Σ B²``,
 which are kept up to date as in West, "Updating mean and variance estimates" (1979): no large numbers are subtracted.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -16,7 +14,8 @@ from ecjax import _trees, graph
 from ecjax._types import Inputs, Network, Params
 from ecjax.graph import Layer
 from ecjax.metrics import Metric, scale_of
-from ecjax.moments.additive import LayerMoments, divide, nothing_of
+from ecjax.moments.additive import LayerMoments, nothing_of
+from ecjax.moments.products import updated
 
 
 def of_samples(
@@ -69,33 +68,6 @@ def of_samples(
     return lax.scan(of_sample, zero, (inputs, weights, jnp.arange(inputs.shape[0])), unroll=2)[0]
 
 
-def in_blocks(
-    blocks: int,
-    network: Network,
-    layers: tuple[Layer, ...],
-    params: Params,
-    inputs: Inputs,
-    weights: Float[Array, "samples ..."],
-    **options: Any,
-) -> dict[str, LayerMoments]:
-    """The same of samples that lie in equal blocks on several devices: each goes over its own, one after another."""
-    if blocks == 1:
-        return of_samples(network, layers, params, inputs, weights, **options)
-    each = [array.reshape(blocks, -1, *array.shape[1:]) for array in (inputs, weights)]
-    keys = jax.random.split(options.pop("key"), blocks)
-    found = jax.vmap(lambda x, w, key: of_samples(network, layers, params, x, w, key=key, **options))(*each, keys)
-    return {path: _together(of_blocks) for path, of_blocks in found.items()}
-
-
-def _together(found: LayerMoments) -> LayerMoments:
-    """The moments of all blocks, which lie along a leading axis: ``merge`` for many at once."""
-    total = found.sensitivity.sum(0)
-    share = divide(found.sensitivity, total)[..., None, :]
-    mean = (found.mean * share).sum(0)
-    scatter = (found.scatter + (found.mean - mean) ** 2 * found.sensitivity[..., None, :]).sum(0)
-    return LayerMoments(total, mean, scatter)
-
-
 def _with(seen: LayerMoments, layer: Layer, gradients: dict[str, Array], ignored: dict[str, Array]) -> LayerMoments:
     """The moments with one more row of one more sample."""
     slope = graph.as_matrices(gradients[layer.kernel].astype(seen.mean.dtype), layer.layout)
@@ -106,11 +78,4 @@ def _with(seen: LayerMoments, layer: Layer, gradients: dict[str, Array], ignored
     if layer.kernel in ignored:
         of_bias = jnp.where(ignored[layer.kernel], 0, of_bias)
     of_bias = of_bias.reshape(seen.sensitivity.shape)
-    total = seen.sensitivity + of_bias**2
-    gap = slope - seen.mean * of_bias[..., None, :]
-    step, left = divide(of_bias, total), 1 - divide(of_bias**2, total)
-    return LayerMoments(
-        sensitivity=total,
-        mean=seen.mean + gap * step[..., None, :],
-        scatter=seen.scatter + gap**2 * left[..., None, :],
-    )
+    return updated(seen, slope, of_bias)

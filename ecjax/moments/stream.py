@@ -14,7 +14,7 @@ from ecjax._types import Inputs, Metric, Network, Params, Patterns, Weights
 from ecjax.graph.ignored import ignored_in
 from ecjax.graph.layers import as_patterns
 from ecjax.moments.additive import Moments, described, merge, nothing, start
-from ecjax.moments.batch import of_batch
+from ecjax.moments.blocks import of_blocks
 
 _MOST_ROWS = 256  # of the metric, each of which is a backward pass
 
@@ -59,7 +59,7 @@ def of_inputs(
     _require_probes(at.outputs, probes)
     seen = nothing(at.params, at.layers, at.metric, as_patterns(exclude), probes, of_weights=of_weights)
     given = at.params, at.inputs, at.weights, None, key
-    return _scan(at.network, int(batch_size), _batches.blocks(at.inputs), seen, *given)
+    return _scan(at.network, int(batch_size), _batches.placement(at.inputs), seen, *given)
 
 
 def update(
@@ -93,8 +93,8 @@ def update(
         200.0
     """
     _require_key(seen.probes, key)
-    blocks, samples = _batches.blocks(inputs), None
-    if blocks == 1 and len(inputs):  # without samples it is refused
+    samples = None
+    if _batches.blocks(inputs) == 1 and len(inputs):  # without samples it is refused
         samples, inputs = jnp.int32(len(inputs)), _batches.filled_up(inputs, int(batch_size))
         weights = None if weights is None else _batches.filled_up(weights, int(batch_size))
     options = {"exclude": seen.exclude, "metric": seen.metric, "weights": weights, "batch_size": batch_size}
@@ -105,7 +105,8 @@ def update(
             f"moments of other layers: {described(seen)} given, "
             f"{', '.join(f'{layer.kernel} {layer.shape}' for layer in at.layers)} in this network"
         )
-    return _scan(at.network, int(batch_size), blocks, seen, at.params, at.inputs, at.weights, samples, key)
+    placement = _batches.placement(at.inputs)
+    return _scan(at.network, int(batch_size), placement, seen, at.params, at.inputs, at.weights, samples, key)
 
 
 def of_batches(
@@ -169,19 +170,19 @@ def _require_probes(outputs: jax.ShapeDtypeStruct, probes: int | None) -> None:
         )
 
 
-@_precision.compiled("network", "batch_size", "blocks")
-def _scan(network, batch_size, blocks, seen, params, inputs, weights, samples, key) -> Moments:
+@_precision.compiled("network", "batch_size", "placement")
+def _scan(network, batch_size, placement, seen, params, inputs, weights, samples, key) -> Moments:
     """Adds batch after batch; where ``samples`` are given, only so many of the inputs count."""
     key = jax.random.key(0) if key is None else key  # without probes nothing is drawn
     ignored = ignored_in(network, seen.read, params, inputs)
 
     def add(total, index):
-        (batch, weight), counted = _batches.take((inputs, weights), index, batch_size, blocks)
+        (batch, weight), counted = _batches.take((inputs, weights), index, batch_size, placement.blocks)
         if samples is not None:
             counted &= index * counted.size + jnp.arange(counted.size) < samples
         drawn = jax.random.fold_in(key, total.samples.astype(jnp.uint32))
-        options = {"weights": weight, "ignored": ignored, "blocks": blocks}
-        return merge(total, of_batch(total, network, params, batch, counted, drawn, **options)), None
+        given = total, network, params, batch, counted, drawn, weight, ignored
+        return merge(total, of_blocks(placement, *given)), None
 
-    total, _ = lax.scan(add, seen, jnp.arange(_batches.count(inputs.shape[0], batch_size, blocks)))
+    total, _ = lax.scan(add, seen, jnp.arange(_batches.count(inputs.shape[0], batch_size, placement.blocks)))
     return total

@@ -1,0 +1,157 @@
+"""The moments of a kernel that is used once, taken inside the backward pass of its product.
+
+There the product's inputs a and the slopes g of one row of the metric are at hand, one batch and one layer at a time:
+nothing of the size of samples by weights is made, and what the network scans or rematerialises stays so. The moments
+leave as the cotangent of zeros that stand in for them in the forward pass.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float, Shaped
+
+from ecjax.graph.evaluate import in_full, run
+from ecjax.graph.samples import Place
+from ecjax.graph.values import Product
+from ecjax.moments.additive import LayerMoments, divide
+
+
+def with_moments(equation, product: Product, operands: list[Array], given: tuple[LayerMoments, Array]) -> Array:
+    """The product, which in a backward pass gives the moments of the batch as the cotangent of ``given``'s zeros.
+
+    Args:
+        equation: of the product.
+        product: what is known of it.
+        operands: the kernel and what it is multiplied with, in the order of the equation.
+        given: moments of zeros, of shapes (*stack, in, out), and which of the (*stack, out) neurons have a bias that
+            moves.
+    """
+    side, (zeros, moves) = product.side, given
+
+    def multiply(other, kernel, run=run):
+        (result,) = run(equation, [other, kernel] if side else [kernel, other])
+        return result
+
+    @jax.custom_vjp
+    def multiplied(other, kernel, zeros, moves):  # noqa: ARG001 what a backward pass gives and needs
+        return multiply(other, kernel)
+
+    def forward(other, kernel, zeros, moves):  # noqa: ARG001
+        return multiply(other, kernel), (other, kernel, moves)
+
+    def backward(kept, slope):
+        other, kernel, moves = kept
+        (of_other,) = jax.linear_transpose(lambda other: multiply(other, kernel), other)(slope)
+        arrays = lax.stop_gradient((other, kernel, slope.astype(jnp.promote_types(slope.dtype, jnp.float32))))
+        found = _moments(lambda *operands: multiply(*operands, run=in_full), product, *arrays, moves)
+        found = jax.tree.map(lambda leaf, zero: leaf.reshape(zero.shape).astype(zero.dtype), found, zeros)
+        return of_other, None, found, None
+
+    multiplied.defvjp(forward, backward)
+    return multiplied(operands[1 - side], operands[side], zeros, moves)
+
+
+def _moments(multiply, product: Product, other: Array, kernel: Array, slope: Array, moves: Array) -> LayerMoments:
+    """The moments of one batch."""
+    stack, inputs, neurons = product.kernel
+    order = (*stack, *inputs, *neurons)
+    sizes = tuple(_size(kernel, axes) for axes in product.kernel)
+    moves = moves.reshape(sizes[::2])
+    slopes, others = _by_sample(slope, product.gives.samples), _by_sample(other, product.reads.samples)
+    if product.reads.features and slopes[0].size == sizes[0] * sizes[2]:
+        rows = _rows(others, product.reads, sizes[:2]), _rows(slopes, product.gives, sizes[::2])
+        return jax.vmap(_of_one_row, in_axes=(1, 1, 0))(*rows, moves)
+
+    def of_sample(seen: LayerMoments, sample) -> tuple[LayerMoments, None]:
+        other, slope = sample
+        whole = jnp.promote_types(kernel.dtype, jnp.float32)
+        like = jax.ShapeDtypeStruct(kernel.shape, whole)
+        (gradient,) = jax.linear_transpose(lambda kernel: multiply(other, kernel), like)(slope)
+        of_bias = _neurons_first(slope, product.gives, sizes[::2]).sum(-1)
+        return updated(seen, gradient.transpose(order).reshape(sizes), jnp.where(moves, of_bias, 0)), None
+
+    zero = jnp.zeros(sizes, slope.dtype)
+    start = LayerMoments(zero[:, 0], zero, zero)
+    # Two samples a turn: what adds their gradients up goes over the moments once.
+    return lax.scan(of_sample, start, (others, slopes), unroll=2)[0]
+
+
+def updated(
+    seen: LayerMoments, of_kernel: Float[Array, "*stack in out"], of_bias: Float[Array, "*stack out"]
+) -> LayerMoments:
+    """The moments with one more row of one more sample, by its gradients: West (1979); nothing cancels.
+
+    Args:
+        seen: so far.
+        of_kernel: A, the gradient with respect to the kernel as a matrix.
+        of_bias: B, the one with respect to its bias; 0 where there is none that moves.
+    """
+    total = seen.sensitivity + of_bias**2
+    gap = of_kernel - seen.mean * of_bias[..., None, :]
+    step, left = divide(of_bias, total), 1 - divide(of_bias**2, total)
+    return LayerMoments(
+        sensitivity=total,
+        mean=seen.mean + gap * step[..., None, :],
+        scatter=seen.scatter + gap**2 * left[..., None, :],
+    )
+
+
+def of_one_row(layer_inputs: Float[Array, "samples in"], sensitivities: Float[Array, "samples out"]) -> LayerMoments:
+    """The moments of a layer that sees one row of each sample, on one batch.
+
+    A weighted variance does not change when ``a`` is shifted, and the difference of raw moments cancels least around
+    the mean, so the batch is centred on its plain mean first. That the mean may be a little off does not matter.
+
+    Args:
+        layer_inputs: a.
+        sensitivities: S; 0 for samples that do not count.
+    """
+    raw = layer_inputs.astype(sensitivities.dtype)
+    centre = raw.mean(0)
+    centred = raw - centre
+    total = sensitivities.sum(0)
+    first, second = centred.T @ sensitivities, (centred**2).T @ sensitivities
+    offset = divide(first, total)
+    return LayerMoments(
+        sensitivity=total,
+        mean=jnp.where(total > 0, centre[:, None] + offset, 0),
+        scatter=jnp.maximum(second - offset * first, 0),
+    )
+
+
+def _of_one_row(layer_inputs: Array, slopes: Array, moves: Array) -> LayerMoments:
+    """The same, with what a bias that does not move would have taken up left in the scatter."""
+    found = of_one_row(layer_inputs, slopes**2)
+    second = found.scatter + found.sensitivity * found.mean**2
+    return LayerMoments(
+        sensitivity=jnp.where(moves, found.sensitivity, 0),
+        mean=jnp.where(moves, found.mean, 0),
+        scatter=jnp.where(moves, found.scatter, second),
+    )
+
+
+def _by_sample(array: Array, place: Place) -> Shaped[Array, "samples ..."]:
+    """The samples along a first axis; each keeps the axis that they were in, with its own positions."""
+    before, after = array.shape[: place.axis], array.shape[place.axis + 1 :]
+    split = array.reshape(*before, place.before, -1, place.after, *after)
+    first = jnp.moveaxis(split, place.axis + 1, 0)
+    return first.reshape(first.shape[0], *before, place.before * place.after, *after)
+
+
+def _neurons_first(slope: Array, rows, sizes: tuple[int, int]) -> Float[Array, "stack out rows"]:
+    """Of one sample: its rows last."""
+    order = (*rows.stacked, *rows.features)
+    others = [axis for axis in range(slope.ndim) if axis not in order]
+    return slope.transpose(*order, *others).reshape(*sizes, -1)
+
+
+def _rows(array: Array, rows, sizes: tuple[int, int]) -> Float[Array, "samples stack features"]:
+    """Of every sample the one row of each member."""
+    return jax.vmap(lambda sample: _neurons_first(sample, rows, sizes)[..., 0])(array)
+
+
+def _size(array: Array, axes: tuple[int, ...]) -> int:
+    size = 1
+    for axis in axes:
+        size *= array.shape[axis]
+    return size
