@@ -71,7 +71,8 @@ def shard_samples(array: Shaped[Array | np.ndarray, "samples ..."], mesh: Mesh) 
 def shard_params(network: Network, params: Params, inputs: Inputs | jax.ShapeDtypeStruct, mesh: Mesh) -> Params:
     """Params with the neurons of each layer, an axis of its kernel and of its bias, spread over the axis "model".
 
-    A layer whose neurons can't be shared out equally is on all devices, as is every leaf that is no kernel or bias.
+    Which axes of a leaf are neurons is read from the network. A layer whose neurons can't be shared out equally is on all
+    devices, as is every leaf that is no kernel or bias.
 
     Args:
         params: the same on every process.
@@ -89,14 +90,11 @@ def shard_params(network: Network, params: Params, inputs: Inputs | jax.ShapeDty
     network, params, static = _trees.split(network, params)
     parts, specs = mesh.shape[MODEL], {}
     for layer in _door.layers(network, params, inputs, need="any", each_alone=False):
-        if layer.layout is None or "out" not in layer.axes:
-            continue
-        axis = layer.axes.index("out")
-        if layer.shape[axis] % parts == 0:
-            specs[layer.kernel] = PartitionSpec(*[None] * axis, MODEL)
-        if layer.bias and len(layer.bias_layout.split) == 1 and layer.bias_layout.split[0] % parts == 0:
-            place = layer.bias_layout.axes.index("out")
-            specs[layer.bias] = PartitionSpec(*[None] * place, MODEL)
+        for path, layout in ((layer.kernel, layer.layout), (layer.bias, layer.bias_layout)):
+            sizes = zip(layout.axes, layout.shape, strict=True) if path and layout else ()
+            shared = [place for place, (axis, size) in enumerate(sizes) if axis == "out" and size % parts == 0]
+            if shared:
+                specs[path] = PartitionSpec(*[None] * shared[0], MODEL)
 
     def put(path, leaf):
         return jax.device_put(leaf, NamedSharding(mesh, specs.get(path, PartitionSpec())))

@@ -329,6 +329,30 @@ def test_what_is_refused_by_name(network, params, message):
 
 
 @pytest.mark.slow
+def test_a_device_holds_less_where_neurons_are_spread():
+    """XLA's account of one device: scores and a repair of a transformer whose kernels are on four."""
+    blocks = zoo.Blocks(heads=8, length=4)
+    inputs = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8, 64)), jnp.float32)
+    network = networks.from_linen(blocks)
+    params = jax.tree.map(jnp.float32, blocks.init(jax.random.key(0), inputs)["params"])
+    masks = prune.one_shot(params, score.magnitude(network, params, inputs), 0.5).masks
+    repaired = repair.Survivors(iterations=1, products=2, curvature_samples=8, batch_size=8)
+    calls = (
+        lambda params, x: score.elimination_compensation(network, params, x, batch_size=4),
+        lambda params, x: repaired(network, params, masks, x, jnp.zeros((16, 2))),
+    )
+
+    def bytes_of(model):
+        mesh = devices.mesh(model, jax.devices("cpu"))
+        with jax.set_mesh(mesh):
+            placed = devices.shard_params(network, params, inputs, mesh), devices.shard_samples(inputs, mesh)
+            found = [jax.jit(call).lower(*placed).compile().memory_analysis() for call in calls]
+        return np.array([[account.argument_size_in_bytes, account.temp_size_in_bytes] for account in found])
+
+    assert (bytes_of(4) < 0.75 * bytes_of(1)).all()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [2])
 @pytest.mark.parametrize("name", ["causal attention", "convolutions", "scanned attention"])
 def test_eight_devices_give_what_one_gives(name, model):

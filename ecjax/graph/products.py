@@ -71,7 +71,7 @@ def _matrix_product(equation, side, leaf: Leaf, other: Value, result: Value, fou
         what,
         outer,
         side,
-        kernel=None if repeats else (tuple(stacked), own[0], tuple(free)),
+        kernel=None if repeats or not is_float(equation.invars[1 - side]) else (tuple(stacked), own[0], tuple(free)),
         reads=reads,
         gives=samples,
         turns=within.turns,

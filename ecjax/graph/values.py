@@ -81,7 +81,8 @@ class Product(NamedTuple):
         what: why it can't be scored; "" if it can.
         outer: whether it is one product of matrices with one row for each sample.
         side: which operand the kernel is.
-        kernel: which axes of this operand are members of a stack, inputs and neurons, in the order of the layout.
+        kernel: which axes of this operand are members of a stack, inputs and neurons, in the order of the layout; None
+            where some repeat its entries, or where it multiplies whole numbers.
         reads: where the samples lie in the other operand, and which of its axes are members and inputs.
         gives: where they lie in the product, and which of its axes are members and neurons.
         turns: the lengths of the scans that it is in, the outer ones first.
