@@ -23,7 +23,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import pandas as pd
-from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 from rich.table import Table
 
@@ -59,7 +58,7 @@ class Method(NamedTuple):
     """What is timed: a call, its multiply-adds for a sample if known, and on how many samples it runs at most."""
 
     name: str
-    call: Callable[[Network, Params, Array], Any]
+    call: Callable[[Network, Params, jax.Array], Any]
     multiply_adds: float = math.nan
     samples: float = math.inf
 
@@ -76,10 +75,10 @@ def main(config: Config) -> None:
         for method in (pruning(config) if case[0] == "pruning" else scoring(case[2], config.probes))
     ]
     with results.opened(config.output, config) as rows, report.progress() as bar:
-        step = bar.add_task("", total=len(planned), completed=len(rows))
+        step = bar.add_task("", total=len(planned), completed=rows.count())
         for (axis, value, widths, samples), method in planned:
             keys = {"axis": axis, "value": value, "layers": "-".join(map(str, widths)), "samples": samples}
-            if not rows.has(**keys, method=method.name):
+            if not rows.count(**keys, method=method.name):
                 bar.update(step, description=f"{axis} {value:,}: {method.name}")
                 found = measured(method, problem(widths, samples), config.rounds, config.seconds)
                 rows.add(keys | {"method": method.name} | found)
@@ -91,7 +90,7 @@ def main(config: Config) -> None:
             "surrogate, trained": lambda: surrogate(*((4, 20) if config.quick else (16, 200))),
         }
         for name, made in wide.items():
-            missing = [number for number in config.probes if not ranked.has(network=name, probes=number)]
+            missing = [number for number in config.probes if not ranked.count(network=name, probes=number)]
             bar.update(step, description=f"probes: {name}")
             for row in agreements(*made(), missing) if missing else ():
                 ranked.add({"network": name} | row)
@@ -165,14 +164,14 @@ def pruning(config: Config) -> list[Method]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def gradient_pass(network: Network, params: Params, inputs: Array) -> Params:
+def gradient_pass(network: Network, params: Params, inputs: jax.Array) -> Params:
     """What everything is measured in: the gradient of a mean loss with respect to all params."""
     labels = jnp.arange(len(inputs)) % jax.eval_shape(network, params, inputs).shape[1]  # each class in turn
     return jax.grad(lambda params: sweep.cross_entropy(network(params, inputs), labels).mean())(params)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="at_once")
-def jacobian_scores(network: Network, params: Params, inputs: Array, *, at_once: int) -> score.Scores:
+def jacobian_scores(network: Network, params: Params, inputs: jax.Array, *, at_once: int) -> score.Scores:
     """EC of an MLP the usual way: every output's gradient with respect to every weight, for every sample.
 
     ``Δb* = W Σ E[∂y/∂W ∂y/∂b] / Σ E[(∂y/∂b)²]`` and ``I = Σ E[(∂y/∂W W − ∂y/∂b Δb*)²]``, so many samples at once.
@@ -186,11 +185,9 @@ def jacobian_scores(network: Network, params: Params, inputs: Array, *, at_once:
     def add(total, batch):
         return jax.tree.map(lambda t, s: t + s.sum(0), total, jax.vmap(of_sample)(batch)), None
 
-    whole = len(inputs) // at_once * at_once
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape), jax.eval_shape(of_sample, inputs[0]))
-    total, _ = lax.scan(add, zeros, inputs[:whole].reshape(-1, at_once, *inputs.shape[1:]))
-    if whole < len(inputs):
-        total, _ = add(total, inputs[whole:])
+    rest = len(inputs) % at_once
+    total = jax.tree.map(lambda s: s.sum(0), jax.vmap(of_sample)(inputs[:rest]))  # of none: zeros
+    total, _ = jax.lax.scan(add, total, inputs[rest:].reshape(-1, at_once, *inputs.shape[1:]))
     importance, shift = {}, {}
     for name, (square, cross, bias_square) in total.items():
         kernel, mean = params[name]["kernel"], cross / jnp.where(bias_square > 0, bias_square, 1)
@@ -200,14 +197,14 @@ def jacobian_scores(network: Network, params: Params, inputs: Array, *, at_once:
 
 
 @functools.lru_cache(maxsize=1)
-def problem(widths: tuple[int, ...], samples: int) -> tuple[Network, Params, Array]:
+def problem(widths: tuple[int, ...], samples: int) -> tuple[Network, Params, jax.Array]:
     """A fresh network with random inputs: costs do not depend on the values."""
     inputs = jax.random.uniform(jax.random.key(0), (samples, widths[0]))
     mlp = networks.MLP(widths[1:])
     return networks.from_linen(mlp), mlp.init(jax.random.key(2), inputs[:1])["params"], inputs
 
 
-def measured(method: Method, given: tuple[Network, Params, Array], rounds: int, seconds: float) -> dict[str, float]:
+def measured(method: Method, given: tuple[Network, Params, jax.Array], rounds: int, seconds: float) -> dict[str, float]:
     """What a method costs; what ran on a part of the samples is scaled up to all."""
     network, params, inputs = given
     part = inputs[: min(method.samples, len(inputs))]
@@ -258,7 +255,7 @@ def _peak_bytes(*, reset: bool = False) -> float:
     return math.nan
 
 
-def agreements(network: Network, params: Params, inputs: Array, numbers: Sequence[int]) -> Iterator[dict[str, float]]:
+def agreements(network: Network, params: Params, inputs: jax.Array, numbers: Sequence[int]) -> Iterator[sweep.Row]:
     """How the ranking by so many probes agrees with the exact one, a row for each number: the mean of three keys."""
     exact = score.elimination_compensation(network, params, inputs)
     for probes in numbers:
@@ -274,7 +271,7 @@ def agreement(params: Params, exact: score.Scores, found: score.Scores) -> tuple
     return importance.corr(other, method="spearman"), float((kept & also).sum() / kept.sum())
 
 
-def surrogate(concentrations: int, epochs: int) -> tuple[Network, Params, Array]:
+def surrogate(concentrations: int, epochs: int) -> tuple[Network, Params, jax.Array]:
     """A network that has learnt, from a place and the concentration at first, that at 1,000 times."""
     first = np.linspace(0, 0.2, concentrations)
     places, _, solutions = zip(*(diffusion_sorption.grid(64, 1000, u) for u in first), strict=True)
@@ -293,19 +290,21 @@ def tables(frame: pd.DataFrame, ranking: pd.DataFrame) -> Iterator[Table]:
         layers, samples = chosen.iloc[0][["layers", "samples"]]
         what = "pruning to 0.9" if axis == "pruning" else f"{axis} {value:,}"
         of_gradient = chosen.loc[chosen["method"] == GRADIENT, "multiply_adds"].item()
-        columns = {
-            "one call": ("{:32}", chosen["method"]),
-            "median (ms)": ("{:,.1f}", 1e3 * chosen["seconds"]),
-            "gradient passes": ("{:,.2f}", chosen["gradient_passes"]),
-            "multiply-adds\nin gradient passes": ("{:,.2f}", chosen["multiply_adds"] / of_gradient),
-            "XLA (MB)": ("{:,.0f}", chosen["compiler_bytes"] / 1e6),
-            "process (MB)": ("{:,.0f}", chosen["process_bytes"] / 1e6),
+        shown = {
+            "one call": chosen["method"],
+            "median (ms)": 1e3 * chosen["seconds"],
+            "gradient passes": chosen["gradient_passes"],
+            "multiply-adds\nin gradient passes": chosen["multiply_adds"] / of_gradient,
+            "XLA (MB)": chosen["compiler_bytes"] / 1e6,
+            "process (MB)": chosen["process_bytes"] / 1e6,
         }
-        yield report.plain(f"{what}: MLP {layers}, {samples:,} samples, {jax.devices()[0].device_kind}", columns)
+        formats = ("{:32}", "{:,.1f}", "{:,.2f}", "{:,.2f}", "{:,.0f}", "{:,.0f}")
+        title = f"{what}: MLP {layers}, {samples:,} samples, {jax.devices()[0].device_kind}"
+        yield report.plain(title, pd.DataFrame(shown), dict(zip(shown, formats, strict=True)))
     if len(ranking):
         formats = {"network": "{}", "probes": "{}", "spearman": "{:.4f}", "overlap": "{:.3f}"}
         title = "probes against the exact ranking, networks of 1,000 outputs, mean of three keys"
-        yield report.plain(title, {name: (text, ranking[name]) for name, text in formats.items()})
+        yield report.plain(title, ranking, formats)
 
 
 def figure(frame: pd.DataFrame, ranking: pd.DataFrame, path: Path) -> None:
@@ -314,9 +313,8 @@ def figure(frame: pd.DataFrame, ranking: pd.DataFrame, path: Path) -> None:
     frame = frame.assign(megabytes=frame["compiler_bytes"].mask(partly) / 1e6)
     frame["method"] += np.where(partly, " (part of the samples)", "")
     methods = frame.loc[frame["axis"] != "pruning", "method"].unique()
-    styles = [
-        marker + (":" if "part" in name else "-") for name, marker in zip(methods, 2 * report.MARKERS, strict=False)
-    ]
+    lines = [":" if "part" in name else "-" for name in methods]
+    styles = [marker + line for marker, line in zip(2 * report.MARKERS, lines, strict=False)]
     canvas, axes = plt.subplots(3, 2, figsize=(10, 12), layout="constrained")
     shown = [(axis, "gradient_passes", "time (gradient passes)") for axis in AXES]
     shown.append(("samples", "megabytes", "memory of one call by XLA (MB)"))

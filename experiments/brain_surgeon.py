@@ -19,16 +19,13 @@ from ecjax import networks, prune, score, surgeon, train
 from experiments import flags, report, results, sweep
 from experiments.datasets import hold_out
 
-MEASURES = report.CLASSIFIER_MEASURES | {"seconds": report.Measure("seconds", ".2f")}
-
 
 @dataclass(frozen=True)
 class Config(flags.Digits):
     """Prune one modest network by magnitude, WoodFisher, the combinatorial brain surgeon and EC, and compare."""
 
     widths: tuple[int, ...] = (40, 20)  # Widths of the hidden layers (ReLU, no biases).
-    target_accuracy: float = 0.94
-    """Plain SGD stops at the first epoch that reaches it on held-out training images, the last sixth."""
+    target_accuracy: float = 0.94  # Plain SGD stops at the first epoch that reaches it on held-out training images.
     learning_rate: float = 0.05  # Of plain SGD.
     batch_size: int = 128  # Samples a training step.
     seeds: int = 5  # How many samples of gradients to average over.
@@ -96,8 +93,7 @@ def main(config: Config) -> None:
 
     task = sweep.Task(network, data, sweep.cross_entropy, sweep.CLASSIFIER_MEASURES, config.batch_size)
     folder = config.output or Path("results") / f"brain-surgeon-{data.name.lower()}"
-    facts = {"data": data.name, "data_sha256": results.digest(data), "layers": layers, "output": folder}
-    with results.opened(folder, config, **facts) as rows, report.progress() as bar:
+    with results.opened(folder, config, data, layers=layers) as rows, report.progress() as bar:
         params = results.trained(folder, layers, train_to_target, task, mlp, config)
         inputs, labels = jnp.asarray(data.train_inputs), jnp.asarray(data.train_targets)
 
@@ -111,14 +107,16 @@ def main(config: Config) -> None:
 
         compared, stacked = methods(network, params, config), jax.tree.map(lambda leaf: leaf[None], params)
         table = sweep.Table(rows, bar, {"data": data.name})
-        sweep.timed(task, stacked, compared, config.sparsities, config.seeds, table, seen)
+        left = table.left(compared, config.sparsities, config.seeds)
+        for found in sweep.timed(task, stacked, compared, left, seen):
+            table.add(*found)
 
     title = f"{data.name}, MLP {layers} without biases, {config.seeds} samples of gradients"
-    for column, measure in report.CLASSIFIER_MEASURES.items():
+    for column, measure in sweep.CLASSIFIER_MEASURES.items():
         panels = report.panels(rows.frame(), column, measure)
         report.figure([panels], title, folder / f"{column.removeprefix('test_')}.png")
     note = f"results.csv, config.json, accuracy.png and loss.png are in {folder}/"
-    report.console().print(report.table(rows.frame(), MEASURES, title), note)
+    report.console().print(report.table(rows.frame(), sweep.CLASSIFIER_MEASURES | sweep.SECONDS, title), note)
 
 
 def train_to_target(task: sweep.Task, mlp: networks.MLP, config: Config) -> networks.Params:

@@ -9,6 +9,7 @@ loss.png and snapshots.png, and prints a table for each network.
 import itertools
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,8 +23,6 @@ from ecjax import networks, prune, score
 from experiments import flags, report, results, sweep
 from experiments.datasets import Dataset, diffusion_sorption, hold_out
 from experiments.methods import METHODS, MethodName, criteria
-
-LOSS = report.Measure("mean squared error", ".1e", logarithmic=True)
 
 
 @dataclass(frozen=True)
@@ -58,52 +57,46 @@ def main(config: Config) -> None:
     if config.quick:
         small = {"architectures": ("32-32-32",), "noise": (0.005,), "seeds": 1, "sparsities": (0.2, 0.4, 0.7)}
         config = replace(config, epochs=100, small_network_sparsities=(0.4, 0.7), **small)
-    every_hidden = [_widths(architecture) for architecture in config.architectures]
+    every_hidden = {f"2-{architecture}-1": _widths(architecture) for architecture in config.architectures}
     flags.require(config)
     grid = {"cells": config.cells, "times": config.times, "initial_concentration": config.initial_concentration}
     data = {noise: diffusion_sorption.load(noise=noise, **grid) for noise in config.noise}
     if config.validation:
         data = {noise: hold_out(level) for noise, level in data.items()}
-    source = {"data": next(iter(data.values())).name}
+    source, tuning = {"data": data[config.noise[0]].name}, config.fine_tuning_epochs
+
+    with results.opened(config.output, config, data[config.noise[0]]) as rows, report.progress() as bar:
+        for (layers, hidden), noise in itertools.product(every_hidden.items(), config.noise):
+            where, name = source | {"layers": layers, "noise": noise}, f"{layers}, a = {noise:g}: "
+            mlp, task = _task(hidden, data[noise], config)
+            optimizer = sweep.decaying_adam(task, config.learning_rate, config.epochs)
+            training = mlp, config.seeds, optimizer, bar.track(range(config.epochs), description=f"{name}training")
+            params = results.trained(config.output, f"{layers}-{noise:g}", sweep.train_seeds, task, *training)
+
+            inputs, targets = (jnp.asarray(array[: config.calibration]) for array in data[noise][1:3])
+            few = inputs[: config.nonlinear_calibration]
+            compared = criteria(task.network, inputs, targets, few, task.loss, "euclidean")
+
+            table = sweep.Table(rows, bar, where, name=name)
+            last = sweep.FINE_TUNED if tuning else sweep.PRUNED
+            left = table.left(config.methods, config.sparsities, config.seeds, last)
+            optimizer = sweep.decaying_adam(task, config.learning_rate / 2, tuning)
+            for found in sweep.one_shot(task, params, compared, left, optimizer, tuning):
+                table.add(*found)
+            for found in _small_dense(hidden, data[noise], config, table):
+                table.add(*found)
+        _draw_snapshots(task, params, optimizer, f"MLP {layers}, a = {noise:g}", config)
 
     tables, panels = [], {noise: [] for noise in config.noise}
-    with results.opened(config.output, config, **source) as rows, report.progress() as bar:
-        for hidden in every_hidden:
-            layers = "-".join(map(str, (2, *hidden, 1)))
-            for noise in config.noise:
-                mlp, task = _task(hidden, data[noise], config)
-                passes = bar.track(range(config.epochs), description=f"{layers}, a = {noise:g}: training")
-                params = results.trained(config.output, f"{layers}-{noise:g}", _train, mlp, task, config, passes)
-
-                inputs, targets = (jnp.asarray(array[: config.calibration]) for array in data[noise][1:3])
-                few = inputs[: config.nonlinear_calibration]
-                compared = criteria(task.network, inputs, targets, few, task.loss, "euclidean")
-                optimizer = sweep.decaying_adam(task, config.learning_rate / 2, config.fine_tuning_epochs)
-                where = source | {"layers": layers, "noise": noise}
-                table = sweep.Table(rows, bar, where, name=f"{layers}, a = {noise:g}: ")
-                sweep.one_shot(task, params, config, compared, optimizer, table)
-                for sparsity in config.small_network_sparsities:
-                    key = where | {"method": sweep.SMALL, "sparsity": sparsity}
-                    missing = [seed for seed in range(config.seeds) if not rows.has(**key, seed=seed)]
-                    if missing:
-                        small = _task(small_widths(hidden, sparsity), data[noise], config)
-                        passes = bar.track(range(config.epochs), description=f"{layers}: small dense, {sparsity:g}")
-                        found = sweep.measure(
-                            small[1], _train(*small, config, passes), sweep.SMALL, sparsity, "trained"
-                        )
-                        for seed in missing:
-                            rows.add(where | found[seed])
-
-            frame, keys = rows.frame().query("layers == @layers"), ["method", "sparsity", "seed", "phase"]
-            wide = frame.pivot_table(index=keys, columns="noise", values="test_loss", sort=False).reset_index()
-            title = f"{source['data']}, MLP {layers}, tanh, mean squared test error, {config.seeds} seeds"
-            measures = {noise: LOSS._replace(words=f"error, a = {noise:g}") for noise in config.noise}
-            tables.append(report.table(wide, measures, title))
-            for noise, row in panels.items():
-                chosen, title = frame[frame["noise"] == noise], f"{layers}, a = {noise:g}\n{{phase}}"
-                row += report.panels(chosen, "test_loss", LOSS, title)
-        _draw_snapshots(task, params, optimizer, f"MLP {layers}, a = {config.noise[-1]:g}", config)
-
+    for layers in every_hidden:
+        frame, keys = rows.frame().query("layers == @layers"), ["method", "sparsity", "seed", "phase"]
+        wide = frame.pivot_table(index=keys, columns="noise", values="test_loss", sort=False).reset_index()
+        title = f"{source['data']}, MLP {layers}, tanh, mean squared test error, {config.seeds} seeds"
+        measures = {noise: sweep.ERROR._replace(words=f"error, a = {noise:g}") for noise in config.noise}
+        tables.append(report.table(wide, measures, title))
+        for noise, row in panels.items():
+            chosen, title = frame[frame["noise"] == noise], f"{layers}, a = {noise:g}\n{{phase}}"
+            row += report.panels(chosen, "test_loss", sweep.ERROR, title)
     report.figure(list(panels.values()), f"diffusion-sorption, tanh, {config.seeds} seeds", config.output / "loss.png")
     report.console().print(*tables, f"results.csv, config.json, loss.png and snapshots.png are in {config.output}/")
 
@@ -115,14 +108,19 @@ def _widths(architecture: str) -> tuple[int, ...]:
 
 
 def _task(hidden: tuple[int, ...], data: Dataset, config: Config) -> tuple[networks.MLP, sweep.Task]:
-    mlp = networks.MLP((*hidden, 1), jnp.tanh)
-    measures = {"test_loss": lambda outputs, targets: ((outputs - targets) ** 2).mean()}
+    mlp, measures = networks.MLP((*hidden, 1), jnp.tanh), {"test_loss": sweep.ERROR}
     return mlp, sweep.Task(networks.from_linen(mlp), data, optax.squared_error, measures, config.batch_size)
 
 
-def _train(mlp: networks.MLP, task: sweep.Task, config: Config, passes) -> networks.Params:
-    optimizer = sweep.decaying_adam(task, config.learning_rate, config.epochs)
-    return sweep.train_seeds(task, mlp, config.seeds, optimizer, passes)
+def _small_dense(hidden: tuple[int, ...], data: Dataset, config: Config, table: sweep.Table) -> Iterator[sweep.Found]:
+    """Yields what is found for networks that were small from the start; what is there is left out."""
+    for sparsity in config.small_network_sparsities:
+        if table.rows.count(**table.shared, method=sweep.SMALL, sparsity=sparsity) < config.seeds:
+            mlp, task = _task(small_widths(hidden, sparsity), data, config)
+            passes = table.bar.track(range(config.epochs), description=f"{table.name}small dense, {sparsity:g}")
+            optimizer = sweep.decaying_adam(task, config.learning_rate, config.epochs)
+            params = sweep.train_seeds(task, mlp, config.seeds, optimizer, passes)
+            yield from sweep.unpruned(task, params, sweep.SMALL, sparsity)
 
 
 def small_widths(widths: tuple[int, ...], sparsity: float) -> tuple[int, ...]:

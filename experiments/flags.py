@@ -11,12 +11,10 @@ class Digits:
     """What classifiers of handwritten digits are trained, pruned and tested on, how many, and where the results go."""
 
     data: choose.Name = "mnist"  # MNIST, or the 8x8 digits bundled with scikit-learn.
-    data_dir: Path | None = None
-    """Folder with the four idx files of MNIST, gzipped or not. Default: $ECJAX_DATA_DIR, else they are downloaded."""
+    data_dir: Path | None = None  # Folder with MNIST's four idx files. Default: $ECJAX_DATA_DIR, else they are fetched.
     validation: bool = False  # Measure on a held-out sixth of the training images instead, to choose settings by.
     seeds: int = 3  # How many networks to train, prune and average over.
-    output: Path | None = None
-    """Folder for the results. Default: results/ and the names of the experiment and the data."""
+    output: Path | None = None  # Folder for the results. Default: results/ and the names of experiment and data.
 
     def load(self) -> Dataset:
         """The data that these flags name; a missing or corrupt file ends the program with its one-line message."""
@@ -34,10 +32,7 @@ def widths(data: Dataset, hidden: tuple[int, ...]) -> tuple[tuple[int, ...], str
 
 
 def require(config: object, *, repeating: tuple[str, ...] = ()) -> None:
-    """Refuses what would fail only after minutes: counts below 1, fractions outside [0, 1], and lists that repeat.
-
-    Only the lists in ``repeating`` may hold anything twice.
-    """
+    """Refuses counts below 1, fractions outside [0, 1], and lists that repeat anything, but those in ``repeating``."""
     for name, value in vars(config).items():
         flag, least = f"--{name.replace('_', '-')}", 0 if name == "fine_tuning_epochs" else 1
         if type(value) is int and value < least:

@@ -21,16 +21,6 @@ from ecjax import metrics, networks, prune, repair, score, surgeon
 from experiments import flags, report, results, sweep
 from experiments.datasets import Dataset, diffusion_sorption, hold_out
 
-ERROR = report.Measure("relative error", ".1e", logarithmic=True)
-# By the output metric: what the table shows, and first the figure.
-MEASURES = {
-    "fisher": {
-        "test_accuracy": report.CLASSIFIER_MEASURES["test_accuracy"]._replace(lowest=80.0),
-        "test_loss": report.CLASSIFIER_MEASURES["test_loss"],
-    },
-    "euclidean": {"test_error": ERROR, "test_loss": ERROR._replace(words="mean squared error")},
-}
-
 
 @dataclass(frozen=True)
 class Config(flags.Digits):
@@ -38,10 +28,8 @@ class Config(flags.Digits):
 
     networks: tuple[Literal["large", "modest", "surrogate"], ...] = ("large", "modest", "surrogate")
     """784-300-100-10 by Adam, 784-40-20-10 by plain SGD (both ReLU), and 2-64-64-64-1 (tanh) on diffusion-sorption."""
-    sparsities: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98, 0.995)
-    """Fractions of the weights to remove from the classifiers."""
-    surrogate_sparsities: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95, 0.98)
-    """Fractions of the weights to remove from the surrogate."""
+    sparsities: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98, 0.995)  # Fractions to remove of the classifiers' weights.
+    surrogate_sparsities: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95, 0.98)  # Fractions to remove of the surrogate's.
     calibration: int = 10_000  # Calibration inputs; the modest network takes six times as many.
     stages: int = 10  # Stages of the staged methods; the modest network and the surrogate take twice as many.
     temperature: float | None = None  # Of the survivors without labels. Default: 4 for the large network, 2 else.
@@ -113,14 +101,13 @@ def main(config: Config) -> None:
         config = replace(config, seeds=1, calibration=min(config.calibration, 2000), surrogate_epochs=60, **small)
     data = config.load() if set(config.networks) - {"surrogate"} else None
     problems = [PROBLEMS[chosen](config, data) for chosen in config.networks]
-    name = data.name if data else problems[0].task.data.name
-    folder = config.output or Path("results") / f"frontier-{name.lower()}"
-    facts = {"data": name, "data_sha256": results.digest(data or ()), "output": folder}
+    data = data or problems[0].task.data
+    folder = config.output or Path("results") / f"frontier-{data.name.lower()}"
     measures = [measure for problem in problems for measure in (*problem.task.measures, "seconds")]
     columns = ["data", "layers", "method", "sparsity", "seed", "phase", *dict.fromkeys(measures)]
 
     tables, panels = [], []
-    with results.opened(folder, config, **facts) as rows, report.progress() as bar:
+    with results.opened(folder, config, data) as rows, report.progress() as bar:
         rows.columns = rows.columns or columns
         for problem in problems:
             passes = bar.track(range(problem.epochs), description=f"{problem.name}: training")
@@ -128,13 +115,15 @@ def main(config: Config) -> None:
             params = results.trained(folder, problem.name, sweep.train_seeds, task, *training)
 
             save, where = config.save and config.save / problem.name, {"data": task.data.name, "layers": problem.name}
-            kept = results.Folder(save, problem.activation, task, config, **facts) if save else None
-            table = sweep.Table(rows, bar, where, kept, f"{problem.name}: ")
-            sweep.timed(task, params, methods(problem, config), problem.sparsities, config.seeds, table)
+            kept = results.Folder(save, problem.activation, task, config) if save else None
+            table, compared = sweep.Table(rows, bar, where, kept, f"{problem.name}: "), methods(problem, config)
+            left = table.left(compared, problem.sparsities, config.seeds)
+            for found in sweep.timed(task, params, compared, left):
+                table.add(*found)
 
-            frame, shown = rows.frame().query("layers == @problem.name"), MEASURES[problem.metric]
+            frame, shown = rows.frame().query("layers == @problem.name"), task.measures
             title = f"{where['data']}, MLP {problem.name}, {config.seeds} seeds, no fine-tuning"
-            tables += [report.table(frame, shown | report.SECONDS, title)] + ([report.sizes(kept)] if kept else [])
+            tables += [report.table(frame, shown | sweep.SECONDS, title)] + ([report.sizes(kept)] if kept else [])
             panels += report.panels(frame, *next(iter(shown.items())), f"{where['data']}, {problem.name}")
     report.figure([panels], f"pruned without fine-tuning, {config.seeds} seeds", folder / "frontier.png")
     report.console().print(*tables, f"results.csv, config.json and frontier.png are in {folder}/")
@@ -159,7 +148,9 @@ def _modest(config: Config, data: Dataset) -> Problem:
 def _classifier(config: Config, data: Dataset, hidden: tuple[int, ...], *how: Any) -> Problem:
     features, name = flags.widths(data, hidden)
     mlp = networks.MLP(features, nn.relu)
-    task = sweep.Task(networks.from_linen(mlp), data, sweep.cross_entropy, sweep.CLASSIFIER_MEASURES)
+    loss, accuracy = sweep.CLASSIFIER_MEASURES.values()
+    measures = {"test_accuracy": accuracy._replace(lowest=80.0), "test_loss": loss}
+    task = sweep.Task(networks.from_linen(mlp), data, sweep.cross_entropy, measures)
     return Problem(name, "relu", mlp, task, "fisher", config.sparsities, *how)
 
 
@@ -167,10 +158,8 @@ def _surrogate(config: Config, _data: Dataset | None) -> Problem:
     """2-64-64-64-1 with tanh on the noise-free solution of diffusion-sorption."""
     data = diffusion_sorption.load(noise=0.0, cells=256, times=101, initial_concentration=0.1)
     mlp = networks.MLP((64, 64, 64, 1), jnp.tanh)
-    measures = {
-        "test_error": lambda outputs, targets: jnp.linalg.norm(outputs - targets) / jnp.linalg.norm(targets),
-        "test_loss": lambda outputs, targets: ((outputs - targets) ** 2).mean(),
-    }
+    relative = sweep.ERROR._replace(words="relative error", of=lambda y, u: jnp.linalg.norm(y - u) / jnp.linalg.norm(u))
+    measures = {"test_error": relative, "test_loss": sweep.ERROR}
     data = hold_out(data) if config.validation else data
     task = sweep.Task(networks.from_linen(mlp), data, optax.squared_error, measures, batch_size=256)
     survivors = repair.Survivors(products=config.products or 30)

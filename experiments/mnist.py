@@ -49,9 +49,8 @@ def main(config: Config) -> None:
     task = sweep.Task(networks.from_linen(mlp), data, sweep.cross_entropy, sweep.CLASSIFIER_MEASURES, config.batch_size)
 
     folder = config.output or Path("results") / data.name.lower()
-    facts = {"data": data.name, "data_sha256": results.digest(data), "layers": layers, "output": folder}
-    kept = results.Folder(config.save, config.activation, task, config, **facts) if config.save else None
-    with results.opened(folder, config, **facts) as rows, report.progress() as bar:
+    kept = results.Folder(config.save, config.activation, task, config, layers=layers) if config.save else None
+    with results.opened(folder, config, data, layers=layers) as rows, report.progress() as bar:
         optimizer = sweep.decaying_adam(task, config.learning_rate, epochs)
         passes = bar.track(range(epochs), description="training")
         params = results.trained(folder, layers, sweep.train_seeds, task, mlp, config.seeds, optimizer, passes)
@@ -59,14 +58,18 @@ def main(config: Config) -> None:
         inputs, labels = (jnp.asarray(array[: config.calibration]) for array in data[1:3])
         few = inputs[: config.nonlinear_calibration]
         compared = criteria(task.network, inputs, labels, few, task.loss, config.metric)
+
+        table, last = sweep.Table(rows, bar, {"data": data.name}, kept), sweep.FINE_TUNED if tuning else sweep.PRUNED
+        left = table.left(config.methods, config.sparsities, config.seeds, last)
         optimizer = sweep.decaying_adam(task, config.learning_rate, tuning)
-        sweep.one_shot(task, params, config, compared, optimizer, sweep.Table(rows, bar, {"data": data.name}, kept))
+        for found in sweep.one_shot(task, params, compared, left, optimizer, tuning):
+            table.add(*found)
 
     title = f"{data.name}, MLP {layers}, {config.activation}, {config.seeds} seeds"
-    for column, measure in report.CLASSIFIER_MEASURES.items():
+    for column, measure in sweep.CLASSIFIER_MEASURES.items():
         panels = report.panels(rows.frame(), column, measure)
         report.figure([panels], title, folder / f"{column.removeprefix('test_')}.png")
-    tables = [report.table(rows.frame(), report.CLASSIFIER_MEASURES, title)] + ([report.sizes(kept)] if kept else [])
+    tables = [report.table(rows.frame(), sweep.CLASSIFIER_MEASURES, title)] + ([report.sizes(kept)] if kept else [])
     report.console().print(*tables, f"results.csv, config.json, loss.png and accuracy.png are in {folder}/")
 
 

@@ -18,7 +18,7 @@ from experiments import flags, report, results, sweep
 
 NETWORKS = {"relu": (300, 100), "tanh": (128, 64)}
 AXIS = "fraction of hidden neurons removed"
-MEASURES = {name: measure._replace(axis=AXIS) for name, measure in report.CLASSIFIER_MEASURES.items()}
+MEASURES = {name: measure._replace(axis=AXIS) for name, measure in sweep.CLASSIFIER_MEASURES.items()}
 
 
 @dataclass(frozen=True)
@@ -51,23 +51,24 @@ def main(config: Config) -> None:
     epochs = config.epochs or (10 if len(data.train_inputs) >= 10_000 else 60)
     inputs = jnp.asarray(data.train_inputs[: config.calibration])
     folder = config.output or Path("results") / f"neurons-{data.name.lower()}"
-    facts = {"data": data.name, "data_sha256": results.digest(data), "output": folder}
     tables, panels = [], []
-    with results.opened(folder, config, **facts) as rows, report.progress() as bar:
+    with results.opened(folder, config, data) as rows, report.progress() as bar:
         for activation, hidden in NETWORKS.items():
             features, layers = flags.widths(data, hidden)
             mlp = networks.MLP(features, results.ACTIVATIONS[activation][0])
-            task = sweep.Task(networks.from_linen(mlp), data, sweep.cross_entropy, sweep.CLASSIFIER_MEASURES)
+            task = sweep.Task(networks.from_linen(mlp), data, sweep.cross_entropy, MEASURES)
             training = mlp, config.seeds, optax.adam(1e-3), bar.track(range(epochs), description=f"{layers}: training")
             params = results.trained(folder, layers, sweep.train_seeds, task, *training)
 
             compared = methods(task.network, inputs, config.stages)
             table = sweep.Table(rows, bar, {"data": data.name, "layers": layers}, name=f"{layers}: ")
-            sweep.timed(task, params, compared, config.fractions, config.seeds, table)
+            left = table.left(compared, config.fractions, config.seeds)
+            for found in sweep.timed(task, params, compared, left):
+                table.add(*found)
 
             frame = rows.frame().query("layers == @layers")
             title = f"{data.name}, MLP {layers}, {activation}, {config.seeds} seeds, sparsity of neurons"
-            tables.append(report.table(frame, MEASURES | report.SECONDS, title))
+            tables.append(report.table(frame, MEASURES | sweep.SECONDS, title))
             panels += report.panels(frame, "test_accuracy", MEASURES["test_accuracy"], f"{layers}, {activation}")
 
     title = f"{data.name}, hidden neurons removed without fine-tuning, {config.seeds} seeds"

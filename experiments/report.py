@@ -3,7 +3,6 @@
 import itertools
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,7 +14,7 @@ from rich.table import Column, Table
 
 from experiments.methods import METHODS, label
 from experiments.results import Folder
-from experiments.sweep import DENSE, FINE_TUNED, PRUNED, SMALL, TRAINED
+from experiments.sweep import DENSE, FINE_TUNED, PRUNED, SMALL, TRAINED, Measure
 
 # Okabe and Ito's palette, told apart by the colour-blind; the markers say the same again. Each method keeps its own.
 COLOURS = ("#999999", "#E69F00", "#CC79A7", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#882255")
@@ -23,25 +22,6 @@ MARKERS = "xsvDo^P*"
 _PALETTE = tuple(zip(COLOURS, MARKERS, strict=True))
 _STYLES = dict(zip(METHODS, itertools.cycle(_PALETTE), strict=False)) | {SMALL: ("black", "*")}
 _PHASES = {PRUNED: "after pruning", FINE_TUNED: "after pruning and fine-tuning"}
-_WIDTH = 11  # inches at most, so that the letters can be read where a page shows the figure 800 pixels wide
-
-
-class Measure(NamedTuple):
-    """How a column is shown: words, number format, a factor, a logarithmic axis or not, its lower end and its label."""
-
-    words: str
-    number: str
-    factor: float = 1.0
-    logarithmic: bool = False
-    lowest: float | None = None
-    axis: str = "fraction of weights removed"
-
-
-CLASSIFIER_MEASURES = {
-    "test_loss": Measure("loss", ".4f", logarithmic=True),
-    "test_accuracy": Measure("accuracy (%)", ".2f", factor=100.0),
-}
-SECONDS = {"seconds": Measure("seconds", ".1f")}
 
 
 def progress() -> Progress:
@@ -55,7 +35,7 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 150)
 
 
-def table(frame: pd.DataFrame, measures: dict[Any, Measure], title: str) -> Table:
+def table(frame: pd.DataFrame, measures: dict[str | float, Measure], title: str) -> Table:
     """Mean ± standard deviation over seeds, a line for each method and sparsity, the dense network first."""
     phases = [phase for phase in _PHASES if phase in set(frame["phase"])]
     shown = list(itertools.product(measures.items(), phases))
@@ -80,19 +60,20 @@ def sizes(kept: Folder) -> Table:
     """What the saved networks of the highest sparsity take."""
     frame = kept.rows.frame().query("sparsity == sparsity.max()")
     title = f"sparsity {frame['sparsity'].iloc[0]:g}; every network and report.csv are in {kept.path}/"
-    columns = {"method": ("{}", frame["method"]), "form": ("{}", frame["name"] + ", " + frame["runtime"])}
-    words = {"microseconds_batch_1": "µs, batch 1", "microseconds_batch_256": "µs, 256", "nonzeros": "non-zeros"}
-    for name in ("parameters", "nonzeros", "bytes", "multiply_adds", "microseconds_batch_1", "microseconds_batch_256"):
-        columns[words.get(name, name.replace("_", "-"))] = "{:,.0f}", frame[name]
-    return plain(title, columns, texts=2)
+    names = ["parameters", "non-zeros", "bytes", "multiply-adds", "µs, batch 1", "µs, 256"]
+    renamed = dict(zip(frame.columns[-len(names) :], names, strict=True))
+    frame = frame.assign(form=frame["name"] + ", " + frame["runtime"]).rename(columns=renamed)
+    return plain(title, frame, {"method": "{}", "form": "{}"} | dict.fromkeys(names, "{:,.0f}"))
 
 
-def plain(title: str, columns: dict[str, tuple[str, pd.Series]], texts: int = 1) -> Table:
-    """A table of columns, each a format and its values; so many of them, the first, are of text."""
-    headers = (Column(name, justify="left" if i < texts else "right") for i, name in enumerate(columns))
-    result = Table(*headers, title=title)
-    for row in zip(*(values.map(text.format, "ignore").fillna("") for text, values in columns.values()), strict=True):
-        result.add_row(*row)
+def plain(title: str, frame: pd.DataFrame, formats: dict[str, str]) -> Table:
+    """A table of some columns, each with its format; what is not there stays empty."""
+    frame = frame[list(formats)]
+    numbers = frame.select_dtypes("number").columns
+    result = Table(*(Column(name, justify="right" if name in numbers else "left") for name in frame), title=title)
+    for row in frame.itertuples(index=False):
+        cells = zip(formats.values(), row, strict=True)
+        result.add_row(*("" if pd.isna(value) else text.format(value) for text, value in cells))
     return result
 
 
@@ -111,7 +92,8 @@ def panels(frame: pd.DataFrame, column: str, measure: Measure, title: str = "{ph
 def figure(grid: list[list[Panel]], title: str, path: Path) -> None:
     """Rows of panels of curves against sparsity, with one legend below."""
     rows, columns = len(grid), len(grid[0])
-    size = max(min(5.5, _WIDTH / columns) * columns, 7), (3.7 if columns < 3 else 3) * rows + 1
+    # At most 11 inches wide, so that the letters can be read where a page shows the figure 800 pixels wide.
+    size = max(min(5.5, 11 / columns) * columns, 7), (3.7 if columns < 3 else 3) * rows + 1
     canvas, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis, panel in zip(axes.ravel(), itertools.chain(*grid), strict=True):
         curves(axis, *panel)
@@ -120,7 +102,7 @@ def figure(grid: list[list[Panel]], title: str, path: Path) -> None:
     for before, axis in (pair for row in axes for pair in itertools.pairwise(row[::-1])):
         before.set_ylabel("" if before.get_ylabel() == axis.get_ylabel() else before.get_ylabel())
     canvas.suptitle(title)
-    save(canvas, path)
+    save(canvas, path, ncols=3 if columns == 1 else 4)
 
 
 def save(canvas: plt.Figure, path: Path, ncols: int = 4) -> None:

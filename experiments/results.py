@@ -35,8 +35,7 @@ _RESUMES = "Finished rows are written at once: started again with the same flags
 
 def command(config: type, main: Callable[[Any], None], description: str) -> None:
     """Runs an experiment with the flags of the command line; if it is stopped, says what is saved and how to go on."""
-    spec = sys.modules["__main__"].__spec__
-    prog = f"python -m {spec.name if spec else main.__module__}"
+    prog = f"python -m experiments.{Path(sys.argv[0]).stem}"
     try:
         main(tyro.cli(config, prog=prog, description=f"{description}\n{_RESUMES}"))
     except (KeyboardInterrupt, OSError) as stop:
@@ -76,16 +75,9 @@ class Rows:
                 )
             self._rows.append(dict(zip(self.columns, cells, strict=True)))
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
     def count(self, **keys: Any) -> int:
-        """How many finished rows have these values in these columns."""
+        """How many finished rows have these values in these columns; without any, how many there are."""
         return sum(all(row.get(name) == value for name, value in keys.items()) for row in self._rows)
-
-    def has(self, **keys: Any) -> bool:
-        """Whether a finished row has these values in these columns."""
-        return self.count(**keys) > 0
 
     def add(self, row: dict[str, Any]) -> None:
         """Appends a finished row, which is on disk when this returns; the first of all names the columns."""
@@ -116,23 +108,25 @@ def _number(cell: str) -> int | float | str:
 
 
 @contextlib.contextmanager
-def opened(folder: Path, config: Any, **facts: Any) -> Iterator[Rows]:
+def opened(folder: Path, config: Any, data: Sequence[Any] = (), **facts: Any) -> Iterator[Rows]:
     """The rows in ``results.csv`` of a folder that belongs to this configuration (see ``claim``)."""
-    claim(folder, config, **facts)
+    claim(folder, config, data, **facts)
     rows = Rows(folder / "results.csv")
     try:
         yield rows
     except (KeyboardInterrupt, OSError) as stop:  # perhaps just after a row was written, so they are read again
-        stop.add_note(f"{len(Rows(rows.path))} rows are saved in {rows.path}")
+        stop.add_note(f"{Rows(rows.path).count()} rows are saved in {rows.path}")
         raise
 
 
-def claim(folder: Path, config: Any, **facts: Any) -> None:
-    """Makes a folder that of one configuration: writes flags and facts to ``config.json``, or compares with it.
+def claim(folder: Path, config: Any, data: Sequence[Any] = (), **facts: Any) -> None:
+    """Makes a folder that of one configuration: writes flags, data and facts to ``config.json``, or compares with it.
 
     A folder that cannot be written to, has no room, or belongs to another configuration is a SystemExit.
     """
-    facts |= {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
+    arrays = b"".join(f"{array.dtype} {array.shape} ".encode() + array.tobytes() for array in data[1:])
+    facts |= {"data": data[0], "data_sha256": hashlib.sha256(arrays).hexdigest()[:16]} if data else {}
+    facts |= {"output": folder, "python": platform.python_version(), "device": jax.devices()[0].device_kind}
     facts |= {f"{package} version": importlib.metadata.version(package) for package in _PACKAGES}
     text = json.dumps(vars(config) | facts, indent=2, default=str) + "\n"
     path, partial, now = folder / "config.json", folder / ".config.json", json.loads(text)
@@ -163,12 +157,6 @@ def claim(folder: Path, config: Any, **facts: Any) -> None:
         raise SystemExit(f"{folder} holds another run: {'; '.join(differing)}. {_ELSEWHERE}")
 
 
-def digest(data: Sequence[Any]) -> str:
-    """Tells data sets apart: the beginning of the SHA-256 of their arrays, which come after the name."""
-    content = b"".join(f"{array.dtype} {array.shape} ".encode() + array.tobytes() for array in data[1:])
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
 def trained(folder: Path, name: str, train: Callable[..., Params], *arguments: Any) -> Params:
     """What ``train(*arguments)`` gives, or gave to an earlier start, bit for bit."""
     path = folder / "trained" / f"{name}.safetensors"
@@ -196,27 +184,21 @@ class Folder:
 
     def __init__(self, path: Path, activation: str, task: Any, config: Any, **facts: Any):
         """Goes on where an earlier start with the same configuration was (see ``claim``)."""
-        claim(path, config, **facts)
+        claim(path, config, task.data, **facts)
         self.path, self.activation, self.rows = path, activation, Rows(path / "report.csv")
         self.network, self.inputs = task.network, jnp.asarray(task.data.train_inputs[:256])
 
-    def has(self, method: str, sparsity: float, seed: int) -> bool:
-        """Whether a network is saved, and reported if it is the first."""
-        last = {"method": method, "sparsity": sparsity, "name": "sparse", "runtime": "NumPy"}
-        return self._place(method, sparsity, seed).exists() and (seed > 0 or self.rows.has(**last))
-
     def add(self, params: Params, method: str, sparsity: float, seed: int) -> None:
-        """Saves a network, and measures it if it is the first of its method and sparsity."""
-        jax_form, numpy_form = ACTIVATIONS[self.activation]
-        smaller, small = compact.compact(self.network, params, self.inputs)
-        compact.save(self._place(method, sparsity, seed), small, network=smaller, inputs=self.inputs)
-        if seed or self.has(method, sparsity, seed):
-            return
-        for form in compact.report(self.network, params, self.inputs, jax_form, numpy_activation=numpy_form):
+        """Measures a network if it is the first of its method and sparsity, and saves it then."""
+        network, inputs, (activation, by_numpy) = self.network, self.inputs, ACTIVATIONS[self.activation]
+        for form in compact.report(network, params, inputs, activation, numpy_activation=by_numpy) if not seed else ():
             row = {"method": method, "sparsity": sparsity, "seed": seed} | form._asdict()
             times = {f"microseconds_batch_{batch}": 1e6 * seconds for batch, seconds in row.pop("seconds").items()}
-            if not self.rows.has(method=method, sparsity=sparsity, name=form.name, runtime=form.runtime):
+            if not self.rows.count(method=method, sparsity=sparsity, name=form.name, runtime=form.runtime):
                 self.rows.add(row | times)
+        smaller, small = compact.compact(network, params, inputs)
+        compact.save(self.place(method, sparsity, seed), small, network=smaller, inputs=inputs)
 
-    def _place(self, method: str, sparsity: float, seed: int) -> Path:
+    def place(self, method: str, sparsity: float, seed: int) -> Path:
+        """The file of a network, which is there when all else that belongs to it is."""
         return self.path / f"{method.replace(' ', '-').replace(',', '')}-{sparsity:g}-{seed}.safetensors"

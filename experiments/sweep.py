@@ -1,9 +1,9 @@
-"""Methods × sparsities × seeds, whose rows are kept as they are found: all seeds under one ``vmap``, or one by one."""
+"""Methods × sparsities × seeds, which yield finished rows: all seeds under one ``vmap``, or one network at a time."""
 
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,38 +13,54 @@ import optax
 from rich.progress import Progress
 
 from ecjax import networks, prune, train
-from ecjax.networks import Network, Params
+from ecjax.networks import Params
 from experiments.datasets import Dataset
 from experiments.methods import label
 from experiments.results import Folder, Rows
 
 DENSE, SMALL = "dense", "small dense"
 TRAINED, PRUNED, FINE_TUNED = "trained", "pruned", "fine-tuned"
-_KEYS = ("data", "layers", "noise", "method", "sparsity", "seed", "phase")  # of a row; the other columns are measured
 Row = dict[str, Any]
+Found = tuple[list[Row], Params]  # the finished rows of one network, and the network
+Case = tuple[str, float, int]  # method, sparsity and seed
 Methods = Mapping[str, Callable[[Any, float], prune.Pruned]]
 
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-# What a classifier is judged by, on logits and labels.
+
+
+class Measure(NamedTuple):
+    """A column: its words, number format and function of outputs and targets; how figures show it."""
+
+    words: str
+    number: str
+    of: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    factor: float = 1.0
+    logarithmic: bool = False
+    lowest: float | None = None  # end of the axis
+    axis: str = "fraction of weights removed"  # what it is shown against
+
+
 CLASSIFIER_MEASURES = {
-    "test_loss": lambda logits, labels: cross_entropy(logits, labels).mean(),
-    "test_accuracy": lambda logits, labels: (logits.argmax(-1) == labels).mean(),
+    "test_loss": Measure("loss", ".4f", lambda z, labels: cross_entropy(z, labels).mean(), logarithmic=True),
+    "test_accuracy": Measure("accuracy (%)", ".2f", lambda z, labels: (z.argmax(-1) == labels).mean(), factor=100.0),
 }
+SECONDS = {"seconds": Measure("seconds", ".2f")}
+ERROR = Measure("mean squared error", ".1e", lambda y, targets: ((y - targets) ** 2).mean(), logarithmic=True)
 
 
 class Task(NamedTuple):
-    """What is learnt, and how it is judged: ``measures`` are the columns, numbers from outputs and targets."""
+    """What is learnt, and how it is judged."""
 
-    network: Network
+    network: networks.Network
     data: Dataset
     loss: train.Loss
-    measures: dict[str, Callable[[jax.Array, jax.Array], jax.Array]]
+    measures: dict[str, Measure]  # the columns
     batch_size: int = 128
 
 
 @dataclass
 class Table:
-    """Where the rows of a sweep go: all rows, a progress bar, the columns these share, and a folder for networks."""
+    """Where finished rows go: all rows, a progress bar, the columns that these share, and a folder for networks."""
 
     rows: Rows
     bar: Progress
@@ -52,22 +68,29 @@ class Table:
     kept: Folder | None = None
     name: str = ""  # at the progress bar, before each method's
 
+    def left(self, methods: Iterable[str], sparsities: Iterable[float], seeds: int, phase: str = PRUNED) -> list[Case]:
+        """The cases without a finished row of a phase, or a saved network if it is to be; all go to the bar."""
+        cases = list(itertools.product(methods, sparsities, range(seeds)))
+        left = [case for case in cases if not self.has(*case, phase)]
+        self.step = self.bar.add_task(self.name, total=len(cases), completed=len(cases) - len(left))
+        return left
+
     def has(self, method: str, sparsity: float, seed: int, phase: str) -> bool:
         """Whether a row is finished, and its network saved if it is to be."""
-        key = {"method": method, "sparsity": sparsity, "seed": seed}
-        return (self.kept is None or self.kept.has(**key)) and self.rows.has(**self.shared, **key, phase=phase)
+        saved = self.kept is None or self.kept.place(method, sparsity, seed).exists()
+        return saved and self.rows.count(**self.shared, method=method, sparsity=sparsity, seed=seed, phase=phase) > 0
 
-    def expect(self, total: int) -> None:
-        """Shows how many rows of all there are, from now on."""
-        self.step = self.bar.add_task(self.name, total=total, completed=self.rows.count(**self.shared))
-
-    def add(self, found: Iterable[Row]) -> None:
-        """Keeps rows, unless they are there already."""
-        for row in (self.shared | row for row in found):
-            if not self.rows.has(**{key: value for key, value in row.items() if key in _KEYS}):
-                self.rows.add(row)
-            words = f"{self.name}{label(row['method'])}, {row['sparsity']:g}"
-            self.bar.update(self.step, description=words, completed=self.rows.count(**self.shared))
+    def add(self, found: list[Row], params: Params) -> None:
+        """Keeps the rows of one network that are not there already, and the network if it was pruned."""
+        for row in found:
+            key = {name: row[name] for name in ("method", "sparsity", "seed")}
+            if not self.rows.count(**self.shared, **key, phase=row["phase"]):
+                self.rows.add(self.shared | row)
+        pruned = row["phase"] != TRAINED
+        if self.kept and pruned:
+            self.kept.add(params, **key)
+        words = f"{self.name}{label(row['method'])}, {row['sparsity']:g}"
+        self.bar.update(self.step, description=words, advance=pruned)
 
 
 def decaying_adam(task: Task, learning_rate: float, epochs: int) -> optax.GradientTransformation:
@@ -78,35 +101,35 @@ def decaying_adam(task: Task, learning_rate: float, epochs: int) -> optax.Gradie
 
 def train_seeds(task: Task, mlp: networks.MLP, seeds: int, optimizer, epochs: Iterable[int]) -> Params:
     """Trains one network for each seed, side by side; the params come stacked along a leading axis."""
-    keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
     first = jnp.asarray(task.data.train_inputs[:1])
-    params = jax.vmap(lambda key: mlp.init(key, first)["params"])(keys)
-    shuffles = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
-    return _fit(task, params, None, shuffles, optimizer, epochs)
+
+    def start(key):
+        return train.start(mlp.init(key, first)["params"], optimizer, jax.random.fold_in(key, 1))
+
+    return _fit(task, jax.vmap(start)(_keys(seeds)), None, optimizer, epochs)
 
 
 def fine_tune(task: Task, pruned: prune.Pruned, optimizer: optax.GradientTransformation, epochs: int) -> Params:
     """Trains pruned networks of every seed, stacked along a leading axis, and keeps their zeros."""
-    keys = jax.vmap(jax.random.key)(jnp.arange(len(jax.tree.leaves(pruned.params)[0])))
-    return _fit(task, pruned.params, pruned.masks, keys, optimizer, range(epochs))
+    keys = _keys(len(jax.tree.leaves(pruned.params)[0]))
+    state = jax.vmap(lambda params, key: train.start(params, optimizer, key))(pruned.params, keys)
+    return _fit(task, state, pruned.masks, optimizer, range(epochs))
 
 
-def _fit(task, params, masks, keys, optimizer, epochs) -> Params:
-    inputs, targets = jnp.asarray(task.data.train_inputs), jnp.asarray(task.data.train_targets)
-    state = jax.vmap(lambda params, key: train.start(params, optimizer, key))(params, keys)
+def _fit(task, state, masks, optimizer, epochs) -> Params:
+    inputs, targets = map(jnp.asarray, task.data[1:3])
+    options = {"optimizer": optimizer, "batch_size": task.batch_size}
+
+    def epoch(state, masks):
+        return train.epoch(task.network, state, inputs, targets, task.loss, masks=masks, **options)[0]
+
     for _ in epochs:
-        state = _epoch(task.network, state, masks, inputs, targets, task.loss, optimizer, task.batch_size)
-        jax.block_until_ready(state)
+        state = jax.block_until_ready(jax.vmap(epoch)(state, masks))
     return state.params
 
 
-@functools.partial(jax.jit, static_argnames=("network", "loss", "optimizer", "batch_size"))
-def _epoch(network, state, masks, inputs, targets, loss, optimizer, batch_size):
-    def one_seed(state, masks):
-        options = {"optimizer": optimizer, "batch_size": batch_size, "masks": masks}
-        return train.epoch(network, state, inputs, targets, loss, **options)[0]
-
-    return jax.vmap(one_seed)(state, masks)
+def _keys(seeds: int) -> jax.Array:
+    return jax.vmap(jax.random.key)(jnp.arange(seeds))
 
 
 def one_seed(params: Params, seed: int) -> Params:
@@ -117,7 +140,7 @@ def one_seed(params: Params, seed: int) -> Params:
 def measure(task: Task, params: Params, method: str, sparsity: float, phase: str) -> list[Row]:
     """A row for each of the networks stacked along the leading axis of ``params``, which are numbered as seeds."""
     tests = task.data.test_inputs, task.data.test_targets
-    measured = _measure(task.network, params, *tests, tuple(task.measures.values()))
+    measured = _measure(task.network, params, *tests, tuple(measure.of for measure in task.measures.values()))
     return [
         {"method": method, "sparsity": sparsity, "seed": seed, "phase": phase}
         | dict(zip(task.measures, map(float, values), strict=True))
@@ -131,45 +154,42 @@ def _measure(network, params, inputs, targets, measures):
     return [jax.vmap(measure, in_axes=(0, None))(outputs, targets) for measure in measures]
 
 
-def one_shot(task: Task, params: Params, config: Any, criteria, optimizer, table: Table) -> None:
-    """Prunes the networks of every seed, stacked along a leading axis, and fine-tunes them; what is there is left out.
+def unpruned(task: Task, params: Params, method: str = DENSE, sparsity: float = 0.0, **others: Any) -> Iterator[Found]:
+    """Yields what is found for networks as they were trained, stacked along a leading axis."""
+    for seed, row in enumerate(measure(task, params, method, sparsity, TRAINED)):
+        yield [row | others], one_seed(params, seed)
 
-    The flags say by which criteria, to which sparsities, and for how many epochs.
+
+def one_shot(task: Task, params: Params, criteria, left: list[Case], optimizer, epochs: int) -> Iterator[Found]:
+    """Prunes the networks of every seed, stacked along a leading axis, and fine-tunes them for so many epochs.
+
+    Yields what is found for each dense network, and for each case that is left.
     """
-    seeds, epochs = range(len(jax.tree.leaves(params)[0])), config.fine_tuning_epochs
-    keys = jax.vmap(jax.random.key)(jnp.arange(len(seeds)))
     prune_seeds = jax.jit(jax.vmap(prune.one_shot, in_axes=(0, 0, None)))
-    last, phases = (FINE_TUNED, 2) if epochs else (PRUNED, 1)
-    table.expect(len(seeds) * (1 + len(config.methods) * len(config.sparsities) * phases))
-    table.add(measure(task, params, DENSE, 0.0, TRAINED))
-    for method in config.methods:
-        left = [s for s in config.sparsities if not all(table.has(method, s, seed, last) for seed in seeds)]
-        if left:
-            scores = jax.jit(jax.vmap(criteria[method]))(params, keys)
-        for sparsity in left:
+    yield from unpruned(task, params)
+    for method, of_method in itertools.groupby(left, lambda case: case[0]):
+        scores = jax.jit(jax.vmap(criteria[method]))(params, _keys(len(jax.tree.leaves(params)[0])))
+        for sparsity, cases in itertools.groupby(of_method, lambda case: case[1]):
             pruned = prune_seeds(params, scores, jnp.float32(sparsity))
-            final, found = pruned.params, measure(task, pruned.params, method, sparsity, PRUNED)
+            final, rows = pruned.params, [measure(task, pruned.params, method, sparsity, PRUNED)]
             if epochs:
                 final = fine_tune(task, pruned, optimizer, epochs)
-                found += measure(task, final, method, sparsity, FINE_TUNED)
-            for seed in seeds if table.kept else ():
-                table.kept.add(one_seed(final, seed), method, sparsity, seed)
-            table.add(found)
+                rows.append(measure(task, final, method, sparsity, FINE_TUNED))
+            for *_, seed in cases:
+                yield [row[seed] for row in rows], one_seed(final, seed)
 
 
-def timed(task: Task, params: Params, methods: Methods, sparsities, seeds: int, table: Table, seen=None) -> None:
-    """Prunes one network at a time, and takes the seconds, compilation aside; what is there is left out.
+def timed(task: Task, params: Params, methods: Methods, left: list[Case], seen=None) -> Iterator[Found]:
+    """Prunes one network at a time, and takes the seconds, compilation aside.
 
-    The methods get the params of a seed, or what ``seen`` gives for it, and a sparsity.
+    Yields what is found for each dense network, and for each case that is left. The methods get the params of a seed,
+    or what ``seen`` gives for it, and a sparsity.
     """
-    seen = seen or functools.partial(one_seed, params)
-    dense, compiled = measure(task, params, DENSE, 0.0, TRAINED), set()
-    table.expect(len(dense) + seeds * len(methods) * len(sparsities))
-    table.add(row | {"seconds": None} for row in dense)
-    for seed in range(seeds):
-        left = [key for key in itertools.product(methods, sparsities) if not table.has(*key, seed, PRUNED)]
-        given = seen(seed) if left else None
-        for method, sparsity in left:
+    seen, compiled = seen or functools.partial(one_seed, params), set()
+    yield from unpruned(task, params, seconds=None)
+    for seed, cases in itertools.groupby(sorted(left, key=lambda case: case[2]), lambda case: case[2]):
+        given = seen(seed)
+        for method, sparsity, _ in cases:
             if method not in compiled:
                 jax.block_until_ready(methods[method](given, sparsity))
                 compiled.add(method)
@@ -177,6 +197,4 @@ def timed(task: Task, params: Params, methods: Methods, sparsities, seeds: int, 
             pruned = jax.block_until_ready(methods[method](given, sparsity))
             seconds = time.perf_counter() - start
             (row,) = measure(task, jax.tree.map(lambda leaf: leaf[None], pruned.params), method, sparsity, PRUNED)
-            if table.kept:
-                table.kept.add(pruned.params, method, sparsity, seed)
-            table.add([row | {"seed": seed, "seconds": seconds}])
+            yield [row | {"seed": seed, "seconds": seconds}], pruned.params

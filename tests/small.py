@@ -57,7 +57,7 @@ def main(stop: str, rows: str, name: str, *flags: str) -> None:
 
     def add_and_stop(table, row):
         add(table, row)
-        if len(table) >= int(rows):
+        if table.count() >= int(rows):
             os.kill(os.getpid(), signal.Signals[stop])
 
     results.Rows.add = add_and_stop

@@ -21,9 +21,7 @@ FREUNDLICH_K, FREUNDLICH_EXPONENT = 3.5e-4, 0.874
 LAST_TIME = 500.0
 
 
-def load(
-    *, noise: float, cells: int = 256, times: int = 101, initial_concentration: float = 0.1, seed: int = 0
-) -> Dataset:
+def load(*, noise: float, cells: int, times: int, initial_concentration: float, seed: int = 0) -> Dataset:
     """Points (x, t), evenly spaced, scaled to [0, 1]: 80 % with u + U(−noise, noise) to train on, the others with u."""
     places, instants, exact = grid(cells, times, initial_concentration)
     x, t = np.meshgrid(places, instants / LAST_TIME)

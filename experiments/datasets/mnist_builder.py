@@ -30,8 +30,8 @@ class MnistIdx(tfds.core.GeneratorBasedBuilder):
         test_labels, labels, test_images, images = (mnist.read(self._folder, name) for name in mnist.FILES)
         for name in mnist.FILES:
             shutil.copy(mnist.find(self._folder, name), self.data_path)  # another folder's name until all is prepared
-        train, test = self._generate_examples(images, labels), self._generate_examples(test_images, test_labels)
-        return {"train": train, "test": test}
+        examples = self._generate_examples
+        return {"train": examples(images, labels), "test": examples(test_images, test_labels)}
 
     def _generate_examples(self, images, labels):
         for index, (image, label) in enumerate(zip(images, labels, strict=True)):
