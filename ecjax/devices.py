@@ -71,8 +71,8 @@ def shard_samples(array: Shaped[Array | np.ndarray, "samples ..."], mesh: Mesh) 
 def shard_params(network: Network, params: Params, inputs: Inputs | jax.ShapeDtypeStruct, mesh: Mesh) -> Params:
     """Params with the neurons of each layer, an axis of its kernel and of its bias, spread over the axis "model".
 
-    Which axes of a leaf are neurons is read from the network. A layer whose neurons can't be shared out equally is on all
-    devices, as is every leaf that is no kernel or bias.
+    Which axes of a leaf are neurons is read from the network. A layer whose neurons can't be shared out equally is on
+    all devices, as is every leaf that is no kernel or bias.
 
     Args:
         params: the same on every process.

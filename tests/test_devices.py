@@ -131,18 +131,29 @@ def test_no_samples_travel_in_what_is_compiled():
     network = example().network
     assert _batches.blocks(inputs) == 8
     nothing = moments.start(network, params, inputs, metric="fisher")
-    of_moments = moments.stream._scan.lower(network, 16, 8, nothing, params, inputs, None, None, None)
+    placement = _batches.placement(inputs)
+    of_moments = moments.stream._scan.lower(network, 16, placement, nothing, params, inputs, None, None, None)
+
+    def at_two_positions(params, x):
+        return network(params, jnp.stack([x, 2 * x], 1)).sum(1)
+
+    seen = moments.start(at_two_positions, params, inputs)
+    of_positions = moments.stream._scan.lower(at_two_positions, 16, placement, seen, params, inputs, None, None, None)
     problem = gauss_newton.Problem(network, 8, 2, 16, 128)
     start = gauss_newton.start(params, 0.01)
     free = movable(repair.Biases(), networks.layers(network, params, inputs), params, _masks(params))
     rows = devices.shard_samples(jnp.log(jax.nn.one_hot(labels(), 4)), mesh(1))
     steps = gauss_newton.take_steps.lower(problem, metrics.Fisher(), start, free, inputs, rows, steps=1)
+    assert gathered(of_positions.compile()) == [
+        (1, FEATURES)
+    ]  # of the few samples that are looked at for ignored biases
     for lowered in (of_moments, steps):
         compiled = lowered.compile()
         assert "all-reduce" in compiled.as_text()  # the sums over devices
         assert gathered(compiled) == []
     # The same without what is known of the devices does gather: the test sees what it looks for.
-    blind = moments.stream._scan.lower(network, 16, 1, nothing, params, inputs, None, None, None).compile()
+    nowhere = _batches.Placement()
+    blind = moments.stream._scan.lower(network, 16, nowhere, nothing, params, inputs, None, None, None).compile()
     assert (1, SAMPLES, FEATURES) in gathered(blind)
 
 
