@@ -144,9 +144,8 @@ def test_no_samples_travel_in_what_is_compiled():
     free = movable(repair.Biases(), networks.layers(network, params, inputs), params, _masks(params))
     rows = devices.shard_samples(jnp.log(jax.nn.one_hot(labels(), 4)), mesh(1))
     steps = gauss_newton.take_steps.lower(problem, metrics.Fisher(), start, free, inputs, rows, steps=1)
-    assert gathered(of_positions.compile()) == [
-        (1, FEATURES)
-    ]  # of the few samples that are looked at for ignored biases
+    # Of the few samples at which ignored biases are looked for, those of other devices.
+    assert gathered(of_positions.compile()) == [(1, FEATURES)]
     for lowered in (of_moments, steps):
         compiled = lowered.compile()
         assert "all-reduce" in compiled.as_text()  # the sums over devices
