@@ -5,11 +5,14 @@ nothing of the size of samples by weights is made, and what the network scans or
 leave as the cotangent of zeros that stand in for them in the forward pass.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Shaped
 
+from ecjax.graph.convolutions import all_channels_last, channels_last, has_patches, kernel_gradient
 from ecjax.graph.evaluate import in_full, run
 from ecjax.graph.samples import Place
 from ecjax.graph.values import Product
@@ -28,7 +31,7 @@ def with_moments(equation, product: Product, operands: list[Array], given: tuple
     """
     side, (zeros, moves) = product.side, given
 
-    def multiply(other, kernel, run=run):
+    def multiply(other, kernel, run=channels_last):
         (result,) = run(equation, [other, kernel] if side else [kernel, other])
         return result
 
@@ -41,9 +44,18 @@ def with_moments(equation, product: Product, operands: list[Array], given: tuple
 
     def backward(kept, slope):
         other, kernel, moves = kept
-        (of_other,) = jax.linear_transpose(lambda other: multiply(other, kernel), other)(slope)
-        arrays = lax.stop_gradient((other, kernel, slope.astype(jnp.promote_types(slope.dtype, jnp.float32))))
-        found = _moments(lambda *operands: multiply(*operands, run=in_full), product, *arrays, moves)
+        pull = jax.linear_transpose(lambda other: multiply(other, kernel, run), other)
+        of_other = all_channels_last(lambda slope: pull(slope)[0])(slope)
+        whole = lambda array: array.astype(jnp.promote_types(array.dtype, jnp.float32))  # noqa: E731
+
+        def of_kernel(other, slope):
+            if has_patches(equation):
+                return kernel_gradient(equation, other, slope, kernel.shape)
+            like = jax.ShapeDtypeStruct(kernel.shape, whole(kernel).dtype)
+            pull = jax.linear_transpose(lambda kernel: multiply(other, kernel, in_full), like)
+            return all_channels_last(lambda slope: pull(slope)[0])(slope)
+
+        found = _moments(of_kernel, product, whole(other), kernel.shape, whole(slope), moves)
         found = jax.tree.map(lambda leaf, zero: leaf.reshape(zero.shape).astype(zero.dtype), found, zeros)
         return of_other, None, found, None
 
@@ -51,11 +63,11 @@ def with_moments(equation, product: Product, operands: list[Array], given: tuple
     return multiplied(operands[1 - side], operands[side], zeros, moves)
 
 
-def _moments(multiply, product: Product, other: Array, kernel: Array, slope: Array, moves: Array) -> LayerMoments:
-    """The moments of one batch."""
+def _moments(of_kernel, product: Product, other: Array, shape, slope: Array, moves: Array) -> LayerMoments:
+    """The moments of one batch, with the gradient of a sample by ``of_kernel`` where it has several rows."""
     stack, inputs, neurons = product.kernel
     order = (*stack, *inputs, *neurons)
-    sizes = tuple(_size(kernel, axes) for axes in product.kernel)
+    sizes = tuple(math.prod(shape[axis] for axis in axes) for axes in product.kernel)
     moves = moves.reshape(sizes[::2])
     slopes, others = _by_sample(slope, product.gives.samples), _by_sample(other, product.reads.samples)
     if product.reads.features and slopes[0].size == sizes[0] * sizes[2]:
@@ -64,11 +76,9 @@ def _moments(multiply, product: Product, other: Array, kernel: Array, slope: Arr
 
     def of_sample(seen: LayerMoments, sample) -> tuple[LayerMoments, None]:
         other, slope = sample
-        whole = jnp.promote_types(kernel.dtype, jnp.float32)
-        like = jax.ShapeDtypeStruct(kernel.shape, whole)
-        (gradient,) = jax.linear_transpose(lambda kernel: multiply(other, kernel), like)(slope)
         of_bias = _neurons_first(slope, product.gives, sizes[::2]).sum(-1)
-        return updated(seen, gradient.transpose(order).reshape(sizes), jnp.where(moves, of_bias, 0)), None
+        gradient = of_kernel(other, slope).transpose(order).reshape(sizes)
+        return updated(seen, gradient, jnp.where(moves, of_bias, 0)), None
 
     zero = jnp.zeros(sizes, slope.dtype)
     start = LayerMoments(zero[:, 0], zero, zero)
@@ -148,10 +158,3 @@ def _neurons_first(slope: Array, rows, sizes: tuple[int, int]) -> Float[Array, "
 def _rows(array: Array, rows, sizes: tuple[int, int]) -> Float[Array, "samples stack features"]:
     """Of every sample the one row of each member."""
     return jax.vmap(lambda sample: _neurons_first(sample, rows, sizes)[..., 0])(array)
-
-
-def _size(array: Array, axes: tuple[int, ...]) -> int:
-    size = 1
-    for axis in axes:
-        size *= array.shape[axis]
-    return size
