@@ -24,9 +24,8 @@ pytestmark = pytest.mark.usefixtures("float64")
 )
 def test_every_convolution(axes, groups, window, strides, dilations, padding, order):
     spatial = "HW"[:axes]
-    names = (
-        (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C") if order == "last" else (f"NC{spatial}", f"OI{spatial}") * 2
-    )
+    inputs_and_kernel = (f"N{spatial}C", f"{spatial}IO") if order == "last" else (f"NC{spatial}", f"OI{spatial}")
+    names = (*inputs_and_kernel, inputs_and_kernel[0])
     shapes = {"N": 2, "C": 2 * groups, "I": 2, "O": 3 * groups, "H": 7, "W": 6}
     generator = np.random.default_rng(0)
     inputs = jnp.asarray(generator.normal(size=[shapes[name] for name in names[0]]))
