@@ -38,6 +38,7 @@ TAKE_SAMPLES = {
     "moments": moments.of_inputs,
     "of_batches": lambda n, p, x: moments.of_batches(n, p, [x, x]),
     "loss_gradients": lambda n, p, x: surgeon.loss_gradients(n, p, x, labels(x), cross_entropy),
+    "sparse_gpt": lambda n, p, x: surgeon.sparse_gpt(n, p, x, 0.5),
     "biases": lambda n, p, x: repair.Biases()(n, p, masks_of(n, p, x), x, n(p, x)),
     "survivors": lambda n, p, x: repair.Survivors()(n, p, masks_of(n, p, x), x, n(p, x)),
     "staged": lambda n, p, x: prune.staged(n, p, x, 0.5, stages=1, repair=None, criterion=score.magnitude),

@@ -30,6 +30,7 @@ class Reading(NamedTuple):
         jaxpr: of the network, for params and inputs of these shapes.
         mixed: an operation that takes samples together on the way to the outputs, in words; "" if there is none.
         unknown: an operation on that way of which it is not known whether it does; "" if there is none.
+        looked_up: the kernels, by path, that are also looked up in, as an embedding that is the last layer too.
 
     Example:
         >>> graph.read(lambda params, x: network(params, x - x.mean(0)), params, inputs).mixed
@@ -42,6 +43,7 @@ class Reading(NamedTuple):
     jaxpr: core.ClosedJaxpr
     mixed: str
     unknown: str
+    looked_up: frozenset[str]
 
 
 def at_least_two(inputs: Array) -> Array:
@@ -93,7 +95,8 @@ def read(network: Callable, params: PyTree, inputs: Any, *, exclude: Iterable[st
     named = {*firsts, *(layer.bias for layer in layers)}
     others = {path: _role(path, left_alone, found) for path in leaves if path not in named}
     products = {path: [product for product in found.products if product.path == path] for path in firsts}
-    return Reading(Layers(layers, others), products, found.biases, jaxpr, outputs.mixed, unknown)
+    looked_up = frozenset(path for path in firsts if _LOOKED_UP in found.others.get(path, ()))
+    return Reading(Layers(layers, others), products, found.biases, jaxpr, outputs.mixed, unknown, looked_up)
 
 
 def _traced(network: Callable, params: PyTree, inputs: Any) -> core.ClosedJaxpr:

@@ -1,4 +1,7 @@
-"""The brain surgeons: saliencies with interactions, joint selection, and survivors that move to make up."""
+"""The brain surgeons: saliencies with interactions, joint selection, and survivors that move to make up.
+
+``sparse_gpt`` does all of it kernel by kernel; the others see the whole network.
+"""
 
 from ecjax.surgeon.fisher import (
     brain_surgeon_saliency,
@@ -9,6 +12,7 @@ from ecjax.surgeon.fisher import (
     removal_cost,
 )
 from ecjax.surgeon.selection import combinatorial_selection
+from ecjax.surgeon.sparse_gpt import sparse_gpt
 
 __all__ = [
     "brain_surgeon_saliency",
@@ -18,4 +22,5 @@ __all__ = [
     "combinatorial_update",
     "loss_gradients",
     "removal_cost",
+    "sparse_gpt",
 ]

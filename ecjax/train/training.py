@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
-from jaxtyping import Float, PRNGKeyArray
+from jaxtyping import Float, Int, PRNGKeyArray
 
 from ecjax import _checks, _trees
 from ecjax._types import Inputs, Kernels, Loss, Network, Params, Targets
@@ -116,23 +116,29 @@ def epoch(
         >>> mean_loss.shape
         ()
     """
-    samples = inputs.shape[0]
-    size = min(batch_size, samples)
-    key, shuffle = jax.random.split(state.key)
-    order = jax.random.permutation(shuffle, samples)[: steps_per_epoch(samples, size) * size].reshape(-1, size)
+    key, order = shuffled(state.key, inputs.shape[0], batch_size)
 
     def step(carry, batch):
-        params, optimizer_state = carry
-        value, gradients = jax.value_and_grad(
-            lambda params: loss(network(params, inputs[batch]), targets[batch]).mean()
-        )(params)
-        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
-        if masks is not None:
-            updates, _ = keep_pruned(masks).update(updates, optax.EmptyState(), params)
-        return (optax.apply_updates(params, updates), optimizer_state), value
+        return one_step(network, *carry, inputs[batch], targets[batch], loss, optimizer, masks)
 
     (params, optimizer_state), losses = lax.scan(step, (state.params, state.optimizer), order)
     return State(params, optimizer_state, key), losses.mean()
+
+
+def shuffled(key: PRNGKeyArray, samples: int, batch_size: int) -> tuple[PRNGKeyArray, Int[Array, "steps batch"]]:
+    """The key of the next epoch, and which samples each step of this one takes."""
+    size = min(batch_size, samples)
+    key, shuffle = jax.random.split(key)
+    return key, jax.random.permutation(shuffle, samples)[: steps_per_epoch(samples, size) * size].reshape(-1, size)
+
+
+def one_step(network, params, optimizer_state, inputs, targets, loss, optimizer, masks):
+    """One step of the optimiser: the new params and state of it, and the mean loss before."""
+    value, gradients = jax.value_and_grad(lambda params: loss(network(params, inputs), targets).mean())(params)
+    updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
+    if masks is not None:
+        updates, _ = keep_pruned(masks).update(updates, optax.EmptyState(), params)
+    return (optax.apply_updates(params, updates), optimizer_state), value
 
 
 def fit(
