@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 from ecjax.graph import convolutions
+from tests import zoo
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -52,6 +53,21 @@ def test_every_convolution(axes, groups, window, strides, dilations, padding, or
     )
     found = convolutions.kernel_gradient(equation, inputs, slopes, kernel.shape)
     np.testing.assert_allclose(found, of_kernel, rtol=1e-10, atol=1e-10)
+    (found,), _ = convolutions._by_patches(equation, [inputs, kernel])
+    np.testing.assert_allclose(found, outputs, rtol=1e-12, atol=1e-12)
     transposed = jax.linear_transpose(lambda inputs: convolved(inputs, kernel), inputs)
     found = convolutions.all_channels_last(lambda slopes: transposed(slopes)[0])(slopes)
     np.testing.assert_allclose(found, of_inputs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["convolutions", "positions"])
+def test_a_network_inside_a_loop_is_the_same(name):
+    network, params, inputs = zoo.ZOO[name]().example
+    fast = convolutions.in_loops(jax.jit(network))
+    assert fast == convolutions.in_loops(fast.network)  # nothing is compiled again for the same network
+    rounding = {"rtol": 1e-9, "atol": 1e-12}
+    np.testing.assert_allclose(fast(params, inputs), network(params, inputs), **rounding)
+    slopes, others = (jax.grad(lambda p, of=of: (of(p, inputs) ** 2).sum())(params) for of in (fast, network))
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, **rounding), slopes, others)
+    if name == "positions":
+        assert str(jax.make_jaxpr(fast)(params, inputs)) == str(jax.make_jaxpr(fast.network)(params, inputs))

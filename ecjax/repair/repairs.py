@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ecjax import _batches, _checks, _door, _trees, metrics
 from ecjax._types import Inputs, Kernels, Metric, Network, Params, Patterns, Targets, Weights
 from ecjax.graph import Layers
+from ecjax.graph.convolutions import in_loops
 from ecjax.graph.layers import chosen
 from ecjax.repair import gauss_newton
 from ecjax.repair.gauss_newton import Free, Problem, State
@@ -199,7 +200,7 @@ def go_on(
     expected = as_outputs(at.targets, at.outputs.shape, metric)
     free = movable(repair, at.layers, at.params, masks, exclude)
     sizes = repair.products, repair.batch_size, repair.curvature_samples
-    problem = Problem(at.network, _batches.blocks(at.inputs), *map(int, sizes))
+    problem = Problem(in_loops(at.network), _batches.blocks(at.inputs), *map(int, sizes))
     given = metric, state._replace(params=at.params), free, at.inputs, expected, at.weights
     found = gauss_newton.take_steps(problem, *given, steps=int(repair.iterations))
     _checks.require_finite(found.objective, "the objective of the repair")

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int, PRNGKeyArray
 
 from ecjax import _checks, _trees
 from ecjax._types import Inputs, Kernels, Loss, Network, Params, Targets
+from ecjax.graph.convolutions import in_loops
 
 
 class State(NamedTuple):
@@ -134,6 +135,7 @@ def shuffled(key: PRNGKeyArray, samples: int, batch_size: int) -> tuple[PRNGKeyA
 
 def one_step(network, params, optimizer_state, inputs, targets, loss, optimizer, masks):
     """One step of the optimiser: the new params and state of it, and the mean loss before."""
+    network = in_loops(network)
     value, gradients = jax.value_and_grad(lambda params: loss(network(params, inputs), targets).mean())(params)
     updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
     if masks is not None:
