@@ -34,6 +34,7 @@ from ecjax.graph import Layer, Layers
 from ecjax.networks.linen import MLP, from_linen
 from ecjax.networks.nnx import from_nnx, to_nnx
 from ecjax.networks.params import layers
+from ecjax.networks.statistics import batch_statistics
 
 __all__ = [
     "MLP",
@@ -46,6 +47,7 @@ __all__ = [
     "Params",
     "Patterns",
     "Targets",
+    "batch_statistics",
     "by_path",
     "from_linen",
     "from_nnx",
