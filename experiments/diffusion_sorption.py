@@ -59,10 +59,7 @@ def main(config: Config) -> None:
         config = replace(config, epochs=100, small_network_sparsities=(0.4, 0.7), **small)
     every_hidden = {f"2-{architecture}-1": _widths(architecture) for architecture in config.architectures}
     flags.require(config)
-    grid = {"cells": config.cells, "times": config.times, "initial_concentration": config.initial_concentration}
-    data = {noise: diffusion_sorption.load(noise=noise, **grid) for noise in config.noise}
-    if config.validation:
-        data = {noise: hold_out(level) for noise, level in data.items()}
+    data = _data(config)
     source, tuning = {"data": data[config.noise[0]].name}, config.fine_tuning_epochs
 
     with results.opened(config.output, config, data[config.noise[0]]) as rows, report.progress() as bar:
@@ -105,6 +102,12 @@ def _widths(architecture: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)*", architecture):
         raise SystemExit(f"--architectures are widths of hidden layers like 64-64-64, got {architecture!r}")
     return tuple(map(int, architecture.split("-")))
+
+
+def _data(config: Config) -> dict[float, Dataset]:
+    grid = {"cells": config.cells, "times": config.times, "initial_concentration": config.initial_concentration}
+    data = {noise: diffusion_sorption.load(noise=noise, **grid) for noise in config.noise}
+    return {noise: hold_out(level) for noise, level in data.items()} if config.validation else data
 
 
 def _task(hidden: tuple[int, ...], data: Dataset, config: Config) -> tuple[networks.MLP, sweep.Task]:
@@ -160,8 +163,8 @@ def _draw_snapshots(task: sweep.Task, params: networks.Params, optimizer, title:
             axis.plot(x, task.network(network_params, points)[:, 0], "--", color=colour, linewidth=2, label=name)
         axis.set_title(f"t = {instants[index]:.0f}")
     axes[0, 0].set_ylim(exact.min() - 0.2 * np.ptp(exact), exact.max() + 0.2 * np.ptp(exact))
-    canvas.supxlabel("x")
-    canvas.supylabel("u(x, t)")
+    plt.setp(axes[-1], xlabel="x")
+    plt.setp(axes[:, 0], ylabel="u(x, t)")
     canvas.suptitle(f"diffusion-sorption, {title}, EC at sparsity {config.snapshot_sparsity:g}")
     report.save(canvas, config.output / "snapshots.png")
 
