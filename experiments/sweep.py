@@ -53,7 +53,7 @@ class Task(NamedTuple):
 
     network: networks.Network
     data: Dataset
-    loss: train.Loss
+    loss: networks.Loss
     measures: dict[str, Measure]  # the columns
     batch_size: int = 128
 
