@@ -37,7 +37,7 @@ class Task(NamedTuple):
 
     network: Network
     data: Dataset
-    loss: train.Loss
+    loss: networks.Loss
     measures: dict[str, Callable[[jax.Array, jax.Array], jax.Array]]
     batch_size: int = 128
 
