@@ -9,7 +9,6 @@ inputs.
 
 import functools
 import math
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -145,16 +144,19 @@ def main(config: Config) -> None:
             compared = methods(module, variables, data, config, seed)
             left = left or table.left(compared, config.sparsities, config.seeds)
 
+            task = sweep.Task(network, data, sweep.cross_entropy, sweep.CLASSIFIER_MEASURES)
             seen = [jnp.asarray(array[: config.calibration]) for array in data[1:3]]
-            _, of_gradient = timed(gradient, network, variables["params"], *seen, compiled=False)
-            keys = {"method": sweep.DENSE, "sparsity": 0.0, "phase": sweep.TRAINED}
-            table.add(*measured(network, variables["params"], data, seed, of_gradient, of_gradient, **keys))
+            _, of_gradient = sweep.clocked(sweep.gradient_pass, network, variables["params"], *seen)
+            keys = {"seed": seed, "seconds": of_gradient, "gradient_passes": 1.0}
+            table.add(*sweep.one(task, variables["params"], sweep.DENSE, 0.0, sweep.TRAINED, **keys))
             compiled = set()
             for method, sparsity, _ in (case for case in left if case[2] == seed):
-                (network, pruned), seconds = timed(compared[method], sparsity, compiled=method in compiled)
+                call = compared[method]
+                (network, pruned), seconds = sweep.clocked(call, sparsity, compiled=method in compiled)
                 compiled.add(method)
-                keys = {"method": method, "sparsity": sparsity, "phase": sweep.PRUNED}
-                table.add(*measured(network, pruned.params, data, seed, seconds, of_gradient, **keys))
+                keys = {"seed": seed, "seconds": seconds, "gradient_passes": seconds / of_gradient}
+                judged = task._replace(network=network)
+                table.add(*sweep.one(judged, pruned.params, method, sparsity, sweep.PRUNED, **keys))
 
     title = f"{data.name}, residual convnet of {config.channels} channels, {config.norm} norm, {config.seeds} seeds"
     for column, measure in sweep.CLASSIFIER_MEASURES.items():
@@ -162,15 +164,6 @@ def main(config: Config) -> None:
         report.figure([panels], title, folder / f"{column.removeprefix('test_')}.png")
     note = f"results.csv, config.json, accuracy.png and loss.png are in {folder}/"
     report.console().print(report.table(rows.frame(), MEASURES, title), note)
-
-
-def measured(
-    network: Network, params: Params, data: Dataset, seed: int, seconds: float, of_gradient: float, **keys: Any
-) -> sweep.Found:
-    """The row of one network, and its params."""
-    task = sweep.Task(network, data, sweep.cross_entropy, sweep.CLASSIFIER_MEASURES)
-    (row,) = sweep.measure(task, jax.tree.map(lambda leaf: leaf[None], params), **keys)
-    return [row | {"seed": seed, "seconds": seconds, "gradient_passes": seconds / of_gradient}], params
 
 
 def adam(data: Dataset, config: Config, epochs: int) -> optax.GradientTransformation:
@@ -203,21 +196,6 @@ def train_on(module: ConvNet, data: Dataset, config: Config, seed: int, passes: 
         for batch in order[: batches * config.batch_size].reshape(batches, -1):
             variables, state = step(variables, state, batch)
     return variables
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def gradient(network: Network, params: Params, inputs: jax.Array, labels: jax.Array) -> Params:
-    """A gradient pass, what everything is measured in."""
-    return jax.grad(lambda params: sweep.cross_entropy(network(params, inputs), labels).mean())(params)
-
-
-def timed(call: Callable[..., Any], *given: Any, compiled: bool) -> tuple[Any, float]:
-    """What a call gives, and its seconds, without those that it takes to compile it."""
-    if not compiled:
-        jax.block_until_ready(call(*given))
-    start = time.perf_counter()
-    found = jax.block_until_ready(call(*given))
-    return found, time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -190,11 +190,27 @@ def timed(task: Task, params: Params, methods: Methods, left: list[Case], seen=N
     for seed, cases in itertools.groupby(sorted(left, key=lambda case: case[2]), lambda case: case[2]):
         given = seen(seed)
         for method, sparsity, _ in cases:
-            if method not in compiled:
-                jax.block_until_ready(methods[method](given, sparsity))
-                compiled.add(method)
-            start = time.perf_counter()
-            pruned = jax.block_until_ready(methods[method](given, sparsity))
-            seconds = time.perf_counter() - start
-            (row,) = measure(task, jax.tree.map(lambda leaf: leaf[None], pruned.params), method, sparsity, PRUNED)
-            yield [row | {"seed": seed, "seconds": seconds}], pruned.params
+            pruned, seconds = clocked(methods[method], given, sparsity, compiled=method in compiled)
+            compiled.add(method)
+            yield one(task, pruned.params, method, sparsity, PRUNED, seed=seed, seconds=seconds)
+
+
+def one(task: Task, params: Params, method: str, sparsity: float, phase: str, **others: Any) -> Found:
+    """What is found for one network."""
+    (row,) = measure(task, jax.tree.map(lambda leaf: leaf[None], params), method, sparsity, phase)
+    return [row | others], params
+
+
+def clocked(call: Callable[..., Any], *given: Any, compiled: bool = False) -> tuple[Any, float]:
+    """What a call gives, and its seconds; one that is not compiled yet is made once more, for that."""
+    if not compiled:
+        jax.block_until_ready(call(*given))
+    start = time.perf_counter()
+    found = jax.block_until_ready(call(*given))
+    return found, time.perf_counter() - start
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradient_pass(network: networks.Network, params: Params, inputs: jax.Array, labels: jax.Array) -> Params:
+    """What is measured in gradient passes: the gradient of a mean loss with respect to all params."""
+    return jax.grad(lambda params: cross_entropy(network(params, inputs), labels).mean())(params)

@@ -1,0 +1,243 @@
+"""Pruning a character language model without labels: ``python -m experiments.language``.
+
+It shows the cross-entropy of a small GPT on Shakespeare, pruned in one shot, by SparseGPT, in stages of
+elimination-compensation with each repair, and by gradual magnitude pruning, which alone sees labels and trains. The
+first start trains the network in some ten minutes on two cores; pruning takes half an hour more, all with --quick one
+minute. It writes results.csv, config.json and loss.png, and prints a table, where the seconds of the dense network are
+those of one gradient pass over the calibration inputs, and text by three of the networks.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+from rich.table import Table
+
+from ecjax import metrics, networks, prune, repair, score, surgeon, train
+from experiments import flags, report, results, sweep
+from experiments.datasets import Dataset, text
+
+NATS = sweep.Measure("cross-entropy in nats", ".3f", lambda z, targets: sweep.cross_entropy(z, targets).mean())
+MEASURES = {
+    "test_loss": NATS._replace(words="nats"),
+    "bits": sweep.Measure("bits per character", ".3f"),
+    "perplexity": sweep.Measure("perplexity", ".2f"),
+    "seconds": sweep.Measure("seconds", ".1f"),
+    "gradient_passes": sweep.Measure("gradient passes", ".1f"),
+}
+SHOWN = ("SparseGPT", "EC, staged, survivors")  # whose text is printed beside that of the dense network
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a character GPT, prune its dense kernels by methods from magnitude to staged survivors, and compare."""
+
+    text: Path | None = None
+    """File of text, plain or gzipped. Default: $ECJAX_TEXT, else tiny_shakespeare, else the help of Python."""
+    characters: int | None = None  # How many characters of the text to take. Default: all.
+    layers: int = 3  # Blocks of attention and a hidden layer.
+    width: int = 128  # Of the residual stream; the hidden layers are four times as wide.
+    heads: int = 4  # Of each attention.
+    positions: int = 64  # Characters that a prediction sees at most.
+    epochs: int = 12  # Passes over the text in training.
+    learning_rate: float = 2e-3  # Adam's, at its highest; it falls to zero along a cosine.
+    batch_size: int = 64  # Sequences a training step.
+    sparsities: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9)  # Fractions of the weights of dense kernels to remove.
+    calibration: int = 512  # Calibration inputs, sequences of the training text.
+    stages: int = 6  # Stages of the staged methods.
+    iterations: int = 3  # Steps of a repair in each stage.
+    products: int = 10  # Products with the curvature in each step of a repair.
+    curvature: int = 96  # Calibration inputs that the curvature is of.
+    damping: float = 0.3  # Of a repair at its start; ten products on so few inputs trust the quadratic less.
+    temperature: float = 4.0  # Of the Fisher metric that the repair of survivors minimises.
+    gradual_epochs: int = 3  # Passes over the text of gradual pruning: about as many gradients as staged survivors see.
+    gradual_learning_rate: float = 1e-3  # Of gradual pruning.
+    seeds: int = 1  # How many samples of calibration inputs to average over.
+    validation: bool = False  # Measure on the validation part of the text instead, to choose settings by.
+    quick: bool = False  # A network of two narrow layers on a part of the text, and few calibration inputs.
+    output: Path | None = None  # Folder for the results. Default: results/language- and the name of the text.
+
+
+class GPT(nn.Module):
+    """A transformer that predicts each character from those before it."""
+
+    characters: int
+    layers: int
+    width: int
+    heads: int
+
+    @nn.compact
+    def __call__(self, tokens: Array) -> Array:
+        """The logits of the next character, of shape (samples, positions, characters)."""
+        places = jnp.arange(tokens.shape[1])
+        stream = nn.Embed(self.characters, self.width)(tokens) + nn.Embed(len(places), self.width)(places)
+        for _ in range(self.layers):
+            attention = nn.MultiHeadDotProductAttention(self.heads)
+            stream += attention(nn.LayerNorm()(stream), mask=nn.make_causal_mask(tokens))
+            hidden = nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(stream)))
+            stream += nn.Dense(self.width)(hidden)
+        return nn.Dense(self.characters)(nn.LayerNorm()(stream))
+
+
+class Seen(NamedTuple):
+    """What a method sees of one seed: sequences, what comes next in them, and a key."""
+
+    inputs: Array
+    targets: Array
+    key: Array
+
+
+def methods(task: sweep.Task, params: networks.Params, config: Config) -> sweep.Methods:
+    """By name: from what is seen and a sparsity to the pruned network."""
+    network = task.network
+    optimizer = sweep.decaying_adam(task, config.gradual_learning_rate, config.gradual_epochs)
+    sizes = {"products": config.products, "curvature_samples": config.curvature, "damping": config.damping}
+
+    def one_shot(seen: Seen, sparsity: float, criterion, scope: str = "network") -> prune.Pruned:
+        return prune.one_shot(params, criterion(network, params, seen.inputs), sparsity, scope=scope)
+
+    def probed(seen: Seen, sparsity: float, criterion) -> prune.Pruned:
+        drawn = functools.partial(criterion, metric="fisher", probes=1, key=seen.key)
+        return one_shot(seen, sparsity, drawn)
+
+    def repaired(seen: Seen, sparsity: float) -> prune.Pruned:
+        """One shot by magnitude, and then as many steps as all stages take together."""
+        pruned, dense = one_shot(seen, sparsity, score.magnitude), network(params, seen.inputs)
+        survivors = repair.Survivors(
+            iterations=config.iterations * config.stages, metric=metrics.Fisher(config.temperature), **sizes
+        )
+        return pruned._replace(params=survivors(network, pruned.params, pruned.masks, seen.inputs, dense))
+
+    def staged(seen: Seen, sparsity: float, kind, temperature: float) -> prune.Pruned:
+        how = kind(iterations=config.iterations, metric=metrics.Fisher(temperature), **sizes)
+        criterion = functools.partial(score.elimination_compensation, probes=1)
+        options = {"stages": config.stages, "criterion": criterion, "repair": how, "metric": "fisher", "key": seen.key}
+        return prune.staged(network, params, seen.inputs, sparsity, **options)
+
+    def gradual(seen: Seen, sparsity: float) -> prune.Pruned:
+        inputs, targets = (jnp.asarray(array) for array in task.data[1:3])
+        options = {"epochs": config.gradual_epochs, "batch_size": config.batch_size, "key": seen.key}
+        given = network, params, inputs, targets, task.loss, sparsity
+        return prune.Pruned(*train.gradually(*given, optimizer=optimizer, **options)[:2])
+
+    return {
+        "magnitude": functools.partial(one_shot, criterion=score.magnitude),
+        "Wanda": functools.partial(one_shot, criterion=score.wanda, scope="neuron"),
+        "optimal brain damage": functools.partial(probed, criterion=score.optimal_brain_damage),
+        "EC": functools.partial(probed, criterion=score.elimination_compensation),
+        "SparseGPT": lambda seen, sparsity: surgeon.sparse_gpt(network, params, seen.inputs, sparsity),
+        "magnitude + survivors": repaired,
+        "EC, staged, biases": functools.partial(staged, kind=repair.Biases, temperature=1.0),
+        "EC, staged, survivors": functools.partial(staged, kind=repair.Survivors, temperature=config.temperature),
+        "gradual magnitude, labels": gradual,
+    }
+
+
+def main(config: Config) -> None:
+    """Runs the experiment from text to table, figure and text again."""
+    flags.require(config)
+    if config.quick:
+        small = {"layers": 1, "width": 32, "heads": 2, "epochs": 4, "characters": 200_000, "sparsities": (0.5, 0.8)}
+        config = replace(config, calibration=64, stages=2, curvature=32, gradual_epochs=1, **small)
+    try:
+        read = text.load(config.text, config.characters)
+        name, held_out = (f"{read.name}-validation", read.validation) if config.validation else (read.name, read.test)
+        arrays = (text.sequences(part, config.positions) for part in (read.train, held_out))
+        data = Dataset(name, *itertools.chain(*arrays))
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+    module = GPT(len(read.alphabet), config.layers, config.width, config.heads)
+    network, measures = networks.from_linen(module), {"test_loss": NATS}
+    task = sweep.Task(network, data, sweep.cross_entropy, measures, config.batch_size)
+
+    folder = config.output or Path("results") / f"language-{name}"
+    with results.opened(folder, config, data) as rows, report.progress() as bar:
+        passes = bar.track(range(config.epochs), description="training")
+        params = results.trained(folder, "dense", train_on, task, module, read.train, config, passes)
+        compared, table = methods(task, params, config), sweep.Table(rows, bar, {"data": name})
+        shown = prune_all(task, params, compared, config, folder, table)
+
+    title = f"{name}, GPT of {config.layers} layers of width {config.width}, {config.seeds} samples of inputs"
+    frame = rows.frame().assign(
+        bits=lambda f: f["test_loss"] / math.log(2), perplexity=lambda f: np.exp(f["test_loss"])
+    )
+    report.figure([report.panels(frame, "test_loss", NATS)], title, folder / "loss.png")
+    beside = side_by_side(task.network, shown, read, config.positions)
+    note = f"results.csv, config.json and loss.png are in {folder}/"
+    report.console().print(report.table(frame, MEASURES, title), beside, note)
+
+
+def train_on(
+    task: sweep.Task, module: GPT, codes: np.ndarray, config: Config, passes: Iterable[int]
+) -> networks.Params:
+    """Adam on sequences that each pass cuts at other places."""
+    steps = config.epochs * train.steps_per_epoch(len(task.data.train_inputs), config.batch_size)
+    rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, min(100, steps // 10), steps)
+    optimizer = optax.adam(rate)
+    params = module.init(jax.random.key(0), task.data.train_inputs[:1])["params"]
+    state, how = train.start(params, optimizer, jax.random.key(1)), {"batch_size": config.batch_size}
+    for number in passes:
+        inputs, targets = map(jnp.asarray, text.sequences(codes, config.positions, 37 * number % config.positions))
+        state, _ = train.epoch(task.network, state, inputs, targets, task.loss, optimizer=optimizer, **how)
+        jax.block_until_ready(state)
+    return state.params
+
+
+def prune_all(
+    task: sweep.Task, params: networks.Params, compared: sweep.Methods, config: Config, folder: Path, table: sweep.Table
+) -> dict[str, networks.Params]:
+    """Adds a row for each method, sparsity and seed that has none yet; gives the networks whose text is shown."""
+    inputs, targets = (jnp.asarray(array) for array in task.data[1:3])
+    near, shown = min(config.sparsities, key=lambda sparsity: abs(sparsity - 0.8)), {sweep.DENSE: params}
+
+    left, compiled = table.left(compared, config.sparsities, config.seeds), set()
+    for seed in range(config.seeds):
+        key = jax.random.key(seed)
+        chosen = jax.random.choice(key, len(inputs), (min(config.calibration, len(inputs)),), replace=False)
+        seen = Seen(inputs[chosen], targets[chosen], key)
+        if seed == 0:
+            _, gradient = sweep.clocked(sweep.gradient_pass, task.network, params, seen.inputs, seen.targets)
+            keys = {"seed": seed, "seconds": gradient, "gradient_passes": 1.0}
+            table.add(*sweep.one(task, params, sweep.DENSE, 0.0, sweep.TRAINED, **keys))
+        for method, sparsity in itertools.product(compared, config.sparsities):
+            call, pruned = functools.partial(compared[method], seen, sparsity), None
+            if (method, sparsity, seed) in left:
+                pruned, seconds = sweep.clocked(call, compiled=method in compiled)
+                compiled.add(method)
+                keys = {"seed": seed, "seconds": seconds, "gradient_passes": seconds / gradient}
+                table.add(*sweep.one(task, pruned.params, method, sparsity, sweep.PRUNED, **keys))
+            if method in SHOWN and sparsity == near and seed == 0:
+                name, kept = f"{method}, {sparsity:g}", pruned
+                shown[name] = results.trained(folder, name, lambda kept=kept, call=call: (kept or call()).params)
+    return shown
+
+
+def side_by_side(network: networks.Network, shown: dict[str, networks.Params], read: text.Text, length: int) -> Table:
+    """What networks write after the same beginning, drawn with the same key."""
+    prompt = jnp.asarray(read.validation[:length])
+
+    @jax.jit
+    def written(params: networks.Params) -> Array:
+        def step(window, key):
+            character = jax.random.categorical(key, network(params, window[None])[0, -1] / 0.8)
+            return jnp.append(window[1:], character), character
+
+        return lax.scan(step, prompt, jax.random.split(jax.random.key(0), 400))[1]
+
+    table = Table(*shown, title="text that the networks write, at a temperature of 0.8", padding=(0, 2))
+    table.add_row(*("".join(read.alphabet[code] for code in written(params)) for params in shown.values()))
+    return table
+
+
+if __name__ == "__main__":
+    results.command(Config, main, __doc__)
