@@ -2,8 +2,9 @@
 
 MLPs of growing width, depth, number of samples and number of outputs are scored by elimination-compensation, by optimal
 brain damage, and by the ways to write EC that this library exists to avoid; one of them is pruned in stages and by the
-brain surgeons. Then, for networks of 1,000 outputs, how well a few probes rank the weights. It takes a quarter of an
-hour on two cores. It writes results.csv, probes.csv, config.json and benchmark.png, and prints the tables.
+brain surgeons. A character transformer, a convnet and 24 scanned, rematerialised layers are scored with one probe.
+Then, for networks of 1,000 outputs, how well a few probes rank the weights. It takes a quarter of an hour on two cores.
+It writes results.csv, probes.csv, config.json and benchmark.png, and prints the tables.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from rich.table import Table
 
 from ecjax import networks, prune, repair, score, surgeon, train
 from ecjax.networks import Network, Params
-from experiments import flags, report, results, sweep
+from experiments import flags, layered, report, results, sweep
 from experiments.datasets import diffusion_sorption
 
 GRADIENT, JACOBIANS, DEFINITION = "gradient pass", "per-sample Jacobians", "EC by definition"
@@ -45,6 +46,11 @@ class Config:
     depths: tuple[int, ...] = (2, 4, 6, 8)  # Layers of a network of width 512.
     samples: tuple[int, ...] = (1_000, 10_000, 60_000)  # Calibration samples of the base network.
     outputs: tuple[int, ...] = (1, 10, 100, 1000)  # Outputs K of the base network.
+    architectures: tuple[layered.Name, ...] = tuple(
+        layered.NETWORKS
+    )  # Networks that are no MLPs, scored with one probe.
+    architecture_samples: int = 512  # Calibration samples of the networks that are no MLPs.
+    architecture_batch: int = 64  # Samples at a time there, in scores and gradient passes alike.
     probes: tuple[int, ...] = (1, 4, 16, 64)  # Probes to compare with the exact ranking, for 1,000 outputs.
     stages: int = 10  # Stages of staged pruning.
     gradients: int = 500  # Per-sample gradients that the brain surgeons see.
@@ -61,6 +67,7 @@ class Method(NamedTuple):
     call: Callable[[Network, Params, jax.Array], Any]
     multiply_adds: float = math.nan
     samples: float = math.inf
+    programs: int = 1  # how many are compiled for it; the compiler's account of memory is of one
 
 
 def main(config: Config) -> None:
@@ -68,19 +75,19 @@ def main(config: Config) -> None:
     flags.require(config, repeating=("base",))
     if config.quick:
         small = {"widths": (100,), "depths": (), "samples": (5000,), "outputs": (), "probes": (1,)}
+        small |= {"architecture_samples": 16, "architecture_batch": 8}
         config = replace(config, base_samples=2000, stages=1, gradients=50, rounds=3, seconds=0.2, **small)
-    planned = [
-        (case, method)
-        for case in cases(config)
-        for method in (pruning(config) if case[0] == "pruning" else scoring(case[2], config.probes))
-    ]
+    planned = [(case, methods) for case in cases(config) for methods in [methods_of(case, config)]]
+    planned = [(case, method, gradient_of(methods)) for case, methods in planned for method in methods]
     with results.opened(config.output, config) as rows, report.progress() as bar:
         step = bar.add_task("", total=len(planned), completed=rows.count())
-        for (axis, value, widths, samples), method in planned:
-            keys = {"axis": axis, "value": value, "layers": "-".join(map(str, widths)), "samples": samples}
+        for (axis, value, network, samples), method, gradient in planned:
+            layers = network if axis == "network" else "-".join(map(str, network))
+            keys = {"axis": axis, "value": value, "layers": layers, "samples": samples}
             if not rows.count(**keys, method=method.name):
                 bar.update(step, description=f"{axis} {value:,}: {method.name}")
-                found = measured(method, problem(widths, samples), config.rounds, config.seconds)
+                given = layered.problem(network, samples) if axis == "network" else problem(network, samples)
+                found = measured(method, gradient, given, config.rounds, config.seconds)
                 rows.add(keys | {"method": method.name} | found)
                 bar.advance(step)
         ranked = results.Rows(config.output / "probes.csv")
@@ -99,14 +106,30 @@ def main(config: Config) -> None:
     report.console().print(*tables(rows.frame(), ranked.frame()), where)
 
 
-def cases(config: Config) -> Iterator[tuple[str, int, tuple[int, ...], int]]:
+def cases(config: Config) -> Iterator[tuple[str, int, tuple[int, ...] | str, int]]:
     """Where along which axis, widths and samples: every network to be scored, and the one that is pruned."""
     hidden, samples = config.base[:-1], config.base_samples
     yield from (("samples", count, config.base, count) for count in config.samples)
     yield from (("outputs", outputs, (*hidden, outputs), samples) for outputs in config.outputs)
     yield from (("width", width, (width,) * 4 + (10,), samples) for width in config.widths)
     yield from (("depth", depth, (512,) * depth + (10,), samples) for depth in config.depths)
+    yield from (
+        ("network", number, name, config.architecture_samples) for number, name in enumerate(config.architectures)
+    )
     yield "pruning", 0, config.base, samples
+
+
+def methods_of(case: tuple[str, int, tuple[int, ...] | str, int], config: Config) -> list[Method]:
+    """What is timed on a network."""
+    axis, _, network, _ = case
+    if axis == "network":
+        return probed(config.architecture_batch)
+    return pruning(config) if axis == "pruning" else scoring(network, config.probes)
+
+
+def gradient_of(methods: list[Method]) -> Method:
+    """The gradient pass among them, in which the others are measured."""
+    return next(method for method in methods if method.name == GRADIENT)
 
 
 def scoring(widths: tuple[int, ...], numbers_of_probes: tuple[int, ...]) -> list[Method]:
@@ -152,22 +175,30 @@ def pruning(config: Config) -> list[Method]:
         masks = prune.one_shot(params, surgeon.brain_surgeon_saliency_from_gradients(params, rows), 0.9).masks
         return surgeon.brain_surgeon_update(params, masks, rows)
 
-    gradient = next(method for method in scoring(config.base, ()) if method.name == GRADIENT)
-    found = [gradient, Method("EC, one shot", one_shot)]
+    found = [gradient_of(scoring(config.base, ())), Method("EC, one shot", one_shot, programs=2)]
     for how in (None, *repair.REPAIRS):
         call = functools.partial(prune.staged, sparsity=0.9, stages=config.stages, repair=how, metric="fisher")
-        found.append(Method(f"EC, {config.stages} stages{f', {how}' if how else ''}", call))
+        found.append(Method(f"EC, {config.stages} stages{f', {how}' if how else ''}", call, programs=2))
     for name, combinatorial in {"WoodFisher": False, "CBS-S + CBS-U": True}.items():
         call = functools.partial(brain_surgeon, combinatorial=combinatorial)
-        found.append(Method(f"{name}, {config.gradients} gradients", call))
+        found.append(Method(f"{name}, {config.gradients} gradients", call, programs=2))
     return found
 
 
-@functools.partial(jax.jit, static_argnums=0)
+def probed(batch: int) -> list[Method]:
+    """What is timed on networks whose kernels see several rows of a sample: as many samples at a time in each."""
+    found, options = [Method(GRADIENT, gradient_pass, samples=batch)], {"metric": "fisher", "batch_size": batch}
+    for name, criterion in {"EC": score.elimination_compensation, "OBD": score.optimal_brain_damage}.items():
+        call = functools.partial(criterion, **options, probes=1, key=jax.random.key(3))
+        found.append(Method(f"{name} (Fisher), 1 probe", call))
+    return found
+
+
 def gradient_pass(network: Network, params: Params, inputs: jax.Array) -> Params:
     """What everything is measured in: the gradient of a mean loss with respect to all params."""
-    labels = jnp.arange(len(inputs)) % jax.eval_shape(network, params, inputs).shape[1]  # each class in turn
-    return jax.grad(lambda params: sweep.cross_entropy(network(params, inputs), labels).mean())(params)
+    shape = jax.eval_shape(network, params, inputs).shape
+    labels = jnp.arange(math.prod(shape[:-1])).reshape(shape[:-1]) % shape[-1]  # each class in turn
+    return sweep.gradient_pass(network, params, inputs, labels)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="at_once")
@@ -204,20 +235,23 @@ def problem(widths: tuple[int, ...], samples: int) -> tuple[Network, Params, jax
     return networks.from_linen(mlp), mlp.init(jax.random.key(2), inputs[:1])["params"], inputs
 
 
-def measured(method: Method, given: tuple[Network, Params, jax.Array], rounds: int, seconds: float) -> dict[str, float]:
+def measured(
+    method: Method, gradient: Method, given: tuple[Network, Params, jax.Array], rounds: int, seconds: float
+) -> dict[str, float]:
     """What a method costs; what ran on a part of the samples is scaled up to all."""
     network, params, inputs = given
-    part = inputs[: min(method.samples, len(inputs))]
-    scale, gradient = len(inputs) / len(part), functools.partial(gradient_pass, *given)
-    call = gradient if method.name == GRADIENT else functools.partial(method.call, network, params, part)
-    taken, of_gradient, process_bytes = by_turns(call, gradient, rounds=rounds, seconds=seconds)
+    parts = [inputs[: min(some.samples, len(inputs))] for some in (method, gradient)]
+    scale, of_reference = (len(inputs) / len(part) for part in parts)
+    reference = functools.partial(gradient.call, network, params, parts[1])
+    call = reference if method is gradient else functools.partial(method.call, network, params, parts[0])
+    taken, of_gradient, process_bytes = by_turns(call, reference, rounds=rounds, seconds=seconds)
     memory = None
-    if not math.isnan(method.multiply_adds):  # pruning is more than one program
-        compiled = jax.jit(functools.partial(method.call, network)).lower(params, part).compile()
+    if method.programs == 1:
+        compiled = jax.jit(functools.partial(method.call, network)).lower(params, parts[0]).compile()
         memory = compiled.memory_analysis()  # None where XLA gives no account
     return {
         "seconds": taken * scale,
-        "gradient_passes": taken * scale / of_gradient,
+        "gradient_passes": taken * scale / (of_gradient * of_reference),
         "multiply_adds": method.multiply_adds * len(inputs),
         "compiler_bytes": memory.temp_size_in_bytes + memory.output_size_in_bytes if memory else math.nan,
         "process_bytes": process_bytes,
@@ -288,7 +322,7 @@ def tables(frame: pd.DataFrame, ranking: pd.DataFrame) -> Iterator[Table]:
     """A table for each network, and one of every number of probes."""
     for (axis, value), chosen in frame.groupby(["axis", "value"], sort=False):
         layers, samples = chosen.iloc[0][["layers", "samples"]]
-        what = "pruning to 0.9" if axis == "pruning" else f"{axis} {value:,}"
+        what = {"pruning": "pruning to 0.9: MLP", "network": "scores:"}.get(axis, f"{axis} {value:,}: MLP")
         of_gradient = chosen.loc[chosen["method"] == GRADIENT, "multiply_adds"].item()
         shown = {
             "one call": chosen["method"],
@@ -299,7 +333,7 @@ def tables(frame: pd.DataFrame, ranking: pd.DataFrame) -> Iterator[Table]:
             "process (MB)": chosen["process_bytes"] / 1e6,
         }
         formats = ("{:32}", "{:,.1f}", "{:,.2f}", "{:,.2f}", "{:,.0f}", "{:,.0f}")
-        title = f"{what}: MLP {layers}, {samples:,} samples, {jax.devices()[0].device_kind}"
+        title = f"{what} {layers}, {samples:,} samples, {jax.devices()[0].device_kind}"
         yield report.plain(title, pd.DataFrame(shown), dict(zip(shown, formats, strict=True)))
     if len(ranking):
         formats = {"network": "{}", "probes": "{}", "spearman": "{:.4f}", "overlap": "{:.3f}"}
@@ -312,7 +346,7 @@ def figure(frame: pd.DataFrame, ranking: pd.DataFrame, path: Path) -> None:
     partly = frame["method"].isin([JACOBIANS, DEFINITION])
     frame = frame.assign(megabytes=frame["compiler_bytes"].mask(partly) / 1e6)
     frame["method"] += np.where(partly, " (part of the samples)", "")
-    methods = frame.loc[frame["axis"] != "pruning", "method"].unique()
+    methods = frame.loc[frame["axis"].isin(AXES), "method"].unique()
     lines = [":" if "part" in name else "-" for name in methods]
     styles = [marker + line for marker, line in zip(2 * report.MARKERS, lines, strict=False)]
     canvas, axes = plt.subplots(3, 2, figsize=(10, 12), layout="constrained")

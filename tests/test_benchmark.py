@@ -19,6 +19,7 @@ from experiments.datasets import diffusion_sorption
 from tests import examples
 
 WIDTHS = (40, 30, 20, 7)
+GRADIENT = benchmark.gradient_of(benchmark.scoring(WIDTHS, (1,)))
 TIMINGS = ["seconds", "gradient_passes", "process_bytes"]
 SMALL = benchmark.Config(
     base=WIDTHS,
@@ -27,6 +28,7 @@ SMALL = benchmark.Config(
     depths=(),
     samples=(32,),
     outputs=(),
+    architectures=(),
     probes=(1, 3),
     stages=1,
     gradients=10,
@@ -66,9 +68,10 @@ def test_memory_is_what_a_call_takes():
     assert np.isnan(risen) or 230e6 < risen < 300e6
     small = benchmark.problem(WIDTHS, 16)
     twice = benchmark.Method("twice", lambda network, params, inputs: jnp.concatenate([inputs, inputs]), 0)
-    assert benchmark.measured(twice, small, rounds=1, seconds=1.0)["compiler_bytes"] >= 2 * 16 * 40 * 4
-    unknown = twice._replace(multiply_adds=np.nan)
-    assert np.isnan(benchmark.measured(unknown, small, rounds=1, seconds=1.0)["compiler_bytes"])
+    found = benchmark.measured(twice, GRADIENT, small, rounds=1, seconds=1.0)
+    assert found["compiler_bytes"] >= 2 * 16 * 40 * 4
+    several = twice._replace(programs=2)
+    assert np.isnan(benchmark.measured(several, GRADIENT, small, rounds=1, seconds=1.0)["compiler_bytes"])
 
 
 def test_calls_take_turns_and_stop_at_their_limits(monkeypatch):
@@ -95,13 +98,15 @@ def test_calls_take_turns_and_stop_at_their_limits(monkeypatch):
 
 
 def test_each_axis_has_its_cases():
-    config = benchmark.Config(widths=(8,), depths=(2, 3), samples=(64,), outputs=(5,), base=WIDTHS, base_samples=9)
+    axes = {"widths": (8,), "depths": (2, 3), "samples": (64,), "outputs": (5,), "architectures": ("convnet",)}
+    config = benchmark.Config(**axes, base=WIDTHS, base_samples=9)
     assert list(benchmark.cases(config)) == [
         ("samples", 64, WIDTHS, 64),
         ("outputs", 5, (40, 30, 20, 5), 9),
         ("width", 8, (8, 8, 8, 8, 10), 9),
         ("depth", 2, (512, 512, 10), 9),
         ("depth", 3, (512, 512, 512, 10), 9),
+        ("network", 0, "convnet", 512),
         ("pruning", 0, WIDTHS, 9),
     ]
 
@@ -121,10 +126,24 @@ def test_what_ran_on_a_part_is_scaled_up(monkeypatch):
     seen = []
     monkeypatch.setattr(benchmark, "by_turns", lambda call, reference, **_: (call() or 0.5, 2.0, 7))
     method = benchmark.Method("some", lambda network, params, inputs: seen.append(inputs.shape), 100, 16)
-    found = benchmark.measured(method, benchmark.problem(WIDTHS, 64), rounds=1, seconds=1.0)
+    found = benchmark.measured(method, GRADIENT, benchmark.problem(WIDTHS, 64), rounds=1, seconds=1.0)
     assert set(seen) == {(16, 40)}
     assert found.pop("compiler_bytes") >= 0
     assert found == {"seconds": 2.0, "gradient_passes": 1.0, "multiply_adds": 6400, "process_bytes": 7}
+    gradient = GRADIENT._replace(samples=32)  # of which two make a gradient pass
+    found = benchmark.measured(method, gradient, benchmark.problem(WIDTHS, 64), rounds=1, seconds=1.0)
+    assert found["gradient_passes"] == 0.5
+
+
+def test_networks_that_are_no_mlps_are_scored_as_many_samples_at_a_time_as_their_gradient_is_of():
+    config = benchmark.Config(architecture_batch=3)
+    methods = benchmark.methods_of(("network", 0, "convnet", 8), config)
+    gradient = benchmark.gradient_of(methods)
+    assert gradient.samples == 3
+    assert [method.call.keywords["batch_size"] for method in methods if method is not gradient] == [3, 3]
+    network, params, inputs = benchmark.layered.problem("convnet", 4)
+    assert benchmark.gradient_pass(network, params, inputs)["Dense_0"]["kernel"].any()
+    assert all(not layer.reason for layer in networks.layers(network, params, inputs))
 
 
 def cheap(_network, _params, _inputs, numbers):

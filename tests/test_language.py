@@ -36,6 +36,7 @@ def fetching(monkeypatch):
     return fetch
 
 
+@pytest.mark.slow
 def test_every_method_at_toy_size(file, tmp_path, capsys):
     config = language.Config(text=file, output=tmp_path / "results", **TOY)
     language.main(config)
