@@ -17,6 +17,8 @@ RUNS = {
     "brain_surgeon": f"{_TWO} --widths 8 --target-accuracy 0.15 --gradients 20 --sparsities 0.5 0.8 --draws 2",
     "frontier": f"{_TWO} --networks modest surrogate --sparsities 0.5 --surrogate-sparsities 0.5 --calibration 50 "
     "--surrogate-epochs 1",
+    "language": "--text README.md --characters 3000 --layers 1 --width 8 --heads 2 --positions 8 --epochs 1 "
+    "--calibration 8 --sparsities 0.5 0.8 --seeds 2",
     "neurons": f"{_TWO} --epochs 1 --fractions 0.5 --calibration 50",
     "diffusion_sorption": "--architectures 4 --noise 0 0.05 --seeds 2 --epochs 1 --fine-tuning-epochs 1 --cells 16 "
     "--times 10 --methods magnitude random --sparsities 0.5 --small-network-sparsities 0.5 --batch-size 32",
@@ -24,6 +26,7 @@ RUNS = {
 _FEW = {
     "brain_surgeon": ("magnitude", "CBS-S (RMP)", "EC (Fisher)"),
     "frontier": ("magnitude", "EC"),
+    "language": ("magnitude", "SparseGPT"),
     "neurons": ("weight norm", "structured EC"),
 }
 

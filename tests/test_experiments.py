@@ -11,7 +11,17 @@ import pandas as pd
 import pytest
 
 from ecjax import compact, networks
-from experiments import brain_surgeon, diffusion_sorption, frontier, mnist, neurons, report, results, sweep
+from experiments import (
+    brain_surgeon,
+    diffusion_sorption,
+    frontier,
+    language,
+    mnist,
+    neurons,
+    report,
+    results,
+    sweep,
+)
 from experiments.datasets import digits
 from experiments.methods import METHODS
 from experiments.sweep import DENSE, FINE_TUNED, PRUNED, TRAINED
@@ -99,7 +109,7 @@ def test_figures_are_pictures(run, name):
     assert len(np.unique(picture[..., :3].reshape(-1, 3), axis=0)) > 50
 
 
-@pytest.mark.parametrize("experiment", [brain_surgeon, diffusion_sorption, frontier, mnist, neurons])
+@pytest.mark.parametrize("experiment", [brain_surgeon, diffusion_sorption, frontier, language, mnist, neurons])
 def test_help_explains_every_flag(experiment, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["experiment", "--help"])
     with pytest.raises(SystemExit):

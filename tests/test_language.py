@@ -12,6 +12,7 @@ import pytest
 from ecjax import networks
 from experiments import language
 from experiments.datasets import text
+from tests import small
 
 TOY = {"layers": 1, "width": 8, "heads": 2, "positions": 8, "epochs": 1, "calibration": 16, "stages": 1}
 TOY |= {"iterations": 1, "products": 2, "curvature": 8, "gradual_epochs": 1, "sparsities": (0.8,), "batch_size": 8}
@@ -51,6 +52,17 @@ def test_every_method_at_toy_size(file, tmp_path, capsys):
     language.main(config)  # finds everything
     pd.testing.assert_frame_equal(frame, pd.read_csv(tmp_path / "results" / "results.csv"))
     assert capsys.readouterr().out == printed
+
+
+def test_a_few_methods_and_what_is_printed(file, tmp_path, monkeypatch, capsys):
+    experiment = small.module("language", monkeypatch.setattr)
+    experiment.main(language.Config(text=file, output=tmp_path / "results", **TOY))
+    frame = pd.read_csv(tmp_path / "results" / "results.csv")
+    assert list(frame["method"]) == ["dense", "magnitude", "SparseGPT"]
+    assert (frame["gradient_passes"] > 0).all()
+    printed = capsys.readouterr().out
+    assert "text that the networks write" in printed
+    assert "SparseGPT, 0.8" in printed
 
 
 def test_a_prediction_sees_what_came_before_and_nothing_else():
