@@ -38,10 +38,17 @@ def _all_finite_on_device(array: Array) -> Array:
     return jnp.isfinite((array * 0).sum())  # 0 times NaN or infinity is NaN; no array of booleans is made
 
 
+def require_array(inputs: Any) -> None:
+    """Raises a ValueError unless ``inputs`` is one array with an axis of samples, or the shape of one."""
+    if len(getattr(inputs, "shape", ())) < 1:
+        advice = "; put several arrays into one, and take them apart in the network"
+        advice = advice if len(jax.tree.leaves(inputs)) > 1 else ""
+        raise ValueError(f"inputs must be one array of shape (samples, features), got one {_describe(inputs)}{advice}")
+
+
 def require_inputs(inputs: Inputs) -> None:
     """Raises a ValueError unless ``inputs`` is an array with samples in it, all of them finite."""
-    if getattr(inputs, "ndim", 0) < 1:
-        raise ValueError(f"inputs must be one array of shape (samples, features), got {_describe(inputs)}")
+    require_array(inputs)
     if inputs.shape[0] == 0:
         raise ValueError(f"inputs of shape {inputs.shape} hold no samples; at least one is needed")
     if _is_known_false(_all_finite(inputs)):

@@ -129,9 +129,7 @@ def layers(
 
 
 def _facts(network, params, inputs, *, exclude, need, each_alone) -> _Facts:
-    if len(getattr(inputs, "shape", ())) < 1:
-        kind = f"shape {inputs.shape}" if hasattr(inputs, "shape") else f"type {type(inputs).__name__}"
-        raise ValueError(f"inputs must be one array of shape (samples, features), got one of {kind}")
+    _checks.require_array(inputs)
     patterns = as_patterns(exclude)
     _require_hashable(network)
     if isinstance(inputs, jax.ShapeDtypeStruct):

@@ -162,3 +162,10 @@ def test_epochs_below_one():
         train.fit(NETWORK, PARAMS, INPUTS, LABELS, loss, epochs=0, **options)
     with pytest.raises(ValueError, match="batch_size is -1"):
         train.fit(NETWORK, PARAMS, INPUTS, LABELS, loss, epochs=1, batch_size=-1, **options)
+
+
+def test_inputs_of_several_arrays_are_refused_with_what_to_do_instead():
+    network, params, inputs = examples.mlp()
+    both = {"features": inputs, "mask": inputs > 0}
+    with pytest.raises(ValueError, match=r"got one of type dict; put several arrays into one, and take them apart in"):
+        score.magnitude(network, params, both)
