@@ -164,6 +164,7 @@ def test_epochs_below_one():
         train.fit(NETWORK, PARAMS, INPUTS, LABELS, loss, epochs=1, batch_size=-1, **options)
 
 
+@pytest.mark.usefixtures("without_checked_types")
 def test_inputs_of_several_arrays_are_refused_with_what_to_do_instead():
     network, params, inputs = examples.mlp()
     both = {"features": inputs, "mask": inputs > 0}
