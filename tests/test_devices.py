@@ -1,6 +1,7 @@
 """Samples and neurons spread over eight devices, and over two processes."""
 
 import functools
+import math
 import re
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ecjax import _batches, devices, metrics, moments, networks, prune, repair, score, surgeon
+from ecjax.prune import selection
 from ecjax.repair import gauss_newton
 from ecjax.repair.repairs import movable
 from tests import examples, two_processes
@@ -154,6 +156,18 @@ def test_no_samples_travel_in_what_is_compiled():
     nowhere = _batches.Placement()
     blind = moments.stream._scan.lower(network, 16, nowhere, nothing, params, inputs, None, None, None).compile()
     assert (1, SAMPLES, FEATURES) in gathered(blind)
+
+
+@pytest.mark.parametrize("spec", [("model", None), (None, "model"), ("data", "model")])
+def test_what_goes_is_chosen_where_the_importances_are(spec):
+    generator = np.random.default_rng(0)
+    alone = [jnp.asarray(generator.integers(0, 9, shape), jnp.float32) for shape in ((16, 8), (8, 24), (5, 3))]
+    here = NamedSharding(mesh(2), PartitionSpec(*spec))
+    leaves = [*jax.device_put(alone[:2], here), alone[2]]
+    assert all(math.prod(shape) <= 8 for shape in gathered(jax.jit(selection.smallest_of).lower(leaves, 100).compile()))
+    found = selection.smallest_of(leaves, 100)
+    assert found[0].sharding.is_equivalent_to(here, 2)
+    jax.tree.map(np.testing.assert_array_equal, found, selection.smallest_of(alone, 100))
 
 
 def test_no_samples_travel_inside_a_jit_of_the_callers():

@@ -1,7 +1,8 @@
 """Decisions: scores in, masks and new params out; one shot or in stages."""
 
-from ecjax.prune.masks import SCOPES, Pruned, apply_masks, one_shot, smallest, sparsity
+from ecjax.prune.masks import SCOPES, Pruned, apply_masks, one_shot, sparsity
 from ecjax.prune.neurons import neurons
+from ecjax.prune.selection import smallest
 from ecjax.staged import Stage, staged, staged_neurons
 
 __all__ = [

@@ -1,18 +1,19 @@
 """Masks, and pruning in one shot."""
 
 import functools
-import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Real
+from jaxtyping import Bool, Float
 
 from ecjax import _checks, _trees, graph
 from ecjax._types import Kernels, Params, Patterns, Sparsity
 from ecjax.graph import Layer, Layers
 from ecjax.graph.layers import chosen
+from ecjax.prune.selection import smallest_of
 from ecjax.score import Scores
 
 SCOPES = ("network", "layer", "neuron")
@@ -60,7 +61,8 @@ def one_shot(
 
     Args:
         scores: of a criterion, for these params.
-        sparsity: the fraction of weights to remove, in [0, 1]; biases don't count. May be traced. Left out for N:M.
+        sparsity: the fraction of weights to remove, in [0, 1]; biases don't count. Left out for N:M. It may be traced;
+            of more than 2**24 weights, the number to remove is then rounded as float32 is.
         scope: where weights compete: "network", each "layer" (of a stack, each member), or each "neuron" (the inputs of
             one output). Or a pair
             (N, M): of every M consecutive inputs of a neuron N stay, and of a last group of fewer, at most N.
@@ -210,23 +212,20 @@ def keep_in_each(importance: dict[str, Array], sparsity: Sparsity, *, together: 
     Raises:
         ValueError: an entry of infinite importance would go.
     """
-    if together and importance:
-        kept = keep(jnp.concatenate([leaf.ravel() for leaf in importance.values()]), sparsity)
-        ends = list(itertools.accumulate(leaf.size for leaf in importance.values()))
-        parts = dict(zip(importance, jnp.split(kept, ends[:-1]), strict=True))
-    else:
-        parts = {path: keep(leaf.ravel(), sparsity) for path, leaf in importance.items()}
-    found = {path: part.reshape(importance[path].shape) for path, part in parts.items()}
+    groups = [importance] if together else [{path: leaf} for path, leaf in importance.items()]
+    found = {}
+    for group in groups:
+        found |= dict(zip(group, keep(list(group.values()), sparsity), strict=True))
     _require_finite_removed(importance, found)
     return found
 
 
 def _keep_in_matrix(importance: Float[Array, "in out"], *, sparsity: Sparsity) -> Bool[Array, "in out"]:
-    return keep(importance.ravel(), sparsity).reshape(importance.shape)
+    return keep([importance], sparsity)[0]
 
 
 def _keep_in_columns(importance: Float[Array, "in out"], *, sparsity: Sparsity) -> Bool[Array, "in out"]:
-    return jax.vmap(lambda column: keep(column, sparsity), in_axes=1, out_axes=1)(importance)
+    return jax.vmap(lambda column: keep([column], sparsity)[0])(importance.T).T  # a neuron's inputs side by side
 
 
 def _keep_in_groups(importance: Float[Array, "in out"], *, stay: int, group: int) -> Bool[Array, "in out"]:
@@ -238,27 +237,15 @@ def _keep_in_groups(importance: Float[Array, "in out"], *, stay: int, group: int
     return kept[:inputs]
 
 
-def keep(importance: Float[Array, " weights"], sparsity: Sparsity) -> Bool[Array, " weights"]:
-    """False for the ``round(sparsity * weights)`` smallest, the earlier ones first among equals."""
-    weights = importance.shape[0]
-    traced = isinstance(sparsity, jax.core.Tracer)
-    removed = jnp.round(sparsity * weights) if traced else round(float(sparsity) * weights)
-    return ~smallest(importance, removed)
-
-
-def smallest(values: Real[Array, " weights"], count: int | Array) -> Bool[Array, " weights"]:
-    """True for the ``count`` smallest values, the earlier ones first among equals.
-
-    Args:
-        values: any numbers, one for each weight.
-        count: how many; may be traced.
-
-    Example:
-        >>> prune.smallest(jnp.array([3.0, 1.0, 2.0, 1.0]), 2).tolist()
-        [False, True, False, True]
-    """
-    chosen = jnp.arange(values.size) < count
-    return jnp.zeros(values.size, bool).at[jnp.argsort(values, stable=True)].set(chosen)
+def keep(importance: Sequence[Float[Array, "..."]], sparsity: Sparsity) -> list[Bool[Array, "..."]]:
+    """False for the ``round(sparsity * weights)`` smallest of several arrays, the earlier ones first among equals."""
+    weights = sum(leaf.size for leaf in importance)
+    if isinstance(sparsity, jax.core.Tracer):
+        sparsity = sparsity.astype(jnp.promote_types(sparsity.dtype, jnp.float32))
+        removed = jnp.round(sparsity * float(weights))
+    else:
+        removed = round(float(sparsity) * weights)
+    return [~there for there in smallest_of(importance, removed)]
 
 
 def _shift_biases(
