@@ -22,7 +22,8 @@ from jaxtyping import Bool, Float, Int
 
 from ecjax import _checks, _door, _precision, _trees, graph
 from ecjax._types import Inputs, Network, Params, Patterns, Sparsity
-from ecjax.prune.masks import Pruned, require_scope, smallest
+from ecjax.prune.masks import Pruned, require_scope
+from ecjax.prune.selection import smallest
 from ecjax.surgeon.dense import hessian, require_dense
 
 
