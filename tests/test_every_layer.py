@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 MADE = functools.cache(lambda name: zoo.ZOO[name]())
 QUICK = ("positions", "convolutions in one axis", "attention by hand", "used twice", "a scanned stack")
 EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in zoo.ZOO]
-METRIC = {"outputs at positions": "fisher", "tied embedding": "fisher"}
+METRIC = dict.fromkeys(("outputs at positions", "tied embedding", "places as classes"), "fisher")
 
 
 def gradients(network, params, inputs, metric, weights=None):

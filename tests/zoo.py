@@ -193,6 +193,16 @@ def batched_experts(twice=False):
     return by_hand(network, params, array(N, 4), {"w": "b", "u": "c"}, ("w",))
 
 
+def places_as_classes():
+    """Logits of places: softmax ignores the bias of the last layer, though the outputs do not."""
+    params = {"w": array(3, 4) / 2, "b": array(4), "v": array(4, 1), "c": array(1)}
+
+    def network(params, x):
+        return (jnp.tanh(x @ params["w"] + params["b"]) @ params["v"] + params["c"])[..., 0]
+
+    return by_hand(network, params, array(N, 5, 3), {"w": "b", "v": "c"}, ignored=("c",))
+
+
 def merged_positions(turned=False):
     """Samples and positions lie along one axis, in either order, and a scan goes over the layers in reverse."""
     params = {"w": array(3, 4, 4) / 2, "b": array(3, 4), "u": array(4, 2)}
@@ -265,6 +275,7 @@ ZOO = {
     "experts": experts,
     "experts with rows of their own": batched_experts,
     "experts with two rows each": lambda: batched_experts(twice=True),
+    "places as classes": places_as_classes,
     "samples and positions merged": merged_positions,
     "positions and samples merged": lambda: merged_positions(turned=True),
 }

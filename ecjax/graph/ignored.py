@@ -26,13 +26,16 @@ _LOOKED_AT = 4  # samples
 _ROUNDINGS = 1000  # a sum of T terms of random signs is 1/√T of their size, of rounding errors about one of these
 
 
-def ignored(reading: Reading, params: PyTree, inputs: Array) -> dict[str, Bool[Array, "stack out"]]:
-    """By the kernel's path, which of its neurons have a bias that the outputs ignore.
+def ignored(
+    reading: Reading, params: PyTree, inputs: Array, factor: Callable[[Array, Array], Array]
+) -> dict[str, Bool[Array, "stack out"]]:
+    """By the kernel's path, which of its neurons have a bias that the outputs, or their metric, ignore.
 
     Args:
         reading: of the network, for params and inputs of these shapes.
         params: of arrays alone.
         inputs: a few samples.
+        factor: of the metric: the Fisher metric of logits does not see what is added to all of them.
     """
     layers = [layer for layer in reading.layers if layer.bias is not None and not layer.outer]
     if not layers:
@@ -51,7 +54,8 @@ def ignored(reading: Reading, params: PyTree, inputs: Array) -> dict[str, Bool[A
             own = jax.random.split(jax.random.fold_in(key, number))
             drawn[layer.kernel] = _drawn(own[0], layer, drawn[layer.kernel], scale)
             drawn[layer.bias] = jax.random.normal(own[1], drawn[layer.bias].shape, drawn[layer.bias].dtype) / 4
-        return _sums(reading, layers, sites, drawn, inputs, key, functools.partial(in_full, least=widest))
+        in_widest = functools.partial(in_full, least=widest)
+        return _sums(reading, layers, sites, drawn, inputs, key, factor, in_widest)
 
     keys = jax.random.split(jax.random.key(0), len(_SCALES))
     found, result = lax.map(of_draw, (keys, jnp.asarray(_SCALES))), {}
@@ -62,18 +66,21 @@ def ignored(reading: Reading, params: PyTree, inputs: Array) -> dict[str, Bool[A
     return result
 
 
-def ignored_in(network: Callable, layers: Layers, params: PyTree, inputs: Array) -> dict[str, Array]:
+def ignored_in(
+    network: Callable, layers: Layers, params: PyTree, inputs: Array, factor: Callable[[Array, Array], Array]
+) -> dict[str, Array]:
     """``ignored`` of a network, seen with a few of its inputs.
 
     Args:
         layers: that count; without any that sees several rows of a sample, nothing is looked at.
         inputs: all of them.
+        factor: of the metric.
     """
     if all(layer.outer or layer.bias is None for layer in layers):
         return {}
     few = at_least_two(_batches.spread(inputs, _LOOKED_AT))
     names = {layer.kernel for layer in layers}
-    found = ignored(read(network, params, few), params, few)
+    found = ignored(read(network, params, few), params, few, factor)
     return {path: neurons for path, neurons in found.items() if path in names}
 
 
@@ -82,7 +89,7 @@ def _drawn(key, layer: Layer, kernel: Array, scale: Array) -> Array:
     return as_leaf(matrices * (scale / jnp.sqrt(max(layer.layout.sizes[1], 1))).astype(kernel.dtype), layer.layout)
 
 
-def _sums(reading: Reading, layers, sites, leaves: dict[str, Array], inputs: Array, key, in_full: Callable) -> dict:
+def _sums(reading: Reading, layers, sites, leaves: dict[str, Array], inputs: Array, key, factor, in_full) -> dict:
     """By the bias's path, the sum of its gradients over samples and positions, and the sum of their sizes."""
     at = frozenset(sites)
 
@@ -103,7 +110,7 @@ def _sums(reading: Reading, layers, sites, leaves: dict[str, Array], inputs: Arr
 
     jax.eval_shape(lambda: evaluate(reading.jaxpr, [*leaves.values(), inputs], at, note, {}, in_full)[0])
     outputs, pull = jax.vjp(outputs_of, {site: jnp.zeros(s.shape, s.dtype) for site, s in shapes.items()})
-    (slopes,) = pull(jax.random.normal(key, outputs.shape, outputs.dtype))
+    (slopes,) = pull(factor(outputs, jax.random.normal(key, outputs.shape, outputs.dtype)).astype(outputs.dtype))
 
     def gathered(slopes):
         """What the biases' own gradients would be, were these those of the sums that they enter."""

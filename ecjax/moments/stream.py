@@ -174,7 +174,7 @@ def _require_probes(outputs: jax.ShapeDtypeStruct, probes: int | None) -> None:
 def _scan(network, batch_size, placement, seen, params, inputs, weights, samples, key) -> Moments:
     """Adds batch after batch; where ``samples`` are given, only so many of the inputs count."""
     key = jax.random.key(0) if key is None else key  # without probes nothing is drawn
-    ignored = ignored_in(network, seen.read, params, inputs)
+    ignored = ignored_in(network, seen.read, params, inputs, seen.metric.factor)
 
     def add(total, index):
         (batch, weight), counted = _batches.take((inputs, weights), index, batch_size, placement.blocks)

@@ -56,7 +56,7 @@ def elimination_compensation_by_definition(
 
 @_precision.compiled("network", "layers", "weights_at_once")
 def _all_weights(network, layers, weights_at_once, params, inputs, weights, metric) -> Scores:
-    outputs, ignored = network(params, inputs), ignored_in(network, layers, params, inputs)
+    outputs, ignored = network(params, inputs), ignored_in(network, layers, params, inputs, metric.factor)
 
     def one_weight(layer, index):
         options = {"metric": metric, "weights": weights, "ignored": ignored.get(layer.kernel)}

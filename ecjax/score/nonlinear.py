@@ -56,7 +56,7 @@ def nonlinear_elimination_compensation(
 
 @_precision.compiled("network", "steps", "weights_at_once")
 def _all_weights(network, steps, weights_at_once, params, inputs, weights, seen) -> Scores:
-    ignored = ignored_in(network, seen.read, params, inputs)
+    ignored = ignored_in(network, seen.read, params, inputs, seen.metric.factor)
     inputs, weights = jax.tree.map(graph.at_least_two, (inputs, weights))
     reading = graph.read(network, params, inputs, exclude=seen.exclude)
     outputs, layer_inputs = graph.tapped(reading, params, inputs, {})
