@@ -12,7 +12,7 @@ import pytest
 from flax.core import FrozenDict
 from jax.ad_checkpoint import checkpoint_name
 
-from ecjax import _door, _trees, graph, networks
+from ecjax import _door, _trees, graph, networks, score
 from tests import zoo
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -378,8 +378,23 @@ SCORED = {
     "two biases, added first": (lambda p, x: x @ p["w"] + (p["b"] + p["d"]), {"w": None}),
     "a gate": (lambda p, x: (x @ p["w"]) * jax.nn.sigmoid(x @ p["v"] + p["b"]), {"w": None, "v": "b"}),
     "a skip connection": (lambda p, x: x[:, :3] + (x @ p["w"] + p["b"]), {"w": "b"}),
-    "a product scaled before its bias": (lambda p, x: 2 * (x @ p["w"]) + p["b"], {"w": None}),
-    "a bias subtracted from": (lambda p, x: p["b"] - x @ p["w"], {"w": None}),
+    "a skip connection added first": (lambda p, x: x[:, :3] + x @ p["w"] + p["b"], {"w": "b"}),
+    "a skip connection added between": (lambda p, x: x @ p["w"] + jnp.tanh(x[:, :3]) + p["b"], {"w": "b"}),
+    "a skip connection of a product with a bias": (
+        lambda p, x: (lambda h: h + jnp.tanh(h) @ p["square"] + p["d"])(x @ p["w"] + p["b"]),
+        {"w": "b", "square": "d"},
+    ),
+    "skip connections without biases": (
+        lambda p, x: (lambda h: h + jnp.tanh(h) @ p["square"] + p["d"])(x[:, :3] + x @ p["w"]),
+        {"w": None, "square": "d"},
+    ),
+    "a product scaled before its bias": (lambda p, x: 2 * (x @ p["w"]) + p["b"], {"w": "b"}),
+    "a product divided before its bias": (lambda p, x: x @ p["w"] / jnp.sqrt(4.0) + p["b"], {"w": "b"}),
+    "a product scaled in another sum": (lambda p, x: 2 * (x @ p["w"]) + x @ p["v"] + p["b"], {"w": None, "v": None}),
+    "a bias subtracted": (lambda p, x: x @ p["w"] - p["b"], {"w": "b"}),
+    "a bias subtracted from": (lambda p, x: p["b"] - x @ p["w"], {"w": "b"}),
+    "a product subtracted": (lambda p, x: x[:, :3] - x @ p["w"] + p["b"], {"w": "b"}),
+    "a bias after a scale for each neuron": (lambda p, x: (x @ p["w"]) * jnp.arange(3.0) + p["b"], {"w": None}),
     "a product for another's bias": (lambda p, x: x @ p["w"] + x @ p["v"], {"w": None, "v": None}),
     "the inputs held fixed": (lambda p, x: jax.lax.stop_gradient(x) @ p["w"] + p["b"], {"w": "b"}),
     "all held fixed": (lambda p, x: jax.lax.stop_gradient(x @ p["w"] + p["b"]), {"w": "b"}),
@@ -437,7 +452,13 @@ def test_biases_are_what_is_added_to_a_product(name):
     assert dict(roles(layers)) == expected | {"u": "c"}
     assert set(layers.others) == set(params) - set(expected) - set(expected.values()) - {"u", "c"}
     assert "is not used" not in layers.others.values()
-    require_gradients(network, params, inputs())
+    if all(layer.outer for layer in layers):
+        require_gradients(network, params, inputs())
+    else:  # a product was scaled before its bias
+        slopes = jax.vmap(lambda x: jax.jacrev(lambda p: network(p, x[None])[0])(params))(inputs())
+        scores = score.elimination_compensation(network, params, inputs())
+        a, b = slopes["w"], slopes["b"][:, :, None]
+        np.testing.assert_allclose(scores.bias_shift["w"], params["w"] * (a * b).sum((0, 1)) / (b**2).sum((0, 1)))
 
 
 # By name: the network up to its head; the leaves that the table shows as kernels which can't be scored.

@@ -126,7 +126,7 @@ def _axes_of_product(equation, batched, stacked, free, gives) -> Axes:
 
 def _followed(units: Units | None, contracted: Sequence[int], found: Found) -> int | None:
     """The product whose units, all of them in order, are what is contracted."""
-    if units is None or len(units.products) != 1:
+    if units is None or len(units.products) != 1 or not units.alone:
         return None
     (product,) = units.products
     of_kernel = found.products[product].layout
@@ -173,34 +173,77 @@ def _convolution(equation, side, leaf: Leaf, other: Value, result: Value, found:
 
 
 def summed(equation, operands, result: Value, found: Found, within: Within, site) -> Value | None:
-    """A sum of products, or of a product and its bias; None for any other sum."""
-    if "jax.custom" in within.reason:
+    """A sum with products, or of a product and its bias; a product times a number; None for any other operation."""
+    name = equation.primitive.name
+    if "jax.custom" in within.reason or name not in _LINEAR:
+        return None
+    if name == "neg" or name in ("mul", "div"):
+        return _scaled(name, operands, result)
+    units = [operand.units for operand in operands]
+    together = _of_both(name, *units, result, found) if all(units) else None
+    if together is not None:
+        return together
+    (side, *others) = [i for i in (0, 1) if units[i] is not None and units[i].bare] or [None]
+    if side is None or others:
+        return None
+    product, bias = units[side], operands[1 - side]
+    if leaves_of(bias) or bias.sources:
+        return _with_bias(equation, product, bias, 1 - side, result, found, within, site)
+    found.consume(bias.units)
+    alone = product.alone and bias.uniform and not bias.depends
+    if not alone:
+        found.part(product)
+    negative = name == "sub" and side == 1
+    return result._replace(units=product._replace(alone=alone, scaled=product.scaled or negative))
+
+
+_LINEAR = ("add", "add_any", "sub", "neg", "mul", "div")
+
+
+def _scaled(name: str, operands, result: Value) -> Value | None:
+    """A product with the opposite sign, or times a number."""
+    if name == "neg":
+        side, number = 0, True
+    else:
+        side = 0 if operands[0].units is not None or name == "div" else 1
+        other = operands[1 - side]
+        number = other.uniform and not (other.depends or leaves_of(other) or other.sources)
+    product = operands[side].units
+    if product is None or not product.bare or not number:
+        return None
+    return result._replace(units=product._replace(scaled=True))
+
+
+def _of_both(name: str, first: Units, second: Units, result: Value, found: Found) -> Value | None:
+    """A sum of products, or of a product and another with its bias; None for any other."""
+    if name == "sub" or first.axes != second.axes or first.products & second.products:
+        return None
+    if first.bare and second.bare and first.alone and second.alone and not (first.scaled or second.scaled):
+        shared = first.shared or second.shared
+        return result._replace(units=first._replace(products=first.products | second.products, shared=shared))
+    bare, other = sorted((first, second), key=lambda units: (not units.bare, not units.alone))
+    if not bare.bare or (other.bare and other.alone):
+        return None
+    shared = other.bias._replace(within=other.products) if other.bias and not bare.scaled else bare.shared
+    found.consume(other)
+    found.part(bare)
+    return result._replace(units=bare._replace(alone=False, shared=shared))
+
+
+def _with_bias(equation, product: Units, bias: Value, side: int, result, found: Found, within, site) -> Value | None:
+    """A product and its bias, which may be subtracted; None if what is added is none."""
+    if bias.leaf is None:
         return None
     (shape,) = shapes(equation.outvars)
-    units = [operand.units for operand in operands]
-    if all(units) and units[0].axes == units[1].axes and not units[0].products & units[1].products:
-        together = units[0].products | units[1].products
-        if all(u.bare for u in units):
-            return result._replace(units=units[0]._replace(products=together))
-        bare, biased = sorted(units, key=lambda u: not u.bare)
-        if bare.bare and biased.bias:
-            found.use(biased)
-            added = biased.bias._replace(within=biased.products)
-            for number in bare.products:
-                found.added.setdefault(number, []).append(added)
-            return result._replace(units=biased._replace(products=together))
-    side = 0 if units[0] is not None else 1
-    product, bias = units[side], operands[1 - side]
-    if product is None or not product.bare or bias.leaf is None:
-        return None
     of_bias = _bias_layout(product, bias.leaf, shape, found)
     if of_bias is None:
         return None
-    added = Added(bias.leaf.path, of_bias)
+    as_it_is = not product.scaled and equation.primitive.name != "sub"
+    added = Added(bias.leaf.path, of_bias, as_it_is=as_it_is)
     for number in product.products:
         found.added.setdefault(number, []).append(added)
-    found.biases.setdefault(added.path, []).append(Site(site, 1 - side, within.turns))
-    return result._replace(units=product._replace(bare=False, bias=added))
+    found.biases.setdefault(added.path, []).append(Site(site, side, within.turns))
+    return result._replace(units=product._replace(bare=False, bias=added, shared=None))
 
 
 def _bias_layout(product: Units, bias: Leaf, shape: tuple[int, ...], found: Found) -> Layout | None:

@@ -143,7 +143,7 @@ def _layer(path: str, number: int, found: Found, leaves: dict[str, Any], left_al
     if follows is not None and found.read.get(first.follows) != [number]:
         follows = None
     of_kernel = None if unclear else first.layout
-    alone = len(uses) == 1 and not unclear and path not in found.others
+    alone = len(uses) == 1 and not unclear and path not in found.others and (bias is None or bias.as_it_is)
     return Layer(
         kernel=path,
         bias=bias.path if bias else None,

@@ -99,10 +99,9 @@ def _equation(equation, operands: list[Value], found: Found, within: Within, sit
         product = multiplied(equation, operands, results[0], found, within, site)
         if product is not None:
             return [product]
-    if name in ("add", "add_any"):
-        total = summed(equation, operands, results[0], found, within, site)
-        if total is not None:
-            return [total]
+    total = summed(equation, operands, results[0], found, within, site)
+    if total is not None:
+        return [total]
     if len(operands) == 1 and len(results) == 1:
         rearranged = _rearranged(equation, operands[0], results[0])
         if rearranged is not None:
@@ -239,7 +238,8 @@ def _entrywise_units(operands: list[Value]) -> Units | None:
     others = [operand for operand in operands if operand.units is None]
     if len(found) != 1 or not all(operand.uniform for operand in others):
         return None
-    return found.pop()
+    units = found.pop()
+    return units if units.alone else None
 
 
 def _scan(equation, operands: list[Value], found: Found, within: Within, site) -> list[Value]:

@@ -23,8 +23,11 @@ class Units(NamedTuple):
 
     products: frozenset[int]
     axes: Axes
-    bare: bool  # whether it is the product, or a sum of products, itself
+    bare: bool  # whether it is the product, or a sum with it, and no bias was added yet
     bias: "Added | None" = None  # what was just added to it
+    alone: bool = True  # whether nothing else is in the sum
+    scaled: bool = False  # whether it was multiplied by a number
+    shared: "Added | None" = None  # the bias of another product in the sum, which is its own if it gets no other
 
 
 class Value(NamedTuple):
@@ -117,11 +120,13 @@ class Added(NamedTuple):
         path: of the leaf.
         layout: of the leaf.
         within: the products to which it was added before this one was; empty if it was added to this one.
+        as_it_is: whether neither was multiplied by a number before.
     """
 
     path: str
     layout: Layout
     within: frozenset[int] = frozenset()
+    as_it_is: bool = True
 
 
 class Site(NamedTuple):
@@ -158,15 +163,21 @@ class Found:
                 known.append(what)
 
     def use(self, units: Units | None) -> None:
-        """Notes that an operation takes units: bare products without a bias, or those whose bias was just added."""
+        """Notes that an operation takes units: products without a bias of their own, or those that just got one."""
         if units and units.bias:
             self.biased[units.products] = self.biased.get(units.products, 0) + 1
         for product in units.products if units and units.bare else ():
-            self.added.setdefault(product, []).append(None)
+            added = self.added.setdefault(product, [])
+            if units.shared is None or units.shared not in added:
+                added.append(units.shared)
 
     def consume(self, units: Units | None) -> None:
         """Notes that units go where they are not followed."""
         self.use(units)
+        self.part(units)
+
+    def part(self, units: Units | None) -> None:
+        """Notes that something else than these units alone is read from here on."""
         for product in units.products if units else ():
             self.read.setdefault(product, []).append(None)
 
