@@ -28,6 +28,7 @@ SMALL = benchmark.Config(
     samples=(32,),
     outputs=(),
     probes=(1, 3),
+    selected=(1000,),
     stages=1,
     gradients=10,
     rounds=1,
