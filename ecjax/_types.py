@@ -1,6 +1,6 @@
 """What the arguments of the library are, for signatures; ``networks`` says what they mean."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,4 +17,5 @@ Weights = Float[Array | np.ndarray, "_samples *_positions"]
 Loss = Callable[[Array, Array], Array]
 Patterns = str | Iterable[str]
 Sparsity = float | int | Float[Array, ""]
+Sparsities = Sparsity | Mapping[str, Sparsity]  # of all kernels, or of those that each pattern of paths matches
 Metric = Any  # a metric, or the name of one: the door says more clearly what is wrong with others

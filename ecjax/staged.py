@@ -22,9 +22,10 @@ from jax import Array, lax
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from ecjax import _batches, _checks, _door, _precision, _trees, metrics, score
-from ecjax._types import Inputs, Kernels, Metric, Network, Params, Patterns, Sparsity, Targets, Weights
+from ecjax._types import Inputs, Kernels, Metric, Network, Params, Patterns, Sparsities, Targets, Weights
 from ecjax.graph.layers import as_patterns
 from ecjax.moments.stream import has_many_rows
+from ecjax.prune import patterns
 from ecjax.prune.further import further
 from ecjax.prune.masks import Pruned, require_scope
 from ecjax.prune.neurons import NEURON_SCOPES
@@ -82,7 +83,7 @@ class Stage(NamedTuple):
     Attributes:
         number: of the stage, from 1.
         stages: how many there are.
-        sparsity: reached so far.
+        sparsity: reached so far; of each pattern, where it is given so.
         objective: what the repair has left of the mean distance to the targets; infinite without one.
 
     Example:
@@ -94,7 +95,7 @@ class Stage(NamedTuple):
 
     number: int
     stages: int
-    sparsity: float | Array
+    sparsity: Sparsities
     objective: Array
 
 
@@ -102,7 +103,7 @@ def staged(
     network: Network,
     params: Params,
     inputs: Inputs,
-    sparsity: Sparsity,
+    sparsity: Sparsities,
     *,
     stages: int = 10,
     criterion: Criterion | str | None = None,
@@ -122,7 +123,8 @@ def staged(
     once, for all stages and all sparsities.
 
     Args:
-        sparsity: r, the fraction of weights to remove in the end, in [0, 1].
+        sparsity: r, the fraction of weights to remove in the end, in [0, 1]; or that of each pattern of paths, as in
+            ``one_shot``. Each follows the schedule.
         stages: how many.
         criterion: ``(network, params, inputs) -> Scores``, by name (``score.CRITERIA``) or as a function;
             elimination-compensation if None. One that takes ``metric``, ``exclude`` or ``key`` gets those of the run,
@@ -163,7 +165,7 @@ def staged_neurons(
     network: Network,
     params: Params,
     inputs: Inputs,
-    fraction: Sparsity,
+    fraction: Sparsities,
     *,
     stages: int = 10,
     criterion: Criterion | str | None = None,
@@ -179,7 +181,7 @@ def staged_neurons(
     """Removes whole hidden neurons of an MLP in stages, as ``staged`` removes weights.
 
     Args:
-        fraction: of the hidden neurons to remove in the end, in [0, 1].
+        fraction: of the hidden neurons to remove in the end, in [0, 1]; or that of each pattern, as in ``neurons``.
         stages: how many.
         criterion: ``(network, params, inputs) -> NeuronScores``, by name (``score.NEURON_CRITERIA``) or as a function;
             ``score.neuron_elimination_compensation`` if None.
@@ -221,7 +223,7 @@ def _in_stages(
     key,
     tell,
 ) -> Pruned:
-    _checks.require_sparsity(sparsity)
+    patterns.require_sparsities(sparsity)
     _checks.require_positive(stages, "stages")
     stages = int(stages)
     if tell is not None and not callable(tell):
@@ -232,7 +234,7 @@ def _in_stages(
     options = {"metric": metric, "targets": targets, "weights": weights, "exclude": exclude, "key": key}
     state = start(network, params, inputs, repair=repair, **options)
     for number in range(1, stages + 1):
-        reached = sparsity * (1 - (1 - number / stages) ** 3)
+        reached = patterns.times(sparsity, 1 - (1 - number / stages) ** 3)
         state = step(network, state, inputs, reached, criterion=criterion, repair=repair, scope=scope)
         if tell is not None:
             tell(Stage(number, stages, reached, state.objective))
@@ -287,7 +289,7 @@ def step(
     network: Network,
     state: State,
     inputs: Inputs,
-    sparsity: Sparsity,
+    sparsity: Sparsities,
     *,
     criterion: Criterion | str | None = None,
     repair: Repair | str | None = "survivors",
@@ -298,8 +300,8 @@ def step(
     Args:
         state: of ``start``, or of the stage before.
         inputs: calibration inputs; others than before, if the state's targets are replaced by theirs.
-        sparsity: to be reached, of all weights; of all hidden neurons with a criterion for neurons. Never lower than
-            before.
+        sparsity: to be reached, of all weights or of those of each pattern; of hidden neurons with a criterion for
+            neurons. Never lower than before.
         criterion: gives Scores, or NeuronScores.
         repair: of this stage.
         scope: where weights or neurons compete.

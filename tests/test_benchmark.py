@@ -30,6 +30,7 @@ SMALL = benchmark.Config(
     outputs=(),
     architectures=(),
     probes=(1, 3),
+    selected=(1000,),
     stages=1,
     gradients=10,
     rounds=1,

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from ecjax import _checks, _trees, graph
-from ecjax._types import Kernels, Params, Patterns, Sparsity
+from ecjax._types import Kernels, Params, Patterns, Sparsities
 from ecjax.graph.layers import chosen
+from ecjax.prune import patterns
 from ecjax.prune.masks import Pruned, one_shot
 from ecjax.prune.neurons import neurons
 from ecjax.score import NeuronScores, Scores
@@ -18,7 +19,7 @@ def further(
     params: Params,
     scores: Scores | NeuronScores,
     masks: Kernels,
-    sparsity: Sparsity,
+    sparsity: Sparsities,
     *,
     scope: str = "network",
     exclude: Patterns = (),
@@ -31,13 +32,16 @@ def further(
     excluded = chosen(exclude, list(_trees.by_path(params)))
     if not isinstance(scores, NeuronScores):
         _checks.require_kernels(params, scores.importance, "importances")
-        kept = _trees.by_path(masks)
-        for path in _trees.by_path(scores.importance):
-            if path not in kept and path not in excluded:
-                raise ValueError(f"the criterion scores '{path}', which is no kernel; give None in its place")
+        kept, scored = _trees.by_path(masks), _trees.by_path(scores.importance)
+        for _, paths in patterns.groups(sparsity, [path for path in scored if path not in excluded]):
+            for path in paths:
+                if path not in kept:
+                    raise ValueError(
+                        f"the criterion scores '{path}', which is no kernel or was left dense so far; give None in its "
+                        "place, or a sparsity in every stage"
+                    )
         ranked = {  # below everything else, also below survivors of importance 0
-            path: jnp.where(kept[path], value, -jnp.inf) if path in kept else value
-            for path, value in _trees.by_path(scores.importance).items()
+            path: jnp.where(kept[path], value, -jnp.inf) if path in kept else value for path, value in scored.items()
         }
         importance = _trees.replace(scores.importance, ranked)
         scores = dataclasses.replace(scores, importance=importance)

@@ -10,9 +10,10 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from ecjax import _checks, _trees, graph
-from ecjax._types import Kernels, Params, Patterns, Sparsity
+from ecjax._types import Kernels, Params, Patterns, Sparsities, Sparsity
 from ecjax.graph import Layer, Layers
 from ecjax.graph.layers import chosen
+from ecjax.prune import patterns
 from ecjax.prune.selection import smallest_of
 from ecjax.score import Scores
 
@@ -48,7 +49,7 @@ class Pruned(NamedTuple):
 def one_shot(
     params: Params,
     scores: Scores,
-    sparsity: Sparsity | None = None,
+    sparsity: Sparsities | None = None,
     *,
     scope: str | tuple[int, int] = "network",
     exclude: Patterns = (),
@@ -62,24 +63,29 @@ def one_shot(
     Args:
         scores: of a criterion, for these params.
         sparsity: the fraction of weights to remove, in [0, 1]; biases don't count. Left out for N:M. It may be traced;
-            of more than 2**24 weights, the number to remove is then rounded as float32 is.
+            of more than 2**24 weights, the number to remove is then rounded as float32 is. Or one for each pattern of
+            paths, as in ``{"Dense_0/*": 0.95, "*": 0.8}``: of the patterns that match a kernel the first counts, the
+            weights of one pattern compete with each other, and kernels that none matches stay dense and get no mask.
         scope: where weights compete: "network", each "layer" (of a stack, each member), or each "neuron" (the inputs of
             one output). Or a pair
             (N, M): of every M consecutive inputs of a neuron N stay, and of a last group of fewer, at most N.
         exclude: patterns of paths of leaves that keep every bit, biases too; a kernel's weights do not count.
 
     Returns:
-        Pruned: with masks for the kernels that have scores and are not excluded.
+        Pruned: with masks for the kernels that have scores, are not excluded, and have a sparsity.
 
     Raises:
-        ValueError: a sparsity outside [0, 1], or that asks for a weight of infinite importance; an unknown scope;
-            importances with NaN; scores shaped unlike the params; shifts that overflow.
+        ValueError: a sparsity outside [0, 1], of a pattern that gets no kernel, or that asks for a weight of infinite
+            importance; an unknown scope; importances with NaN; scores shaped unlike the params; shifts that overflow.
 
     Example:
         >>> sum(int(mask.sum()) for mask in jax.tree.leaves(prune.one_shot(params, scores, sparsity=0.75).masks))
         12
         >>> [int(mask.sum()) for mask in jax.tree.leaves(prune.one_shot(params, scores, scope=(2, 4)).masks)]
         [16, 8]
+        >>> each = prune.one_shot(params, scores, sparsity={"Dense_0/*": 0.75, "*": 0.5})
+        >>> [int(mask.sum()) for mask in jax.tree.leaves(each.masks)]
+        [8, 8]
         >>> prune.one_shot(params, scores, sparsity=75)
         Traceback (most recent call last):
         ValueError: sparsity is 75; it must be in [0, 1], the fraction of weights to remove
@@ -92,13 +98,15 @@ def one_shot(
     elif sparsity is None:
         raise ValueError(f"scope {scope!r} needs a sparsity, the fraction of weights to remove")
     else:
-        _checks.require_sparsity(sparsity)
+        patterns.require_sparsities(sparsity)
     _checks.require_kernels(params, scores.importance, "importances")
     excluded = chosen(exclude, list(_trees.by_path(params)))
     importance = _left(_trees.by_path(scores.importance), excluded)
     _checks.require_no_nan(importance, "importances")
     layers = _known(scores.layers, importance, scope)
-    found = _masks(importance, layers, sparsity, scope)
+    found = {}
+    for number, paths in patterns.groups(sparsity, importance):
+        found |= _masks({path: importance[path] for path in paths}, layers, number, scope)
     masks = _trees.as_kernels(params, found)
     if scores.bias_shift is None:
         return Pruned(apply_masks(params, masks), masks)
@@ -167,7 +175,7 @@ def apply_masks(params: Params, masks: Kernels) -> Params:
 
 
 def sparsity(masks: Kernels) -> float:
-    """The fraction of weights removed, over all kernels; 0 if there are none.
+    """The fraction of weights removed, of those that could be: of all kernels that have a mask; 0 if there are none.
 
     Raises:
         ValueError: masks that are not boolean.

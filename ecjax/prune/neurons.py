@@ -6,15 +6,16 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from ecjax import _checks, _trees, graph
-from ecjax._types import Params, Sparsity
+from ecjax._types import Params, Sparsities
 from ecjax.graph import Layer
+from ecjax.prune import patterns
 from ecjax.prune.masks import Pruned, apply_masks, keep_in_each
 from ecjax.score import NeuronScores
 
 NEURON_SCOPES = ("network", "layer")
 
 
-def neurons(params: Params, scores: NeuronScores, fraction: Sparsity, *, scope: str = "network") -> Pruned:
+def neurons(params: Params, scores: NeuronScores, fraction: Sparsities, *, scope: str = "network") -> Pruned:
     """Removes the hidden neurons of least importance, with all weights into and out of them.
 
     Exactly ``round(fraction * neurons)`` go in each scope; among equals, the ones that come first do. The biases of the
@@ -23,15 +24,16 @@ def neurons(params: Params, scores: NeuronScores, fraction: Sparsity, *, scope: 
     Args:
         params: of a multilayer perceptron.
         scores: of a criterion for neurons, for these params.
-        fraction: of the hidden neurons to remove, in [0, 1].
+        fraction: of the hidden neurons to remove, in [0, 1]; or one for each pattern of the paths of kernels whose
+            neurons go, as in ``one_shot``. Neurons of kernels that no pattern matches stay.
         scope: where neurons compete: "network", or each "layer".
 
     Returns:
         Pruned: with masks that are False for all weights into and out of the removed neurons.
 
     Raises:
-        ValueError: a fraction outside [0, 1], an unknown scope, scores unlike the params or without their layers, or
-            shifts that overflow.
+        ValueError: a fraction outside [0, 1] or of a pattern that gets no kernel, an unknown scope, scores unlike the
+            params or without their layers, or shifts that overflow.
 
     Example:
         >>> scores = score.neuron_elimination_compensation(network, params, inputs, metric="fisher")
@@ -39,14 +41,16 @@ def neurons(params: Params, scores: NeuronScores, fraction: Sparsity, *, scope: 
         >>> int(pruned.masks["Dense_1"]["kernel"].any(1).sum())
         4
     """
-    _checks.require_sparsity(fraction)
+    patterns.require_sparsities(fraction)
     _checks.require_scores(scores, NeuronScores, "scores are")
     if scope not in NEURON_SCOPES:
         raise ValueError(f"scope is {scope!r}; for neurons it must be one of {', '.join(map(repr, NEURON_SCOPES))}")
     chain, leaves = graph.chain(scores.layers), _trees.by_path(params)
     _require_neurons(scores, chain, leaves)
     importance = {layer.kernel: scores.importance[layer.kernel] for layer in chain[:-1]}
-    kept = keep_in_each(importance, fraction, together=scope == "network")
+    kept = {path: jnp.ones(leaf.shape, bool) for path, leaf in importance.items()}
+    for number, paths in patterns.groups(fraction, importance):
+        kept |= keep_in_each({path: importance[path] for path in paths}, number, together=scope == "network")
     masks = {layer.kernel: jnp.ones(layer.layout.sizes[1:], bool) for layer in chain}
     shifted = {}
     for own, following in itertools.pairwise(chain):

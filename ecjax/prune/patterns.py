@@ -1,0 +1,68 @@
+"""Which kernels are pruned to which sparsity: one number for all, or a number for each pattern of their paths."""
+
+import collections
+import fnmatch
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ecjax import _checks
+from ecjax._types import Sparsities, Sparsity
+
+
+def require_sparsities(sparsity: Any) -> None:
+    """Raises a ValueError unless this is a number in [0, 1], or one for each of several patterns of paths."""
+    if not isinstance(sparsity, Mapping):
+        _checks.require_sparsity(sparsity)
+        return
+    if not sparsity:
+        raise ValueError("sparsity is {}; give it a number for each pattern of paths: {'*': 0.8}")
+    for pattern, number in sparsity.items():
+        if not isinstance(pattern, str):
+            raise ValueError(f"sparsity of {pattern!r}; it must be of a pattern of paths, such as 'Dense_0/*'")
+        _checks.require_sparsity(number)
+
+
+def times(sparsity: Sparsities, factor: float) -> Sparsities:
+    """The sparsity, or that of each pattern, times a number."""
+    if isinstance(sparsity, Mapping):
+        kind = collections.OrderedDict if isinstance(sparsity, collections.OrderedDict) else dict
+        return kind((pattern, number * factor) for pattern, number in sparsity.items())
+    return sparsity * factor
+
+
+def groups(sparsity: Sparsities | None, kernels: Iterable[str]) -> list[tuple[Sparsity | None, list[str]]]:
+    """The kernels that are pruned together, and to which sparsity: those of each pattern, of which the first counts.
+
+    Args:
+        sparsity: one for all kernels, or one for each pattern, as in ``fnmatch``; or none, for N:M.
+        kernels: their paths.
+
+    Raises:
+        ValueError: a pattern that gets no kernel, or patterns of which the order could be lost.
+    """
+    kernels = list(kernels)
+    if not isinstance(sparsity, Mapping):
+        return [(sparsity, kernels)]
+    matched = {pattern: [path for path in kernels if _matches(path, pattern)] for pattern in sparsity}
+    of_several = [path for path in kernels if sum(path in paths for paths in matched.values()) > 1]
+    kept_in_order = isinstance(sparsity, collections.OrderedDict) or _checks.are_known(tuple(sparsity.values()))
+    if of_several and not kept_in_order:
+        raise ValueError(
+            f"several of the patterns {', '.join(map(repr, sparsity))} match '{of_several[0]}', and a dict that goes "
+            "through jit loses its order; give a collections.OrderedDict, or patterns of which one matches each kernel"
+        )
+    taken, found = set(), []
+    for pattern, number in sparsity.items():
+        here = [path for path in matched[pattern] if path not in taken]
+        if not here:
+            raise ValueError(
+                f"the pattern {pattern!r} of the sparsity gets no kernel: it matches none, or others before it match "
+                f"all of them. The kernels that may be pruned are {', '.join(kernels)}"
+            )
+        taken.update(here)
+        found.append((number, here))
+    return found
+
+
+def _matches(path: str, pattern: str) -> bool:
+    return path == pattern or fnmatch.fnmatchcase(path, pattern)
