@@ -68,9 +68,13 @@ class Table:
     kept: Folder | None = None
     name: str = ""  # at the progress bar, before each method's
 
-    def left(self, methods: Iterable[str], sparsities: Iterable[float], seeds: int, phase: str = PRUNED) -> list[Case]:
-        """The cases without a finished row of a phase, or a saved network if it is to be; all go to the bar."""
-        cases = list(itertools.product(methods, sparsities, range(seeds)))
+    def left(self, methods: Iterable[str], sparsities, seeds: int, phase: str = PRUNED) -> list[Case]:
+        """The cases without a finished row of a phase, or a saved network if it is to be; all go to the bar.
+
+        The sparsities are those of all methods, or by method those of each.
+        """
+        of_each = sparsities if isinstance(sparsities, Mapping) else dict.fromkeys(methods, sparsities)
+        cases = [case for method in methods for case in itertools.product([method], of_each[method], range(seeds))]
         left = [case for case in cases if not self.has(*case, phase)]
         self.step = self.bar.add_task(self.name, total=len(cases), completed=len(cases) - len(left))
         return left

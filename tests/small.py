@@ -18,7 +18,7 @@ RUNS = {
     "frontier": f"{_TWO} --networks modest surrogate --sparsities 0.5 --surrogate-sparsities 0.5 --calibration 50 "
     "--surrogate-epochs 1",
     "language": "--text README.md --characters 3000 --layers 1 --width 8 --heads 2 --positions 8 --epochs 1 "
-    "--calibration 8 --sparsities 0.5 0.8 --seeds 2",
+    "--calibration 8 --sparsities 0.5 0.8 --costly-sparsities 0.8 --seeds 2",
     "neurons": f"{_TWO} --epochs 1 --fractions 0.5 --calibration 50",
     "diffusion_sorption": "--architectures 4 --noise 0 0.05 --seeds 2 --epochs 1 --fine-tuning-epochs 1 --cells 16 "
     "--times 10 --methods magnitude random --sparsities 0.5 --small-network-sparsities 0.5 --batch-size 32",

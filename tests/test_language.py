@@ -15,7 +15,15 @@ from experiments.datasets import text
 from tests import small
 
 TOY = {"layers": 1, "width": 8, "heads": 2, "positions": 8, "epochs": 1, "calibration": 16, "stages": 1}
-TOY |= {"iterations": 1, "products": 2, "curvature": 8, "gradual_epochs": 1, "sparsities": (0.8,), "batch_size": 8}
+TOY |= {
+    "iterations": 1,
+    "products": 2,
+    "curvature": 8,
+    "gradual_epochs": 1,
+    "sparsities": (0.8,),
+    "costly_sparsities": (0.8,),
+}
+TOY["batch_size"] = 8
 
 
 @pytest.fixture
