@@ -142,6 +142,11 @@ def couple(network: Callable, params: PyTree, inputs: Any) -> Coupled:
 
 def of_coupled(coupled: Coupled) -> Groups:
     """The groups of a network of which the axes are known: those with an axis of a leaf."""
+    return Groups(by_atom(coupled).values())
+
+
+def by_atom(coupled: Coupled) -> dict[int, Group]:
+    """The groups of a network by the atom that their units are, in order of execution."""
     atoms, uses = coupled.atoms, coupled.uses
     carried: dict[int, list[Place]] = {}
     for path, axes in coupled.leaves.items():
@@ -150,8 +155,12 @@ def of_coupled(coupled: Coupled) -> Groups:
                 places = [Place(path, index, tuple(map(int, units))) for units in units_along(axis, atom, atoms)]
                 carried.setdefault(atom, []).extend(places)
     order = [atom for atom in dict.fromkeys((*uses.produced, *uses.read)) if atom in carried]
-    found = [_group(atom, carried[atom], coupled) for atom in dict.fromkeys((*order, *carried))]
-    return Groups(group for group in found if group.free or (group.length != 1 and (group.produced or group.read)))
+    found = {atom: _group(atom, carried[atom], coupled) for atom in dict.fromkeys((*order, *carried))}
+    return {
+        atom: group
+        for atom, group in found.items()
+        if group.free or (group.length != 1 and (group.produced or group.read))
+    }
 
 
 def _group(atom: int, places: list[Place], coupled: Coupled) -> Group:

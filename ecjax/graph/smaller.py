@@ -97,19 +97,34 @@ def zeroed(params: PyTree, groups: Groups, removed: Removed) -> PyTree:
     """
     kept = kept_of(_trees.arrays(params), groups, removed)
     leaves = {path: leaf for path, leaf in _trees.by_path(params).items() if _trees.is_array(leaf)}
-    masks = {path: functools.reduce(np.multiply.outer, kept[path], np.True_) for path in leaves}
-    return _trees.replace(params, {path: jnp.where(masks[path], leaf, 0) for path, leaf in leaves.items()})
+    return _trees.replace(params, {path: _with_zeros(leaf, kept[path]) for path, leaf in leaves.items()})
+
+
+def _with_zeros(array: Any, kept: Sequence[Bool[np.ndarray, " _"]]) -> Any:
+    if all(here.all() for here in kept):
+        return array
+    mask = functools.reduce(np.multiply.outer, kept, np.True_)
+    if isinstance(array, jax.core.Tracer):
+        return jnp.where(mask, array, jnp.zeros((), array.dtype))
+    return _like(array, np.where(mask, np.asarray(array), np.zeros((), array.dtype)))
+
+
+def _like(array: Any, values: np.ndarray) -> Any:
+    """Values as an array of the same kind: NumPy's, or JAX's."""
+    return values if isinstance(array, np.ndarray) else jnp.asarray(values)
 
 
 def _taken(array: Any, kept: Sequence[Bool[np.ndarray, " _"]]) -> Any:
+    if all(here.all() for here in kept):
+        return array
+    if isinstance(array, jax.core.Tracer):
+        for axis, here in enumerate(kept):
+            array = jnp.take(array, np.flatnonzero(here), axis)
+        return array
+    found = np.asarray(array)  # nothing is compiled for shapes that come once
     for axis, here in enumerate(kept):
-        if not here.all():
-            array = array.compress(here, axis) if isinstance(array, np.ndarray) else array[_at(here, axis)]
-    return array
-
-
-def _at(kept: Bool[np.ndarray, " _"], axis: int) -> tuple:
-    return (*[slice(None)] * axis, np.flatnonzero(kept))
+        found = found.compress(here, axis)
+    return _like(array, found)
 
 
 def _smaller(network: Callable, shapes: dict[str, tuple[int, ...]], kept: Kept, params: PyTree, inputs: Array) -> Array:
@@ -223,8 +238,6 @@ def evaluate(walked: Walked, arguments: Sequence, units: Cut) -> list:
 def _constant(constant: Any, axes: Axes, units: Cut) -> Any:
     if units.is_whole(axes):
         return constant
-    if not isinstance(constant, jax.core.Tracer):
-        constant = np.asarray(constant)
     return _taken(constant, [units.kept(axis) for axis in axes])
 
 
