@@ -24,6 +24,10 @@ class Place(NamedTuple):
         path: of the leaf.
         axis: which one of it.
         units: for each entry along it, the unit that it belongs to; -1 where it belongs to none of this group.
+
+    Example:
+        >>> networks.groups(network, params, inputs)[0].places[0]
+        Place(path='Dense_0/bias', axis=0, units=(0, 1, 2, 3, 4, 5, 6, 7))
     """
 
     path: str
@@ -67,7 +71,7 @@ class Groups(tuple[Group, ...]):
     Example:
         >>> networks.groups(network, params, inputs)
         units  made by         read by         can go
-        ──────────────────────────────────────────────────────────────────
+        ────────────────────────────────────────────────────────────────────
         8      Dense_0/kernel  Dense_1/kernel  yes
         2      Dense_1/kernel                  no: is an axis of the outputs
         4                      Dense_0/kernel  no: is an axis of the inputs

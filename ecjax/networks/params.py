@@ -52,7 +52,7 @@ def groups(network: Network, params: Params, inputs: Inputs | jax.ShapeDtypeStru
     Example:
         >>> networks.groups(network, params, inputs)
         units  made by         read by         can go
-        ──────────────────────────────────────────────────────────────────
+        ────────────────────────────────────────────────────────────────────
         8      Dense_0/kernel  Dense_1/kernel  yes
         2      Dense_1/kernel                  no: is an axis of the outputs
         4                      Dense_0/kernel  no: is an axis of the inputs
