@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from jaxtyping import PyTree
 
 from ecjax import _trees
+from ecjax.graph import tables
 from ecjax.graph.layout import Layout
 
 
@@ -70,28 +71,18 @@ class Layers(tuple[Layer, ...]):
         return made
 
     def __repr__(self) -> str:
-        """The table."""
-        return table(self)
+        """The table: the layers, and then the other leaves, one a line."""
+        return tables.as_text(_cells(self))
 
     __str__ = __repr__
 
     def _repr_html_(self) -> str:
         """The table in Jupyter."""
-        header, *rows = _cells(self)
-        lines = [_html("th", header), *(_html("td", row) for row in rows)]
-        return f"<table>{''.join(lines)}</table>"
+        return tables.as_html(_cells(self))
 
 
 NO_LAYERS = Layers(())
 _COLUMNS = ("kernel", "shape", "axes", "bias", "positions", "weights", "pruned")
-
-
-def table(layers: Layers) -> str:
-    """The layers, and then the other leaves, one a line."""
-    cells = _cells(layers)
-    widths = [max(len(row[column]) for row in cells) for column in range(len(_COLUMNS))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])
 
 
 def _cells(layers: Layers) -> list[tuple[str, ...]]:
@@ -102,11 +93,6 @@ def _cells(layers: Layers) -> list[tuple[str, ...]]:
         rows.append((layer.kernel or "(params)", *facts, f"no: {layer.reason}" if layer.reason else "yes"))
     rows += [(path, "", "", "", "", "", f"no: {what}") for path, what in layers.others.items()]
     return rows
-
-
-def _html(tag: str, cells: Sequence[str]) -> str:
-    escaped = (cell.replace("&", "&amp;").replace("<", "&lt;") for cell in cells)
-    return f"<tr>{''.join(f'<{tag}>{cell}</{tag}>' for cell in escaped)}</tr>"
 
 
 def as_patterns(exclude: Iterable[str] | str) -> tuple[str, ...]:

@@ -74,7 +74,7 @@ def read(network: Callable, params: PyTree, inputs: Any, *, exclude: Iterable[st
     """
     leaves = _trees.by_path(params)
     left_alone = chosen(exclude, list(leaves))
-    jaxpr = _traced(network, params, inputs)
+    jaxpr = trace(network, params, inputs)
     samples = inputs.shape[0]
     found = Found(samples, leaves)
     arguments = [_value(path, leaf) for path, leaf in leaves.items()]
@@ -99,7 +99,13 @@ def read(network: Callable, params: PyTree, inputs: Any, *, exclude: Iterable[st
     return Reading(Layers(layers, others), products, found.biases, jaxpr, outputs.mixed, unknown, looked_up)
 
 
-def _traced(network: Callable, params: PyTree, inputs: Any) -> core.ClosedJaxpr:
+def trace(network: Callable, params: PyTree, inputs: Any) -> core.ClosedJaxpr:
+    """The jaxpr of a network, of the leaves of its params in order and its inputs.
+
+    Raises:
+        ValueError: a network that does not take these, or does not return one array with a row for each sample, or
+            several.
+    """
     try:
         jaxpr, shape = jax.make_jaxpr(network, return_shape=True)(params, inputs)
     except Exception as error:

@@ -30,14 +30,16 @@ shifts and masks are Kernels (``prune.Pruned`` shows how to go over these and th
 
 from ecjax._trees import by_path, replace
 from ecjax._types import Inputs, Kernels, Loss, Network, Params, Patterns, Targets
-from ecjax.graph import Layer, Layers
+from ecjax.graph import Group, Groups, Layer, Layers
 from ecjax.networks.linen import MLP, from_linen
 from ecjax.networks.nnx import from_nnx, to_nnx
-from ecjax.networks.params import layers
+from ecjax.networks.params import groups, layers
 from ecjax.networks.statistics import batch_statistics
 
 __all__ = [
     "MLP",
+    "Group",
+    "Groups",
     "Inputs",
     "Kernels",
     "Layer",
@@ -51,6 +53,7 @@ __all__ = [
     "by_path",
     "from_linen",
     "from_nnx",
+    "groups",
     "layers",
     "replace",
     "to_nnx",

@@ -1,10 +1,11 @@
-"""What is found in a network: its layers, as its jaxpr shows them."""
+"""What is found in a network: its layers, and its groups of units, as its jaxpr shows them."""
 
 import jax
 
 from ecjax import _door, _trees
 from ecjax._types import Inputs, Network, Params, Patterns
-from ecjax.graph import Layers
+from ecjax.graph import Groups, Layers
+from ecjax.graph.groups import couple, of_coupled
 
 
 def layers(
@@ -31,3 +32,31 @@ def layers(
     """
     network, params, _ = _trees.split(network, params)
     return _door.layers(network, params, inputs, exclude=exclude, need="any", each_alone=False)
+
+
+def groups(network: Network, params: Params, inputs: Inputs | jax.ShapeDtypeStruct) -> Groups:
+    """Every group of units of a network, what makes and reads it, and whether its units can go.
+
+    Units are what lies along axes that must have the same length: neurons, channels, the features of a residual stream,
+    attention heads and their features. They follow from the network's jaxpr; nothing is computed. A unit can go if the
+    network that lacks it gives what the network gives whose params are zero wherever it lies; what is not understood
+    stays, for a reason. ``print`` shows the groups as a table.
+
+    Args:
+        params: its parameters, or their shapes.
+        inputs: samples along the first axis, or their shape.
+
+    Raises:
+        ValueError: a network that does not take these.
+
+    Example:
+        >>> networks.groups(network, params, inputs)
+        units  made by         read by         can go
+        ────────────────────────────────────────────────────────────────────
+        8      Dense_0/kernel  Dense_1/kernel  yes
+        2      Dense_1/kernel                  no: is an axis of the outputs
+        4                      Dense_0/kernel  no: is an axis of the inputs
+    """
+    network, params, _ = _trees.split(network, params)
+    few = jax.ShapeDtypeStruct((max(inputs.shape[0], 2), *inputs.shape[1:]), inputs.dtype)
+    return of_coupled(couple(network, params, few))

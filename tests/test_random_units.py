@@ -1,0 +1,75 @@
+"""Random networks lose random units: the rest computes what the network does whose params are zero there.
+
+``ECJAX_RANDOM_NETWORKS=500 pytest tests/test_random_units.py`` draws more of them, and
+``python -m tests.test_random_units 500`` prints how many lost units.
+"""
+
+import collections
+import os
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from ecjax import _trees, compact, graph, networks
+from tests import random_networks
+
+pytestmark = pytest.mark.usefixtures("float64")
+COUNT = int(os.environ.get("ECJAX_RANDOM_NETWORKS", "40"))
+CHUNK = 5
+LATER = [pytest.param(first, marks=pytest.mark.slow) for first in range(CHUNK, COUNT, CHUNK)]
+PRECISION = 1e-11
+
+
+@pytest.mark.parametrize("first", [0, *LATER])
+def test_random_networks_without_random_units(first):
+    outcomes = [outcome(seed) for seed in range(first, min(first + CHUNK, COUNT))]
+    assert first or outcomes.count("smaller") >= CHUNK // 2
+    jax.clear_caches()  # no network is seen again
+
+
+def outcome(seed: int) -> str:
+    """Checks one random network; returns "smaller", or "whole" where no unit can go."""
+    case = random_networks.draw(seed)
+    told = f"seed {seed}: {case.description}"
+    groups = networks.groups(case.network, case.params, case.inputs)
+    random = np.random.default_rng([seed, 1])
+    removed = {
+        index: np.flatnonzero(random.random(group.length) < 0.5) for index, group in enumerate(groups) if group.free
+    }
+    if not any(units.size for units in removed.values()):
+        return "whole"
+    zeros = graph.zeroed(case.params, groups, removed)
+    expected = case.network(zeros, case.inputs)
+    precision = {"rtol": PRECISION, "atol": PRECISION * float(np.abs(expected).max(initial=1)), "err_msg": told}
+    smaller, small = graph.without_units(case.network, case.params, groups, removed)
+    np.testing.assert_allclose(smaller(small, case.inputs), expected, **precision)
+    np.testing.assert_allclose(smaller(small, case.inputs[:2]), expected[:2], **precision)
+    if seed % 3 == 0:  # what is zero is found again
+        compacted, least = compact.compact(case.network, zeros, case.inputs)
+        np.testing.assert_allclose(compacted(least, case.inputs), expected, **precision)
+        for path, leaf in _trees.by_path(_trees.arrays(small)).items():
+            found = _trees.by_path(least)[path].shape
+            assert all(a <= b for a, b in zip(found, leaf.shape, strict=True)), f"{told}: {path} {found} {leaf.shape}"
+    return "smaller"
+
+
+def main(stop: int, start: int = 0) -> None:
+    """Prints how many random networks lost units, and every one that came out wrong."""
+    ended = collections.Counter()
+    for seed in range(start, stop):
+        try:
+            ended[outcome(seed)] += 1
+        except Exception as error:
+            ended["wrong"] += 1
+            print(f"{seed}: {type(error).__name__}: {error}\n", flush=True)
+        if seed % 25 == 24:
+            jax.clear_caches()  # no network is seen again
+            print(f"{start} to {seed}: {dict(ended)}", flush=True)
+    print(f"{stop - start} random networks: {dict(ended)}")
+
+
+if __name__ == "__main__":
+    with jax.enable_x64(True):
+        main(*map(int, sys.argv[1:]))
