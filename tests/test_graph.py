@@ -500,6 +500,14 @@ UNSCORED = {
         ["stack"],
     ),
     "a complex product": (lambda p, x: jnp.abs((x + 1j) @ p["w"] + p["b"]), ["w"]),
+    "a mask closed over": (lambda p, x: x @ (MASK * p["w"]) + p["b"], ["w"]),
+    "a mask in jnp.where": (lambda p, x: x @ jnp.where(MASK, p["w"], 0), ["w"]),
+    "negated": (lambda p, x: x @ -p["w"], ["w"]),
+    "scaled by a leaf": (lambda p, x: x @ (p["w"] * p["d"]), ["w"]),
+    "scaled and transposed": (lambda p, x: x @ (0.5 * p["w"].T).T.reshape(4, 3), ["w"]),
+    "weight normalisation": (lambda p, x: x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0)), ["w"]),
+    "a low-rank update": (lambda p, x: x @ (p["w"] + p["v"] @ p["square"]), ["w"]),
+    "held fixed": (lambda p, x: x @ jax.lax.stop_gradient(p["w"]), ["w"]),
 }
 
 
@@ -523,12 +531,6 @@ OTHERS = {
         lambda p, x: x @ (p["w"] @ p["square"]) + p["b"],
         {"w": "arithmetic", "square": "arithmetic"},
     ),
-    "a mask closed over": (lambda p, x: x @ (MASK * p["w"]) + p["b"], {"w": "arithmetic"}),
-    "a mask in jnp.where": (lambda p, x: x @ jnp.where(MASK, p["w"], 0), {"w": "arithmetic"}),
-    "negated": (lambda p, x: x @ -p["w"], {"w": "arithmetic"}),
-    "scaled by a leaf": (lambda p, x: x @ (p["w"] * p["d"]), {"w": "arithmetic", "d": "arithmetic"}),
-    "weight normalisation": (lambda p, x: x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0)), {"w": "arithmetic"}),
-    "held fixed": (lambda p, x: x @ jax.lax.stop_gradient(p["w"]), {"w": "stop_gradient"}),
     "products by hand": (lambda p, x: (x[:, :, None] * p["w"]).sum(1), {"w": "entry by entry"}),
     "a scale": (lambda p, x: x[:, :3] * p["d"], {"d": "entry by entry"}),
     "a shift of the inputs": (lambda p, x: x[:, :3] + p["d"], {"d": "added"}),

@@ -8,27 +8,31 @@ from ecjax.graph.layout import Axes, Axis, Factor, Layout
 from ecjax.graph.samples import shapes, whole_numbers
 from ecjax.graph.values import Added, Found, Leaf, Product, Rows, Site, Units, Value, Within, is_float, leaves_of
 
+CHANGED = "goes through arithmetic before its product"
 # The origins of a product's axes: members of a stack, and neurons.
 _STACK, _OUT = 0, 1
 
 
 def multiplied(equation, operands, result: Value, found: Found, within: Within, site) -> Value | None:
     """A product of a leaf with something that depends on the inputs; None for any other product."""
-    sides = [i for i, operand in enumerate(operands) if leaves_of(operand) and operands[1 - i].depends]
+    of_kernel = [leaves_of(operand) or operand.changed for operand in operands]
+    sides = [i for i in (0, 1) if of_kernel[i] and operands[1 - i].depends]
     if not sides:
         return None
     side = sides[0]
     kernel, other = operands[side], operands[1 - side]
     is_product = equation.primitive.name == "dot_general"
     what = ""
-    if kernel.leaf is None:
+    if kernel.changed:
+        what = CHANGED
+    elif kernel.leaf is None:
         what = "enters a product only in part, or put together with other leaves"
     elif not (is_product or side == 1):
         what = "is what another value is convolved with"
     elif not all(map(is_float, (equation.invars[side], *equation.outvars))):
         what = "enters a product of whole or complex numbers"
     if what:
-        for path in sorted(leaves_of(kernel)):
+        for path in sorted(of_kernel[side]):
             found.products.append(Product(path, site, None, 1, what, False, side))
         found.consume(other.units)
         return result

@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 from ecjax import _trees
 from ecjax.graph import layout as layouts
 from ecjax.graph.layers import Layer, Layers, chosen
+from ecjax.graph.products import CHANGED
 from ecjax.graph.roles import walk
 from ecjax.graph.samples import Place
 from ecjax.graph.values import Added, Found, Leaf, Product, Site, Value
@@ -178,6 +179,8 @@ def _biases(number: int, found: Found, left_alone: frozenset[str]) -> list[Added
 
 def _unclear(path: str, uses: list[Product], added: list[list[Added | None]], found: Found) -> str:
     """Why the role of a kernel, or of its bias, is not clear; "" if it is."""
+    if any(use.what == CHANGED for use in uses):
+        return CHANGED
     if len({use.layout for use in uses}) > 1:
         return f"is used {len(uses)} times, not as the same matrix"
     others = [what for what in found.others.get(path, []) if what != _LOOKED_UP]  # a row that is looked up is a use

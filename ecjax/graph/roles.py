@@ -99,7 +99,7 @@ def _equation(equation, operands: list[Value], found: Found, within: Within, sit
         product = multiplied(equation, operands, results[0], found, within, site)
         if product is not None:
             return [product]
-    total = summed(equation, operands, results[0], found, within, site)
+    total = summed(equation, operands, results[0], found, within, site) if results else None
     if total is not None:
         return [total]
     if len(operands) == 1 and len(results) == 1:
@@ -164,6 +164,8 @@ def _rearranged(equation, operand: Value, result: Value) -> Value | None:
         return None if axes is None else result._replace(units=operand.units._replace(axes=axes))
     if operand.uniform and equation.primitive.name in (*CASTS, *_REARRANGEMENTS):
         return result._replace(uniform=True, sources=operand.sources)
+    if operand.changed and equation.primitive.name in (*CASTS, "reshape", "squeeze", "transpose"):
+        return result._replace(sources=operand.sources, changed=operand.changed)
     return None
 
 
@@ -211,7 +213,23 @@ def _otherwise(equation, operands: list[Value], results: list[Value], found: Fou
     if parts:
         return [result._replace(parts=parts) for result in results]
     uniform = entrywise and all(operand.uniform for operand in operands)
-    return [result._replace(units=units, sources=sources, uniform=uniform) for result in results]
+    changed = frozenset() if depends or not entrywise else _changed(equation, operands)
+    return [result._replace(units=units, sources=sources, uniform=uniform, changed=changed) for result in results]
+
+
+def _changed(equation, operands: list[Value]) -> frozenset[str]:
+    """The leaves that the result of an entrywise operation is made of: those of its own shape."""
+    (shape,), found = shapes(equation.outvars), frozenset()
+    for var, operand in zip(equation.invars, operands, strict=True):
+        if tuple(var.aval.shape) == shape and math.prod(shape) > 1 and not _is_repeated(operand):
+            found |= leaves_of(operand) | operand.changed
+    return found
+
+
+def _is_repeated(operand: Value) -> bool:
+    """Whether a leaf was broadcast along some axis."""
+    axes = operand.leaf.axes if operand.leaf else ()
+    return any(layouts.is_repeated(axis) and math.prod(factor.size for factor in axis) > 1 for axis in axes)
 
 
 def _holds_jaxpr(equation) -> bool:

@@ -40,6 +40,7 @@ class Value(NamedTuple):
     units: Units | None = None
     uniform: bool = False  # the same number in every entry
     sources: frozenset[str] = frozenset()  # leaves that it was computed from, without the inputs
+    changed: frozenset[str] = frozenset()  # leaves that it is made of entry by entry, without the inputs
     mixed: str = ""  # the operation that has taken samples together on the way to it
     unknown: str = ""  # an operation on the way to it of which that is not known
 
