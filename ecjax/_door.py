@@ -232,7 +232,7 @@ def _require_apart(network: Callable, params: PyTree, inputs, facts: _Facts) -> 
     if not np.allclose(together, alone, rtol=0, atol=1e-3 * scale, equal_nan=True):
         raise ValueError(
             f"the network mixes samples, probably in {facts.unknown}: {len(few)} samples give other outputs together "
-            "than each alone, so none has a sensitivity of its own"
+            "than each alone, so none has a sensitivity of its own. Dropout belongs in evaluation mode"
         )
 
 

@@ -266,3 +266,15 @@ def test_every_sample_gets_its_turn_in_the_curvature(samples, size, blocks):
     taken = [np.asarray(_batches.every(array, size, jnp.asarray(turn), blocks)) for turn in turns]
     assert all(len(set(some)) == len(some) == len(taken[0]) for some in taken)
     assert set(np.concatenate(taken)) == set(range(blocks * samples))
+
+
+def test_a_network_that_cannot_be_differentiated_forwards_is_refused_by_name():
+    @jax.custom_vjp
+    def sign(x):
+        return jnp.sign(x)
+
+    sign.defvjp(lambda x: (jnp.sign(x), None), lambda _, slope: (slope,))
+    params, inputs = {"w": jnp.ones((4, 3)), "v": jnp.eye(3, 2)}, jnp.cos(jnp.arange(24.0)).reshape(6, 4)
+    network = lambda p, x: sign(x @ p["w"]) @ p["v"]  # noqa: E731
+    with pytest.raises(ValueError, match=r"holds a function with jax.custom_vjp.* or prune with repair=None"):
+        prune.staged(network, params, inputs, 0.5, stages=1, repair=repair.Survivors(iterations=1, products=2))

@@ -165,7 +165,6 @@ APART = {
     "a fixed number of steps": lambda h: jax.lax.fori_loop(0, 3, lambda _, h: jnp.tanh(h), h),
     "the number of samples": lambda h: h / len(h),
     "the number of the sample": under_an_axis_name(lambda h: h * jax.lax.axis_index("batch")),
-    "dropout of a fixed key": lambda h: h * jax.random.bernoulli(jax.random.key(0), 0.5, h.shape),
     "no change in the order": lambda h: h[jnp.arange(len(h))],
     "a callback": lambda h: jax.pure_callback(np.tanh, jax.ShapeDtypeStruct(h.shape, h.dtype), h),
     "jit": jax.jit(lambda h: jnp.sort(h, 1)),
@@ -347,3 +346,20 @@ def test_the_examples_do_not_mix(name):
     example = examples.DENSE_EXAMPLES[name]()
     assert all(not layer.reason for layer in networks.layers(*example))
     assert _door.layers(*example) == networks.layers(*example)
+
+
+def test_dropout_that_is_left_on_is_refused():
+    module = nn.Sequential([nn.Dense(8), nn.Dropout(0.5, deterministic=False), nn.Dense(3)])
+    inputs = jnp.asarray(np.random.default_rng(0).normal(size=(16, 4)))
+    params = module.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, inputs)["params"]
+
+    def network(params, x):
+        return module.apply({"params": params}, x, rngs={"dropout": jax.random.key(2)})
+
+    with pytest.raises(
+        ValueError, match="mixes samples, probably in 'random_bits'.*Dropout belongs in evaluation mode"
+    ):
+        score.elimination_compensation(network, params, inputs)
+    of_features = jax.random.normal(jax.random.key(3), (3, 4))  # numbers drawn once for all samples are fine
+    fixed = lambda params, x: nn.Dense(8).apply({"params": params["layers_0"]}, x)[:, :3] @ of_features  # noqa: E731
+    score.elimination_compensation(fixed, params, inputs)

@@ -81,7 +81,7 @@ def read(network: Callable, params: PyTree, inputs: Any, *, exclude: Iterable[st
     arguments = [_value(path, leaf) for path, leaf in leaves.items()]
     (outputs,) = walk(jaxpr, [*arguments, Value(depends=True, place=Place(0))], found)
     found.consume(outputs.units)
-    unknown = outputs.unknown
+    unknown = outputs.unknown or found.random
     if outputs.place not in (None, Place(0)):
         unknown = unknown or "outputs whose first axis is not that of the samples"
     if not outputs.depends:

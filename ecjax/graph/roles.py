@@ -46,6 +46,7 @@ CASTS = frozenset(
     sharding_constraint
     """.split()  # noqa: SIM905
 )
+_RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator")
 _REARRANGEMENTS = ("broadcast_in_dim", "reshape", "squeeze", "transpose")
 # What takes only some entries of a leaf, or puts several leaves together.
 PARTS = CASTS.union(
@@ -94,6 +95,8 @@ def _equation(equation, operands: list[Value], found: Found, within: Within, sit
         return _while(equation, operands, found, within, site)
     if name == "cond":
         return _cond(equation, operands, found, within, site)
+    if name in _RANDOM and any(found.samples in shape for shape in shapes(equation.outvars)):
+        found.random = found.random or describe(equation)
     results = _samples(equation, operands, found)
     if name in ("dot_general", "conv_general_dilated"):
         product = multiplied(equation, operands, results[0], found, within, site)

@@ -156,6 +156,7 @@ class Found:
     biases: dict[str, list[Site]] = field(default_factory=dict)  # where a leaf is added as a bias
     biased: dict[frozenset[int], int] = field(default_factory=dict)  # how many operations take products with a bias
     others: dict[str, list[str]] = field(default_factory=dict)  # what else each leaf does
+    random: str = ""  # an operation that draws numbers for each sample, in words; "" if there is none
 
     def note(self, value: Value, what: str) -> None:
         """Notes that the leaves in a value are used for something else."""

@@ -202,7 +202,15 @@ def go_on(
     sizes = repair.products, repair.batch_size, repair.curvature_samples
     problem = Problem(in_loops(at.network), _batches.blocks(at.inputs), *map(int, sizes))
     given = metric, state._replace(params=at.params), free, at.inputs, expected, at.weights
-    found = gauss_newton.take_steps(problem, *given, steps=int(repair.iterations))
+    try:
+        found = gauss_newton.take_steps(problem, *given, steps=int(repair.iterations))
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        raise ValueError(
+            "repairs differentiate the network forwards, and it holds a function with jax.custom_vjp, which can't be; "
+            "write that one with jax.custom_jvp, or prune with repair=None"
+        ) from error
     _checks.require_finite(found.objective, "the objective of the repair")
     return found._replace(params=_trees.whole(found.params, at.static))
 
