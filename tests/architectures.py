@@ -40,7 +40,7 @@ def _filled(params, seed=0):
 def linen(module, x, free, reasons=(), **call):
     variables = module.init(jax.random.key(0), x, **call)
     others = _filled({name: values for name, values in variables.items() if name != "params"})
-    others = jax.tree.map(jnp.abs, others)
+    others = jax.tree.map(lambda leaf: jnp.abs(leaf).astype(x.dtype), others)
     network = networks.from_linen(module, variables=others, **call)
     return Architecture(Example(network, _filled(variables["params"]), x), free, reasons)
 

@@ -270,11 +270,24 @@ def _moved(equation, operands, _values) -> list:
     return run(equation, [operand.moves for operand in operands])
 
 
-def _looked_up(equation, operands, values) -> list:
+def _part(equation, operands, values) -> list:
     """The same entries whatever the inputs are, as long as these do not say which."""
     if any(operand.varies is not None for operand in operands[1:]):
         return _everywhere(equation, operands, values)
     return run(equation, [operands[0].moves, *(operand.value for operand in operands[1:])])
+
+
+def _looked_up(equation, operands, values) -> list:
+    """The rows of a table that the inputs choose: zero where all rows are."""
+    table, indices = operands
+    if indices.varies is None:
+        return _part(equation, operands, values)
+    numbers = equation.params["dimension_numbers"]
+    gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    sizes, shape = equation.params["slice_sizes"], table.value.shape
+    if any(sizes[axis] != shape[axis] for axis in range(len(shape)) if axis not in gone):
+        return _everywhere(equation, operands, values)
+    return [lax.broadcast_in_dim(table.counts.any(gone), values[0].shape, numbers.offset_dims)]
 
 
 def _over_axes(equation, operands, _values) -> list:
@@ -296,7 +309,8 @@ _RULES: dict[str, Callable] = {
     **dict.fromkeys(_OVER_AXES, _over_axes),
     **dict.fromkeys(_PRODUCTS, _multiplied),
     **dict.fromkeys(("reduce_window_max", "reduce_window_min", "reduce_window_sum"), _window),
-    **dict.fromkeys(("gather", "dynamic_slice"), _looked_up),
+    "gather": _looked_up,
+    "dynamic_slice": _part,
     **dict.fromkeys(("mul", "and"), _both),
     "optimization_barrier": _each,
     "select_n": _chosen,

@@ -146,7 +146,8 @@ def _concatenate(equation, operands, atoms: Atoms) -> list[Axes]:
 
 def _pad(equation, operands, atoms: Atoms) -> list[Axes]:
     found = []
-    for axis, (low, high, inside) in zip(operands[0], equation.params["padding_config"], strict=True):
+    for axis, padding in zip(operands[0], equation.params["padding_config"], strict=True):
+        low, high, inside = whole_numbers(padding)
         reason = f"is padded in {describe(equation)}"
         if (low, high, inside) == (0, 0, 0):
             found.append(axis)
@@ -169,7 +170,7 @@ def _slice(equation, operands, atoms: Atoms) -> list[Axes]:
     (before,), (after,) = shapes(equation.invars), shapes(equation.outvars)
     strides = equation.params["strides"] or (1,) * len(before)
     for axis, length, size, start, stride in zip(
-        operands[0], before, after, equation.params["start_indices"], strides, strict=True
+        operands[0], before, after, whole_numbers(equation.params["start_indices"]), strides, strict=True
     ):
         reason = f"is cut in {describe(equation)}"
         if length == size:
@@ -285,7 +286,7 @@ def _at(values, axis: int, usual):
 def _gather(equation, operands, atoms: Atoms) -> list[Axes]:
     """Look-ups: what is looked up is whole along the axes that no index moves along."""
     table, indices = operands
-    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
+    numbers, sizes = equation.params["dimension_numbers"], whole_numbers(equation.params["slice_sizes"])
     shape, lengths = equation.outvars[0].aval.shape, equation.invars[0].aval.shape
     found, reason = [()] * len(shape), f"is looked up in {describe(equation)}"
     others = [axis for axis in range(len(shape)) if axis not in numbers.offset_dims]
