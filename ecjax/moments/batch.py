@@ -11,7 +11,6 @@ from jaxtyping import Bool, Float, PRNGKeyArray
 from ecjax import _trees, graph
 from ecjax._types import Inputs, Network, Params
 from ecjax.graph import Layer, Layers
-from ecjax.graph.taps import tap_dtype
 from ecjax.graph.values import Product
 from ecjax.metrics import scale_of
 from ecjax.moments.additive import InputMoments, LayerMoments, Moments, divide, merge_layer, nothing_of
@@ -67,36 +66,37 @@ def _in_one_pass(
     reading = graph.read(network, params, inputs, exclude=seen.exclude)
     leaves = _trees.by_path(params)
     once = [layer for layer in reading.layers if layer.once and not layer.outer and seen.of_weights]
-    zeros = {layer.kernel: _zeros(layer, reading.products[layer.kernel][0], leaves[layer.kernel]) for layer in once}
-    moves = {layer.kernel: _moves(layer, ignored).reshape(zeros[layer.kernel].sensitivity.shape) for layer in once}
+    like = {layer.kernel: seen.layers.get(layer.kernel) or nothing_of(layer, leaves[layer.kernel]) for layer in once}
+    # What the moments of the batch are the cotangents of; zeros would take as much memory again.
+    held = {layer.kernel: _by_turns(layer, reading.products[layer.kernel][0], like[layer.kernel]) for layer in once}
+    moves = {layer.kernel: _moves(layer, ignored).reshape(held[layer.kernel].sensitivity.shape) for layer in once}
 
-    def outputs_of(taps, zeros):
-        products = {path: (with_moments, (zero, moves[path])) for path, zero in zeros.items()}
+    def outputs_of(taps, held):
+        products = {path: (with_moments, (of_layer, moves[path])) for path, of_layer in held.items()}
         return graph.tapped(reading, params, inputs, taps, products)
 
     taps = graph.zero_taps(reading.layers, params, inputs.shape[0])
-    outputs, backward, layer_inputs = jax.vjp(outputs_of, taps, zeros, has_aux=True)
+    outputs, backward, layer_inputs = jax.vjp(outputs_of, taps, held, has_aux=True)
     kernels = None if seen.of_weights else _reading_neurons(reading.layers, params)
     taken = {"metric": seen.metric, "probes": seen.probes, "key": key}
     scale = None if weights is None else scale_of(weights, outputs)
-    if zeros:  # a sample that does not count gives no slopes; where there are only taps, it is left out afterwards
+    if held:  # a sample that does not count gives no slopes; where there are only taps, it is left out afterwards
         each = counted.reshape(-1, *(1,) * (outputs.ndim - 1)).astype(outputs.dtype)
         scale = each if scale is None else scale * each
-    sensitivities, found = _over_rows(outputs, backward, kernels, scale, zeros, **taken)
+    sensitivities, found = _over_rows(outputs, backward, kernels, scale, **taken)
     of_layer = _outer_moments if seen.of_weights else _input_moments
     layers = {path: of_layer(layer_inputs[path], s, counted) for path, s in sensitivities.items()}
-    like = {layer.kernel: nothing_of(layer, leaves[layer.kernel]) for layer in once}
     return layers | {
         path: jax.tree.map(lambda leaf, shaped: leaf.reshape(shaped.shape), found[path], like[path]) for path in found
     }
 
 
-def _zeros(layer: Layer, product: Product, kernel: Array) -> LayerMoments:
-    """Moments of zeros with an axis for each scan that a product is in, and then those of its own matrices."""
+def _by_turns(layer: Layer, product: Product, found: LayerMoments) -> LayerMoments:
+    """Moments with an axis for each scan that a product is in, and then those of its own matrices."""
     stack, inputs, neurons = layer.layout.sizes
     shape = (*product.turns, stack // math.prod(product.turns))
-    zero = jnp.zeros((*shape, inputs, neurons), tap_dtype(kernel))
-    return LayerMoments(zero[..., 0, :], zero, zero)
+    shapes = LayerMoments((*shape, neurons), (*shape, inputs, neurons), (*shape, inputs, neurons))
+    return LayerMoments(*map(jnp.reshape, found, shapes))
 
 
 def _moves(layer: Layer, ignored: dict[str, Array]) -> Bool[Array, "stack out"]:
@@ -114,7 +114,7 @@ def _reading_neurons(layers: Layers, params: Params) -> dict[str, Float[Array, "
 
 
 def _over_rows(
-    outputs, backward, kernels, scale, zeros, *, metric, probes, key
+    outputs, backward, kernels, scale, *, metric, probes, key
 ) -> tuple[dict[str, Float[Array, "samples _"]], dict[str, LayerMoments]]:
     """``S_ni = Σ_k g_nki²`` of every tap, and the moments that products give, one backward pass a row or a probe.
 
@@ -135,17 +135,21 @@ def _over_rows(
             return gradients, found
         return {path: gradients[path] @ kernel.T for path, kernel in kernels.items()}, found
 
+    def coefficients(index):
+        chosen = row(index) if probes is None else probe(index)
+        return chosen if scale is None else chosen * scale
+
     def add(total, index):
-        coefficients = row(index) if probes is None else probe(index)
-        if scale is not None:
-            coefficients *= scale
-        gradients, found = slopes(metric.factor(outputs, coefficients).astype(outputs.dtype))
+        gradients, found = slopes(metric.factor(outputs, coefficients(index)).astype(outputs.dtype))
         squares = jax.tree.map(lambda s, g: s + g**2, total[0], gradients)
         return (squares, {path: merge_layer(total[1][path], moments) for path, moments in found.items()}), None
 
     passes = count if probes is None else probes
-    start = jax.tree.map(jnp.zeros_like, jax.eval_shape(slopes, outputs))
-    at_once = 1 if zeros else _UNROLLED_ROWS
+    shapes = jax.eval_shape(slopes, outputs)
+    if passes == 1 and shapes[1]:  # nothing to add up
+        gradients, found = slopes(metric.factor(outputs, coefficients(0)).astype(outputs.dtype))
+        return jax.tree.map(jnp.square, gradients), found
+    start, at_once = jax.tree.map(jnp.zeros_like, shapes), 1 if shapes[1] else _UNROLLED_ROWS
     (sensitivities, found), _ = lax.scan(add, start, jnp.arange(passes), unroll=min(passes, at_once) or 1)
     if probes is None:
         return sensitivities, found

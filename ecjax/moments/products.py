@@ -2,7 +2,7 @@
 
 There the product's inputs a and the slopes g of one row of the metric are at hand, one batch and one layer at a time:
 nothing of the size of samples by weights is made, and what the network scans or rematerialises stays so. The moments
-leave as the cotangent of zeros that stand in for them in the forward pass.
+leave as the cotangent of arrays of their shapes, whose values do not matter.
 """
 
 import math
@@ -20,26 +20,25 @@ from ecjax.moments.additive import LayerMoments, divide
 
 
 def with_moments(equation, product: Product, operands: list[Array], given: tuple[LayerMoments, Array]) -> Array:
-    """The product, which in a backward pass gives the moments of the batch as the cotangent of ``given``'s zeros.
+    """The product, which in a backward pass gives the moments of the batch as the cotangent of those that are given.
 
     Args:
         equation: of the product.
         product: what is known of it.
         operands: the kernel and what it is multiplied with, in the order of the equation.
-        given: moments of zeros, of shapes (*stack, in, out), and which of the (*stack, out) neurons have a bias that
-            moves.
+        given: any moments, of shapes (*stack, in, out), and which of the (*stack, out) neurons have a bias that moves.
     """
-    side, (zeros, moves) = product.side, given
+    side, (held, moves) = product.side, given
 
     def multiply(other, kernel, run=channels_last):
         (result,) = run(equation, [other, kernel] if side else [kernel, other])
         return result
 
     @jax.custom_vjp
-    def multiplied(other, kernel, zeros, moves):  # noqa: ARG001 what a backward pass gives and needs
+    def multiplied(other, kernel, held, moves):  # noqa: ARG001 what a backward pass gives and needs
         return multiply(other, kernel)
 
-    def forward(other, kernel, zeros, moves):  # noqa: ARG001
+    def forward(other, kernel, held, moves):  # noqa: ARG001
         return multiply(other, kernel), (other, kernel, moves)
 
     def backward(kept, slope):
@@ -56,11 +55,11 @@ def with_moments(equation, product: Product, operands: list[Array], given: tuple
             return all_channels_last(lambda slope: pull(slope)[0])(slope)
 
         found = _moments(of_kernel, product, whole(other), kernel.shape, whole(slope), moves)
-        found = jax.tree.map(lambda leaf, zero: leaf.reshape(zero.shape).astype(zero.dtype), found, zeros)
+        found = jax.tree.map(lambda leaf, like: leaf.reshape(like.shape).astype(like.dtype), found, held)
         return of_other, None, found, None
 
     multiplied.defvjp(forward, backward)
-    return multiplied(operands[1 - side], operands[side], zeros, moves)
+    return multiplied(operands[1 - side], operands[side], held, moves)
 
 
 def _moments(of_kernel, product: Product, other: Array, shape, slope: Array, moves: Array) -> LayerMoments:
