@@ -39,7 +39,7 @@ NETWORKS = {
         lambda key, n: jax.random.uniform(key, (n, 784)),
         {"train": False},
     ),
-    "24 scanned layers": (Scanned(), lambda key, n: jax.random.normal(key, (n, 32, 128)), {}),
+    "24 scanned layers": (Scanned(), lambda key, n: jax.random.normal(key, (n, 64, 128)), {}),
 }
 
 

@@ -38,7 +38,7 @@ def elimination_compensation(
 
         Δb* = W · Σ A B / Σ B²        I = W² · Σ (A − (Σ A B / Σ B²) B)² / N
 
-    A bias that the outputs ignore, as attention ignores those of its keys, does not move. Source: Ballini et al.,
+    A bias that the outputs or the metric ignore, as attention those of its keys, does not move. Source: Ballini et al.,
     arXiv:2602.20467; equal to ``elimination_compensation_by_definition`` at the price of about two gradient passes over
     the same samples in an MLP, and with a backward pass for each row or probe elsewhere. A neuron that is dead on every
     sample has importance and shift 0, and so has one whose squared sensitivities are below the smallest number of the
