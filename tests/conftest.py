@@ -35,6 +35,13 @@ def float64():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_functions_of_one_module():
+    """What a module has compiled is let go of after it: a process that keeps all takes gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def without_checked_types():
     """Annotations are not looked at, as where ecjax is used."""

@@ -188,7 +188,9 @@ def _low_rank(random, inputs: int, outputs: int, _) -> Part:
 
 def _scaled(random, inputs: int, outputs: int, _) -> Part:
     leaves = {"kernel": normal(random, inputs, outputs), "scale": normal(random, outputs)}
-    return Part(leaves, lambda leaves, h, x: h @ (leaves["kernel"] * leaves["scale"]), what="scaled (no kernel)")
+    apply = lambda leaves, h, x: h @ (leaves["kernel"] * leaves["scale"])  # noqa: E731
+    refused = frozenset({"kernel", "scale"}) if inputs * outputs > 1 else frozenset()
+    return Part(leaves, apply, refused=refused, what="a scaled kernel")
 
 
 def _adapter(random, inputs: int, outputs: int, _) -> Part:
