@@ -37,9 +37,20 @@ def float64():
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_functions_of_one_module():
-    """What a module has compiled is let go of after it: a process that keeps all takes gigabytes."""
+    """What a module has compiled is let go of after it.
+
+    Each compiled function maps memory, and XLA aborts where a process has as many maps as Linux allows it (65,530).
+    """
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def compiled_functions_of_a_slow_test(request):
+    """Those of a slow test are many; what comes back from the cache on disk is soon there."""
+    yield
+    if request.node.get_closest_marker("slow"):
+        jax.clear_caches()
 
 
 @pytest.fixture
