@@ -3,8 +3,8 @@
 The truth comes from how a network was put together, never from a reading of it.
 """
 
+import collections
 import dataclasses
-from collections import namedtuple
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -212,7 +212,7 @@ def _container(random, names: Sequence[str], values: Sequence) -> tuple[Any, Cal
     fields = [str(name) for name in random.permutation(list(names))]
     given = {name: values[names.index(name)] for name in fields}
     if kind == "NamedTuple":
-        made = namedtuple("Held", fields)(**given)
+        made = collections.namedtuple("Held", fields)(**given)
     elif kind == "dataclass":
         of = dataclasses.make_dataclass("Held", [(name, Any) for name in fields], frozen=True)
         made = jax.tree_util.register_dataclass(of, data_fields=fields, meta_fields=[])(**given)
@@ -287,3 +287,18 @@ def _nested(random, leaves):
         ]
 
     return params, unpack, static, f"{kind} of {', '.join(dict.fromkeys(kinds))}{' in a dict' * deeper}"
+
+
+def count_outcomes(outcome: Callable[[int], str], stop: int, start: int = 0) -> None:
+    """Prints how many random networks ended which way, and every one of which a check failed."""
+    ended = collections.Counter()
+    for seed in range(start, stop):
+        try:
+            ended[outcome(seed)] += 1
+        except Exception as error:
+            ended["wrong"] += 1
+            print(f"{seed}: {type(error).__name__}: {error}\n", flush=True)
+        if seed % 25 == 24:
+            jax.clear_caches()  # no network is seen again
+            print(f"{start} to {seed}: {dict(ended)}", flush=True)
+    print(f"{stop - start} random networks: {dict(ended)}")

@@ -105,21 +105,6 @@ def _by_path(kernels) -> dict:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
 
 
-def main(stop: int, start: int = 0) -> None:
-    """Prints how many random networks ended which way, and every one that ended in neither."""
-    ended = collections.Counter()
-    for seed in range(start, stop):
-        try:
-            ended[outcome(seed)] += 1
-        except Exception as error:
-            ended["wrong"] += 1
-            print(f"{seed}: {type(error).__name__}: {error}\n", flush=True)
-        if seed % 25 == 24:
-            jax.clear_caches()  # no network is seen again
-            print(f"{start} to {seed}: {dict(ended)}", flush=True)
-    print(f"{stop - start} random networks: {dict(ended)}")
-
-
 if __name__ == "__main__":
     with jax.enable_x64(True):
-        main(*map(int, sys.argv[1:]))
+        random_networks.count_outcomes(outcome, *map(int, sys.argv[1:]))

@@ -4,7 +4,6 @@
 ``python -m tests.test_random_units 500`` prints how many lost units.
 """
 
-import collections
 import os
 import sys
 
@@ -55,21 +54,6 @@ def outcome(seed: int) -> str:
     return "smaller"
 
 
-def main(stop: int, start: int = 0) -> None:
-    """Prints how many random networks lost units, and every one that came out wrong."""
-    ended = collections.Counter()
-    for seed in range(start, stop):
-        try:
-            ended[outcome(seed)] += 1
-        except Exception as error:
-            ended["wrong"] += 1
-            print(f"{seed}: {type(error).__name__}: {error}\n", flush=True)
-        if seed % 25 == 24:
-            jax.clear_caches()  # no network is seen again
-            print(f"{start} to {seed}: {dict(ended)}", flush=True)
-    print(f"{stop - start} random networks: {dict(ended)}")
-
-
 if __name__ == "__main__":
     with jax.enable_x64(True):
-        main(*map(int, sys.argv[1:]))
+        random_networks.count_outcomes(outcome, *map(int, sys.argv[1:]))
