@@ -14,13 +14,13 @@ from rich.table import Column, Table
 
 from experiments.methods import METHODS, label
 from experiments.results import Folder
-from experiments.sweep import DENSE, FINE_TUNED, PRUNED, SMALL, TRAINED, Measure
+from experiments.sweep import DENSE, FINE_TUNED, PRUNED, SMALL, STAGED, TRAINED, Measure
 
 # Okabe and Ito's palette, told apart by the colour-blind; the markers say the same again. Each method keeps its own.
 COLOURS = ("#999999", "#E69F00", "#CC79A7", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#882255")
 MARKERS = "xsvDo^P*"
 _PALETTE = tuple(zip(COLOURS, MARKERS, strict=True))
-_STYLES = dict(zip(METHODS, itertools.cycle(_PALETTE), strict=False)) | {SMALL: ("black", "*")}
+_STYLES = dict(zip((*METHODS, STAGED), itertools.cycle(_PALETTE), strict=False)) | {SMALL: ("black", "*")}
 _PHASES = {PRUNED: "after pruning", FINE_TUNED: "after pruning and fine-tuning"}
 
 

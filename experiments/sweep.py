@@ -18,7 +18,7 @@ from experiments.datasets import Dataset
 from experiments.methods import label
 from experiments.results import Folder, Rows
 
-DENSE, SMALL = "dense", "small dense"
+DENSE, SMALL, STAGED = "dense", "small dense", "EC, staged, survivors"
 TRAINED, PRUNED, FINE_TUNED = "trained", "pruned", "fine-tuned"
 Row = dict[str, Any]
 Found = tuple[list[Row], Params]  # the finished rows of one network, and the network

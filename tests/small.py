@@ -21,7 +21,8 @@ RUNS = {
     "--calibration 8 --sparsities 0.5 0.8 --costly-sparsities 0.8 --seeds 2",
     "neurons": f"{_TWO} --epochs 1 --fractions 0.5 --calibration 50",
     "diffusion_sorption": "--architectures 4 --noise 0 0.05 --seeds 2 --epochs 1 --fine-tuning-epochs 1 --cells 16 "
-    "--times 10 --methods magnitude random --sparsities 0.5 --small-network-sparsities 0.5 --batch-size 32",
+    "--times 10 --methods magnitude random --sparsities 0.5 --small-network-sparsities 0.5 "
+    "--staged-sparsities 0.5 --stages 1 --batch-size 32",
 }
 _FEW = {
     "brain_surgeon": ("magnitude", "CBS-S (RMP)", "EC (Fisher)"),

@@ -15,7 +15,7 @@ from ecjax import networks, score
 from experiments import diffusion_sorption as experiment
 from experiments.datasets import diffusion_sorption
 from experiments.methods import METHODS
-from experiments.sweep import DENSE, FINE_TUNED, PRUNED, SMALL
+from experiments.sweep import DENSE, FINE_TUNED, PRUNED, SMALL, STAGED
 from tests import examples
 
 TIMES = np.array([0.5, 5, 50, 200, 500.0])
@@ -128,7 +128,7 @@ def run(tmp_path_factory):
     """A small run of everything: two networks, two noise levels, two seeds."""
     folder = tmp_path_factory.mktemp("results") / "nested"
     size = "--architectures 12-12 8-8 --noise 0 0.05 --seeds 2 --epochs 40 --fine-tuning-epochs 3"
-    sparsities = "--sparsities 0.2 0.6 --small-network-sparsities 0.2 0.6"
+    sparsities = "--sparsities 0.2 0.6 --small-network-sparsities 0.2 0.6 --staged-sparsities 0.6 --stages 2"
     data = "--cells 32 --times 20 --nonlinear-calibration 100 --batch-size 64"
     command = [
         sys.executable,
@@ -151,7 +151,7 @@ def test_results_have_every_network(run):
     assert set(frame["noise"]) == {0, 0.05}
     each = frame.groupby(["layers", "noise"])
     methods = len(METHODS) - 1  # all but the Fisher metric, which is for classifiers
-    assert set(each.size()) == {2 + 2 * 2 * 2 * methods + 2 * 2}
+    assert set(each.size()) == {2 + 2 * 2 * 2 * methods + 2 + 2 * 2}
     assert set(frame[frame["method"] == SMALL].groupby(["layers", "noise"]).size()) == {4}
     assert not frame.duplicated(["layers", "noise", "method", "sparsity", "seed", "phase"]).any()
     assert np.isfinite(frame["test_loss"]).all()
@@ -165,6 +165,7 @@ def test_surrogates_learn_and_pruning_by_ec_hurts_less_than_chance(run):
     for method in ("ec-euclidean", "nonlinear-ec"):
         assert loss[method, 0.2, PRUNED] < loss["random", 0.2, PRUNED]
         assert loss[method, 0.6, FINE_TUNED] < loss[method, 0.6, PRUNED]
+        assert loss[STAGED, 0.6, PRUNED] < loss[method, 0.6, PRUNED]
 
 
 @pytest.mark.slow
