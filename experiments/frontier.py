@@ -4,7 +4,8 @@ It shows the accuracy of two classifiers of handwritten digits, and the error of
 equation, pruned to high sparsity in one shot, by the combinatorial brain surgeon, and in stages of
 elimination-compensation with each repair. Only "labels" sees labels, and nothing is fine-tuned. It takes half an hour
 on two cores; on the digits with --quick two minutes. It writes results.csv, config.json and frontier.png, and prints a
-table for each network with the seconds of each method.
+table for each network with the seconds of each method. The figure has panels for the residual convnet and the character
+GPT as well, once experiments.convnet and experiments.language have run.
 """
 
 import functools
@@ -16,10 +17,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+import pandas as pd
 
 from ecjax import metrics, networks, prune, repair, score, surgeon
 from experiments import flags, report, results, sweep
 from experiments.datasets import Dataset, diffusion_sorption, hold_out
+
+ACCURACY = sweep.CLASSIFIER_MEASURES["test_accuracy"]._replace(lowest=80.0)
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class Config(flags.Digits):
     products: int | None = None  # In each step of a repair. Default: 15 (large network), 20 (modest), 30 (surrogate).
     damping: float = 1e-2  # λ of the combinatorial brain surgeon.
     surrogate_epochs: int = 300  # Epochs of training of the surrogate.
+    convnet: Path = Path("results/convnet-batch-mnist")  # Results of experiments.convnet, for a panel of the figure.
+    language: Path = Path("results/language-tiny_shakespeare")  # The same of experiments.language.
     quick: bool = False  # One seed, three sparsities and 2,000 calibration inputs.
     save: Path | None = None  # Folder for every pruned network, and a report of sizes and times. Takes minutes more.
 
@@ -125,8 +131,17 @@ def main(config: Config) -> None:
             title = f"{where['data']}, MLP {problem.name}, {config.seeds} seeds, no fine-tuning"
             tables += [report.table(frame, shown | sweep.SECONDS, title)] + ([report.sizes(kept)] if kept else [])
             panels += report.panels(frame, *next(iter(shown.items())), f"{where['data']}, {problem.name}")
-    report.figure([panels], f"pruned without fine-tuning, {config.seeds} seeds", folder / "frontier.png")
+    beside = _panel(config.convnet, "residual convnet", "test_accuracy", ACCURACY)
+    beside += _panel(config.language, "character GPT", "test_loss", sweep.Measure("cross-entropy in nats", ".3f"))
+    grid = [panels, beside] if beside else [panels]
+    report.figure(grid, f"pruned without fine-tuning, {config.seeds} seeds", folder / "frontier.png")
     report.console().print(*tables, f"results.csv, config.json and frontier.png are in {folder}/")
+
+
+def _panel(folder: Path, title: str, column: str, measure: sweep.Measure) -> list[report.Panel]:
+    """The panel of another experiment; none if that has not run."""
+    path = folder / "results.csv"
+    return report.panels(pd.read_csv(path), column, measure, title) if path.exists() else []
 
 
 def _large(config: Config, data: Dataset) -> Problem:
@@ -148,8 +163,7 @@ def _modest(config: Config, data: Dataset) -> Problem:
 def _classifier(config: Config, data: Dataset, hidden: tuple[int, ...], *how: Any) -> Problem:
     features, name = flags.widths(data, hidden)
     mlp = networks.MLP(features, nn.relu)
-    loss, accuracy = sweep.CLASSIFIER_MEASURES.values()
-    measures = {"test_accuracy": accuracy._replace(lowest=80.0), "test_loss": loss}
+    measures = {"test_accuracy": ACCURACY, "test_loss": sweep.CLASSIFIER_MEASURES["test_loss"]}
     task = sweep.Task(networks.from_linen(mlp), data, sweep.cross_entropy, measures)
     return Problem(name, "relu", mlp, task, "fisher", config.sparsities, *how)
 

@@ -19,8 +19,8 @@ from experiments.sweep import DENSE, FINE_TUNED, PRUNED, SMALL, STAGED, TRAINED,
 # Okabe and Ito's palette, told apart by the colour-blind; the markers say the same again. Each method keeps its own.
 COLOURS = ("#999999", "#E69F00", "#CC79A7", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#882255")
 MARKERS = "xsvDo^P*"
-_PALETTE = tuple(zip(COLOURS, MARKERS, strict=True))
-_STYLES = dict(zip((*METHODS, STAGED), itertools.cycle(_PALETTE), strict=False)) | {SMALL: ("black", "*")}
+_PALETTE = [(*how, line) for line in ("-", "--") for how in zip(COLOURS, MARKERS, strict=True)]
+_STYLES = dict(zip((*METHODS, STAGED), _PALETTE, strict=False)) | {SMALL: ("black", "*", ":")}
 _PHASES = {PRUNED: "after pruning", FINE_TUNED: "after pruning and fine-tuning"}
 
 
@@ -90,13 +90,17 @@ def panels(frame: pd.DataFrame, column: str, measure: Measure, title: str = "{ph
 
 
 def figure(grid: list[list[Panel]], title: str, path: Path) -> None:
-    """Rows of panels of curves against sparsity, with one legend below."""
-    rows, columns = len(grid), len(grid[0])
+    """Rows of panels of curves against sparsity, with one legend in the place of a missing panel, or below."""
+    rows, columns = len(grid), max(map(len, grid))
     # At most 11 inches wide, so that the letters can be read where a page shows the figure 800 pixels wide.
     size = max(min(5.5, 11 / columns) * columns, 7), (3.7 if columns < 3 else 3) * rows + 1
     canvas, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis, panel in zip(axes.ravel(), itertools.chain(*grid), strict=True):
-        curves(axis, *panel)
+    styles = styles_of(list(itertools.chain(*grid)))
+    for row, panels_of_row in zip(axes, grid, strict=True):
+        for axis, panel in zip(row, panels_of_row, strict=False):
+            curves(axis, *panel, styles)
+        for axis in row[len(panels_of_row) :]:
+            axis.axis("off")
     for axis in axes[:-1].ravel():
         axis.set_xlabel("")
     for before, axis in (pair for row in axes for pair in itertools.pairwise(row[::-1])):
@@ -106,25 +110,32 @@ def figure(grid: list[list[Panel]], title: str, path: Path) -> None:
 
 
 def save(canvas: plt.Figure, path: Path, ncols: int = 4) -> None:
-    """Writes a figure with one legend below of all panels that have none of their own."""
+    """Writes a figure with one legend of all panels that have none of their own: in an empty panel, or below."""
     panels = [axis.get_legend_handles_labels() for axis in canvas.axes if not axis.get_legend()]
     named = {name: line for panel in panels for line, name in zip(*panel, strict=True)}
-    canvas.legend(named.values(), named.keys(), loc="outside lower center", ncols=ncols, frameon=False)
+    empty = [axis for axis in canvas.axes if not axis.axison]
+    how = {"loc": "center"} if empty else {"loc": "outside lower center", "ncols": ncols}
+    (empty[0] if empty else canvas).legend(named.values(), named.keys(), frameon=False, **how)
     canvas.savefig(path, dpi=150)
     plt.close(canvas)
 
 
-def curves(axis: plt.Axes, title: str, frame: pd.DataFrame, column: str, measure: Measure) -> None:
+def styles_of(panels: list[Panel]) -> dict[str, tuple[str, str, str]]:
+    """By method colour, marker and line: the same in all panels, and those of the criteria in every figure."""
+    names = dict.fromkeys(name for _, frame, *_ in panels for name in frame["method"] if name != DENSE)
+    return _STYLES if _STYLES.keys() >= set(names) else dict(zip(names, itertools.cycle(_PALETTE), strict=False))
+
+
+def curves(
+    axis: plt.Axes, title: str, frame: pd.DataFrame, column: str, measure: Measure, styles: dict[str, tuple]
+) -> None:
     """A measure against sparsity: the mean over seeds of each method, and a band of one standard deviation."""
     pruned, dense = frame[frame["method"] != DENSE], frame.loc[frame["method"] == DENSE, column].mean()
     axis.axhline(dense * measure.factor, color="black", linestyle="--", linewidth=1, label=DENSE)
-    names = pruned["method"].unique()
-    styles = _STYLES if _STYLES.keys() >= set(names) else dict(zip(names, itertools.cycle(_PALETTE), strict=False))
     for method, chosen in pruned.groupby("method", sort=False):
-        by_sparsity, (colour, marker) = chosen.groupby("sparsity")[column], styles[method]
+        by_sparsity, (colour, marker, line) = chosen.groupby("sparsity")[column], styles[method]
         mean, spread = by_sparsity.mean() * measure.factor, by_sparsity.std().fillna(0) * measure.factor
-        options = {"marker": marker, "markersize": 5, "linestyle": ":" if method == SMALL else "-"}
-        axis.plot(mean, color=colour, label=label(method), **options)
+        axis.plot(mean, color=colour, marker=marker, markersize=5, linestyle=line, label=label(method))
         low = (mean - spread).clip(lower=mean * 0.1) if measure.logarithmic else mean - spread
         axis.fill_between(mean.index, low, mean + spread, color=colour, alpha=0.2, linewidth=0)
     _spread_out_high_sparsity(axis, sorted(set(pruned["sparsity"])))

@@ -146,8 +146,13 @@ def test_one_seed_has_no_spread_and_no_fine_tuning_no_panel(tmp_path):
     table = report.table(frame, {"test_loss": measure}, "title")
     assert [len(column._cells) for column in table.columns] == [3, 3, 3]
     assert list(table.columns[2].cells) == ["0.10", "0.20", "2.30"]
-    report.figure([report.panels(frame, "test_loss", measure)], "title", tmp_path / "loss.png")
+    (panel,) = report.panels(frame, "test_loss", measure)
+    report.figure([[panel]], "title", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 1000
+    others = (*panel[:1], frame.replace({"magnitude": "another"}), *panel[2:])
+    assert list(report.styles_of([panel, others])) == ["magnitude", "another"]
+    report.figure([[panel, panel], [others]], "title", tmp_path / "three.png")
+    assert (tmp_path / "three.png").stat().st_size > (tmp_path / "loss.png").stat().st_size
 
 
 @pytest.mark.slow
