@@ -7,7 +7,7 @@ import pytest
 from experiments import convnet
 
 TOY = {"channels": (2, 3), "epochs": 1, "calibration": 16, "stages": 1, "iterations": 1, "curvature": 8}
-TOY |= {"gradual_epochs": 1, "sparsities": (0.8,), "seeds": 1, "data": "digits"}
+TOY |= {"gradual_epochs": 1, "sparsities": (0.8,), "costly_sparsities": (0.8,), "seeds": 1, "data": "digits"}
 
 
 @pytest.mark.slow
