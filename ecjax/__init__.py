@@ -18,7 +18,7 @@ together and moves the others, ``train`` trains, ``devices`` spreads data and pa
     pruned = prune.staged(network, params, inputs, sparsity=0.9, metric="fisher")
     # pruned.params, pruned.masks
 
-``help(prune.staged)`` says more; the README has the formulas, and where each is in the code and in the tests.
+``help(prune.staged)`` says more; ecjax/README.md has the formulas, and where each is in the code and in the tests.
 
 Every docstring has an example that the tests run. All share these names, a small classifier and what is made of it:
 

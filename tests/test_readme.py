@@ -3,11 +3,18 @@
 import re
 from pathlib import Path
 
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
+
+from ecjax import networks
 
 ROOT = Path(__file__).parent.parent
-PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "ecjax/README.md", "experiments/README.md")}
-PAGES |= {"ecjax/API.md": (ROOT / "ecjax" / "API.md").read_text()}
+NAMES = ("README.md", "ecjax/README.md", "ecjax/API.md", "experiments/README.md")
+PAGES = {name: (ROOT / name).read_text() for name in NAMES}
 each_page = pytest.mark.parametrize("page", PAGES)
 
 
@@ -26,7 +33,13 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize(("page", "code"), [(page, code) for page in PAGES for code in blocks(page, "python")])
+def examples():
+    """The blocks of Python on each page; the first page trains a transformer, in a minute."""
+    slow = {"README.md": pytest.mark.slow}
+    return [pytest.param(page, code, marks=slow.get(page, ())) for page in PAGES for code in blocks(page, "python")]
+
+
+@pytest.mark.parametrize(("page", "code"), examples())
 def test_examples_run_as_they_stand(page, code, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, page, "exec"), {})
@@ -60,3 +73,43 @@ def test_the_first_page_leads_to_all_others():
 
 def test_the_first_page_is_short():
     assert len(PAGES["README.md"].encode()) <= 10_000
+
+
+@each_page
+def test_lines_fit(page):
+    """All but those of tables and pictures, which can't be broken."""
+    assert [line for line in PAGES[page].splitlines() if len(line) > 120 and line[0] not in "|!"] == []
+
+
+KINDS = {
+    "Flax Linen": nn.Dense(2),
+    "Flax NNX": nnx.Linear(3, 2, rngs=nnx.Rngs(0)),
+    "Equinox": eqx.nn.Linear(3, 2, key=jax.random.key(0)),
+    "plain JAX": (jnp.ones((3, 2)), jnp.zeros(2)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_network_is_given_as_the_table_says(kind):
+    (line,) = re.findall(rf"^\| {kind} \| `([^`]+)`", PAGES["README.md"], re.MULTILINE)
+    given = {"module": KINDS[kind], "params": KINDS[kind], "inputs": jnp.ones((5, 3)), "key": jax.random.key(1)}
+    defined = {"jax": jax, "networks": networks, **given}
+    exec(line, defined)
+    (layer,) = networks.layers(defined["network"], defined["params"], given["inputs"])
+    assert layer.weights == 6
+    assert layer.bias is not None
+
+
+def test_the_numbers_of_the_first_page_are_those_of_the_results():
+    (table,) = re.findall(r"^## What it beats.*?^(\|.*?)\n\n", PAGES["README.md"], re.MULTILINE | re.DOTALL)
+    rows = [row.strip("|").split("|")[1:] for row in table.splitlines()[2:]]
+    quoted = {cell.strip(" *") for row in rows for cell in row} - {""}
+    assert len(quoted) > 20
+    assert [number for number in quoted if number not in PAGES["experiments/README.md"]] == []
+
+
+def test_the_tests_of_the_formulas_exist():
+    named = re.findall(r"\[`(test_\w+)`\]\((.*?)\)", PAGES["ecjax/README.md"])
+    assert len(named) > 20
+    for name, file in named:
+        assert f"def {name}(" in (ROOT / "ecjax" / file).read_text(), name
