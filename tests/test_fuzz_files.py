@@ -10,13 +10,15 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from ecjax import compact, networks
+from ecjax import compact
 from ecjax.compact import files
 from experiments import flags
 from experiments.datasets import mnist
@@ -143,17 +145,27 @@ def test_a_command_names_the_damaged_file(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
-    """A file of one sparse and one dense kernel, and examples."""
+    """A file of sparse and dense kernels of two and four axes, of random keys, and of examples of tokens."""
     sparse = np.zeros((40, 30), np.float32)
     sparse[::7, ::3] = 1.5
+    convolution = np.zeros((3, 2, 5, 10), jnp.bfloat16)
+    convolution[1, 1, ::2] = 0.5
     params = {
-        "Dense_0": {"kernel": sparse, "bias": np.ones(30, np.float32)},
-        "Dense_1": {"kernel": np.ones((30, 2), np.float32), "bias": np.zeros(2, np.float32)},
+        "layers": [{"kernel": sparse, "bias": np.ones(30, np.float32)}, {"kernel": np.ones((30, 2), np.float32)}],
+        "convolution": convolution,
+        "key": jax.random.key(0),
+        "empty": np.zeros((0, 3), np.int8),
     }
     path = tmp_path_factory.mktemp("files") / "net.safetensors"
-    inputs = np.linspace(-1, 1, 80, dtype=np.float32).reshape(2, 40)
-    compact.save(path, params, network=networks.from_linen(networks.MLP((30, 2))), inputs=inputs)
+    tokens = np.arange(8, dtype=np.uint8).reshape(4, 2)
+    compact.save(path, params, network=embedded, inputs=tokens)
     return path.read_bytes()
+
+
+def embedded(params, tokens):
+    """A network of tokens, of those params."""
+    first, second = params["layers"]
+    return (first["kernel"][tokens].sum(1) + first["bias"]) @ second["kernel"]
 
 
 def test_networks_truncated_at_every_length(network, tmp_path):
@@ -232,6 +244,10 @@ WRONG_CONTENT = {
     "a number": "12",
     "no leaves": RIGHT | {"leaves": []},
     "leaves by name": RIGHT | {"leaves": {"kernel": KERNEL}},
+    "random keys of an unknown kind": RIGHT | {"leaves": [KERNEL | {"random_keys": "dice"}]},
+    "random keys of numbers": RIGHT | {"leaves": [KERNEL | {"random_keys": 1}]},
+    "random keys of a list": RIGHT | {"leaves": [KERNEL | {"random_keys": ["threefry2x32"]}]},
+    "random keys of floating-point numbers": RIGHT | {"leaves": [KERNEL | {"random_keys": "threefry2x32"}]},
     "nothing of leaves": {"widths": [2], "examples": ANSWERS},
     "nothing of widths": {"leaves": [KERNEL], "examples": ANSWERS},
     "nothing of examples": {"leaves": [KERNEL], "widths": [2]},
@@ -258,7 +274,10 @@ WRONG_FACTS = {
     "a shape that is no list": {"shape": 8},
     "a shape of words": {"shape": ["4", "2"]},
     "a negative shape": {"shape": [-4, -2]},
-    "no matrix": {"shape": [8]},
+    "no matrix": {"shape": [9]},
+    "more axes": {"shape": [4, 1, 3]},
+    "an empty matrix": {"shape": [4, 0]},
+    "sixteen bytes each": {"dtype": "complex128"},
     "huge": {"shape": [HUGE, 2]},
     "huge twice": {"shape": [HUGE, HUGE]},
     "infinite": {"shape": [float("inf"), 2]},
@@ -271,8 +290,14 @@ WRONG_FACTS = {
 WRONG_ROWS = {
     "starts that fall": {"starts:kernel": np.array([0, 5, 2], np.uint32)},
     "starts past the end": {"starts:kernel": np.array([0, 1, 2**32 - 1], np.uint32)},
-    "starts of another number": {"starts:kernel": np.array([0, 2], np.uint32)},
+    "starts of another number": {"starts:kernel": np.array([0, 1, 2, 2, 2], np.uint32)},
     "no starts": {"starts:kernel": np.zeros(0, np.uint32)},
+    "one start": {"starts:kernel": np.zeros(1, np.uint32)},
+    "starts of no columns that there are": {"starts:kernel": np.array([0, 1, 2, 2], np.uint32)},
+    "starts in a matrix": {"starts:kernel": np.array([[0, 1, 2]], np.uint32)},
+    "negative starts": {"starts:kernel": np.array([0, -1, 2], np.int32)},
+    "starts that are no whole numbers": {"starts:kernel": np.array([0, 1, 2], np.float32)},
+    "inputs that are no whole numbers": {"rows:kernel": np.array([1, 3], np.float32)},
     "inputs out of bounds": {"rows:kernel": np.array([1, 4], np.uint8)},
     "negative inputs": {"rows:kernel": np.array([1, -1], np.int8)},
     "fewer inputs": {"rows:kernel": np.array([1], np.uint8)},
@@ -302,6 +327,20 @@ def test_a_right_checksum_of_wrong_rows(kind, tmp_path):
     np.testing.assert_array_equal(kept, [[0, 0], [1, 0], [0, 0], [0, 1]])
     with promptly(MEGABYTE):
         refuses(compact.load, tmp_path / "net", forged(RIGHT, SPARSE | WRONG_ROWS[kind]))
+
+
+@pytest.mark.parametrize(
+    ("shape", "starts"), [([2, 2, 2], 2), ([2, 2, 2], 4), ([8], 1), ([2, 1, 4], 4), ([4, 2, 1], 2)]
+)
+def test_a_sparse_array_of_more_axes_is_a_matrix_however_they_are_cut(shape, starts, tmp_path):
+    rows = {"starts:kernel": np.array([0, *[2] * starts], np.uint32), "rows:kernel": np.array([0, 1], np.uint8)}
+    content = RIGHT | {"leaves": [KERNEL | {"shape": shape}]}
+    found = compact.load(written(tmp_path / "net", forged(content, SPARSE | rows))).params["kernel"]
+    assert found.shape == tuple(shape)
+    np.testing.assert_array_equal(np.flatnonzero(found), [0, starts])
+    with promptly(MEGABYTE):
+        wrong = {"rows:kernel": np.array([0, 8 // starts], np.uint8)}
+        refuses(compact.load, tmp_path / "net", forged(content, SPARSE | rows | wrong))
 
 
 def test_a_small_file_may_not_ask_for_more_memory_than_allowed(tmp_path):

@@ -47,7 +47,7 @@ def gap(first: Num[np.ndarray, "..."], second: Num[np.ndarray, "..."]) -> float:
     """The greatest difference of two answers; infinity where their shapes differ or only one is NaN."""
     if first.shape != second.shape:
         return np.inf
-    ones, others = (np.asarray(outputs, np.float64) for outputs in (first, second))
+    ones, others = _wide(first), _wide(second)
     same = (ones == others) | (np.isnan(ones) & np.isnan(others))
     with np.errstate(invalid="ignore"):
         difference = np.where(same, 0, np.abs(ones - others)).max(initial=0)
@@ -92,10 +92,10 @@ def rounding(network: Network, params: Params, inputs: Inputs) -> float:
     generator = np.random.default_rng(0)
 
     def moved(leaf):
-        if not (_trees.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)):
+        if not (_trees.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)):
             return leaf
         signs = generator.choice([-1, 1], np.shape(leaf))
-        return jnp.asarray(np.asarray(leaf, np.float64) * (1 + unit * signs), leaf.dtype)
+        return jnp.asarray(_wide(np.asarray(leaf)) * (1 + unit * signs), leaf.dtype)
 
     draws = [gap(outputs, of(network, jax.tree.map(moved, params), inputs)) for _ in range(_DRAWS)]
     return max(draws) + unit * _greatest(outputs)
@@ -103,19 +103,23 @@ def rounding(network: Network, params: Params, inputs: Inputs) -> float:
 
 def _greatest(outputs: Num[np.ndarray, "..."]) -> float:
     finite = outputs[np.isfinite(outputs)]
-    return float(np.abs(finite.astype(np.float64)).max(initial=0))
+    return float(np.abs(_wide(finite)).max(initial=0))
+
+
+def _wide(array: Num[np.ndarray, "..."]) -> Num[np.ndarray, "..."]:
+    return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
 
 
 def _unit(outputs: Num[np.ndarray, "..."]) -> float:
-    return float(jnp.finfo(outputs.dtype).eps) if jnp.issubdtype(outputs.dtype, jnp.floating) else 0.0
+    return float(jnp.finfo(outputs.dtype).eps) if jnp.issubdtype(outputs.dtype, jnp.inexact) else 0.0
 
 
 def _coarsest(network: Callable, params: PyTree, inputs: Inputs) -> float:
-    """The unit in the last place of the coarsest floating type that a network computes in."""
+    """The unit in the last place of the coarsest inexact type that a network computes in."""
     network, params, _ = _trees.split(network, params)
     jaxpr = jax.make_jaxpr(network)(params, inputs)
     types = {var.aval.dtype for var in _variables(jaxpr.jaxpr) if hasattr(var.aval, "dtype")}
-    return max(float(jnp.finfo(kind).eps) for kind in types if jnp.issubdtype(kind, jnp.floating))
+    return max((float(jnp.finfo(kind).eps) for kind in types if jnp.issubdtype(kind, jnp.inexact)), default=0.0)
 
 
 def _variables(jaxpr: core.Jaxpr) -> Iterator:

@@ -4,18 +4,19 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jaxtyping import Num
 
 from ecjax import _checks, _door, _trees, graph
 from ecjax._types import Inputs, Network, Params
 from ecjax.compact import answers, bits
+from ecjax.compact.writing import write_whole
 
 _FORMAT, _VERSION = "ecjax.compact", "2"
 _HOW = "safetensors is not installed: pip install 'ecjax[files]'"
@@ -44,6 +45,7 @@ class Saved(NamedTuple):
     Attributes:
         params: NumPy arrays, which keep double precision whatever JAX is set to, in nested dicts: under whole numbers
             what was in lists and tuples, under their names the fields of others; or in the containers of ``like``.
+            Random keys are JAX's.
         widths: of the layers of a multilayer perceptron, as ``networks.MLP`` takes them; None of other networks, and
             without examples.
         examples: None if the file was saved without a network.
@@ -88,24 +90,26 @@ class Saved(NamedTuple):
 def save(
     path: str | os.PathLike, params: Params, *, network: Network | None = None, inputs: Inputs | None = None
 ) -> int:
-    """Writes params to a safetensors file, each leaf as it is or as CSR, whichever takes fewer bytes.
+    """Writes params to a safetensors file, each leaf dense or sparse, whichever takes fewer bytes.
 
+    The sparse form of a leaf of any number of axes holds its entries other than zero and where they lie, as CSR does.
     The file appears whole or not at all: it is written beside its place and then moved there. No pickle is involved.
     Params alone do not tell the function: the same arrays are another network with another activation. Given the
     network, the file holds what it answers to a few inputs, and ``load`` refuses a network that answers otherwise.
 
     Args:
         path: of the file; its folder must exist.
-        params: any pytree. Leaves that are no arrays, such as an activation in an Equinox module, are not saved.
+        params: any pytree: nested containers, an Equinox module, an NNX module or its state. Leaves that are no arrays,
+            such as an activation in an Equinox module or a Python number, are not saved.
         network: of the params.
-        inputs: that it takes; up to four of them are saved as examples.
+        inputs: that it takes, features or tokens; up to four of them are saved as examples.
 
     Returns:
         The size of the file in bytes.
 
     Raises:
-        ValueError: params without an array or with keys that are no names; a network without inputs; answers that are
-            NaN or infinite.
+        ValueError: params without an array, without values (shapes, or under ``jit``), or with keys that are no names;
+            a network without inputs; answers that are NaN or infinite.
         ModuleNotFoundError: safetensors is not installed.
 
     Example:
@@ -118,22 +122,25 @@ def save(
         raise ValueError("a network needs inputs, and inputs need the network that answers them: give both or neither")
     names = _trees.by_path(params)  # refuses two leaves of one name
     leaves = {tuple(map(_key, steps)): leaf for steps, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    arrays = {steps: np.asarray(leaf) for steps, leaf in leaves.items() if _trees.is_array(leaf)}
+    arrays = {steps: leaf for steps, leaf in leaves.items() if _trees.is_array(leaf)}
     if not arrays:
         raise ValueError(f"params hold no array to save; they hold {', '.join(names) or 'nothing'}")
+    if not _checks.are_known(arrays):
+        raise ValueError("params hold no values to save: they are shapes, or traced; call this outside of jit and vmap")
     examples, widths = (None, None) if network is None else (_examples(network, params, inputs), None)
     tensors, described = {}, []
-    for steps, array in arrays.items():
+    for steps, leaf in arrays.items():
+        array, more = _numbers(leaf)
         packed = bits.packed(array)
         tensors |= {f"{part}:{_name(steps)}": np.asarray(packed[part], order="C") for part in packed}
-        described.append({"path": steps, **_facts(array)})
+        described.append({"path": steps, **_facts(array), **more})
     if examples is not None:
         widths = _widths(network, params, inputs)
         tensors |= {f"example:{name}": bits.as_bits(array) for name, array in examples._asdict().items()}
         examples = {name: _facts(array) for name, array in examples._asdict().items()}
     content = json.dumps({"leaves": described, "widths": widths, "examples": examples})
     metadata = {"format": _FORMAT, "version": _VERSION, "content": content, "sha256": _digest(content, tensors)}
-    return _write_whole(Path(path), numpy_files.save(tensors, metadata))
+    return write_whole(path, numpy_files.save(tensors, metadata))
 
 
 def load(
@@ -209,6 +216,23 @@ def _facts(array: np.ndarray) -> dict[str, Any]:
     return {"dtype": array.dtype.name, "shape": array.shape}
 
 
+def _numbers(leaf: Any) -> tuple[np.ndarray, dict[str, str]]:
+    """A leaf as NumPy knows it, and for random keys, as in the state of an NNX module, how numbers come from them."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return np.asarray(jax.random.key_data(leaf)), {"random_keys": str(jax.random.key_impl(leaf))}
+    return np.asarray(leaf), {}
+
+
+def _leaf(facts: dict[str, Any], array: np.ndarray) -> np.ndarray | Array:
+    """The inverse of ``_numbers``."""
+    kind = facts.get("random_keys")
+    if kind is None:
+        return array
+    if type(kind) is not str:
+        raise ValueError(f"{kind!r} are no random keys")
+    return jax.random.wrap_key_data(array, impl=kind)
+
+
 def _examples(network: Network, params: Params, inputs: Inputs) -> Examples:
     _checks.require_inputs(inputs)
     samples = answers.few(inputs)
@@ -238,7 +262,8 @@ def _assembled(described: Any, tensors: dict[str, np.ndarray], most_bytes: int) 
         raise ValueError(f"its params take {size:,} bytes, more than most_bytes={most_bytes:,}")
     if not declared or len(declared) != len(leaves):
         raise ValueError("it holds no leaves, or two of the same path")
-    params = _nested({path: bits.unpacked(_name(path), *facts, tensors) for path, facts in declared.items()})
+    arrays = {path: bits.unpacked(_name(path), *facts, tensors) for path, facts in declared.items()}
+    params = _nested({path: _leaf(facts, array) for facts, (path, array) in zip(leaves, arrays.items(), strict=True)})
     arrays = {name: bits.viewed(tensors[f"example:{name}"], name, *facts) for name, facts in answered.items()}
     return Saved(params, _whole_numbers(widths), Examples(**arrays) if examples else None)
 
@@ -281,7 +306,7 @@ def _digest(content: str, tensors: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _nested(leaves: dict[tuple[str | int, ...], np.ndarray]) -> Params:
+def _nested(leaves: dict[tuple[str | int, ...], np.ndarray | Array]) -> Params:
     """Nested dicts from paths like ``("Dense_0", "kernel")``; the array itself from the empty path."""
     if () in leaves and len(leaves) == 1:
         return leaves[()]
@@ -306,17 +331,3 @@ def _in_containers(params: Params, like: Params) -> Params:
             where = "like" if path in expected else "the file"
             raise ValueError(f"the leaves of the file are not those of like: only {where} holds '{path}'")
     return _trees.replace(like, found)
-
-
-def _write_whole(path: Path, content: bytes) -> int:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    return len(content)
