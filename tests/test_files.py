@@ -163,7 +163,6 @@ def test_sparse_kernels_of_any_layout_make_small_files(shape, tmp_path):
 
 
 NETWORKS = [
-    "residual network",
     "gated transformer",
     "u-net",
     "scanned blocks",

@@ -1,5 +1,6 @@
 """What pruning frees: dead neurons folded away, sparse kernels, one small file, and a report of what it all saves."""
 
+from ecjax.compact.exports import export
 from ecjax.compact.features import drop_inputs, inputs_read
 from ecjax.compact.files import Examples, Saved, load, save
 from ecjax.compact.fold import compact, fold
@@ -13,6 +14,7 @@ __all__ = [
     "Sparse",
     "compact",
     "drop_inputs",
+    "export",
     "fold",
     "forward",
     "inputs_read",

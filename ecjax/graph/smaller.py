@@ -76,7 +76,10 @@ def without_units(network: Callable, params: PyTree, groups: Groups, removed: Re
     evaluate = jax.jit(functools.partial(_smaller, inner, shapes, kept))
 
     def smaller(params: PyTree, inputs: Array) -> Array:
-        return evaluate(_trees.arrays(params), inputs)
+        arrays = _trees.arrays(params)
+        if not isinstance(inputs.shape[0], int):  # any number of samples, for jax.export: axes are matched by numbers
+            return jax.vmap(lambda sample: evaluate(arrays, sample[None])[0])(inputs)
+        return evaluate(arrays, inputs)
 
     return smaller, cut(params, kept)
 
