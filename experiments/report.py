@@ -60,7 +60,7 @@ def sizes(kept: Folder) -> Table:
     """What the saved networks of the highest sparsity take."""
     frame = kept.rows.frame().query("sparsity == sparsity.max()")
     title = f"sparsity {frame['sparsity'].iloc[0]:g}; every network and report.csv are in {kept.path}/"
-    names = ["parameters", "non-zeros", "bytes", "multiply-adds", "µs, batch 1", "µs, 256"]
+    names = ["parameters", "non-zeros", "bytes", "FLOPs", "µs, batch 1", "µs, 256"]
     renamed = dict(zip(frame.columns[-len(names) :], names, strict=True))
     frame = frame.assign(form=frame["name"] + ", " + frame["runtime"]).rename(columns=renamed)
     return plain(title, frame, {"method": "{}", "form": "{}"} | dict.fromkeys(names, "{:,.0f}"))

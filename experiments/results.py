@@ -191,12 +191,13 @@ class Folder:
     def add(self, params: Params, method: str, sparsity: float, seed: int) -> None:
         """Measures a network if it is the first of its method and sparsity, and saves it then."""
         network, inputs, (activation, by_numpy) = self.network, self.inputs, ACTIVATIONS[self.activation]
-        for form in compact.report(network, params, inputs, activation, numpy_activation=by_numpy) if not seed else ():
-            row = {"method": method, "sparsity": sparsity, "seed": seed} | form._asdict()
+        smaller, small = compact.compact(network, params, inputs)
+        activations = {"activation": activation, "numpy_activation": by_numpy}
+        for form in compact.report(network, params, smaller, small, inputs, **activations) if not seed else ():
+            row = {"method": method, "sparsity": sparsity, "seed": seed} | form._asdict() | {"flops": form.flops.total}
             times = {f"microseconds_batch_{batch}": 1e6 * seconds for batch, seconds in row.pop("seconds").items()}
             if not self.rows.count(method=method, sparsity=sparsity, name=form.name, runtime=form.runtime):
                 self.rows.add(row | times)
-        smaller, small = compact.compact(network, params, inputs)
         compact.save(self.place(method, sparsity, seed), small, network=smaller, inputs=inputs)
 
     def place(self, method: str, sparsity: float, seed: int) -> Path:

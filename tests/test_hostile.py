@@ -165,7 +165,8 @@ def _files(params, tmp_path):
 
 def _report(network, params, inputs):
     relu = {"activation": nn.relu, "numpy_activation": lambda z: np.maximum(z, 0)}
-    forms = compact.report(network, _half(params).params, inputs, **relu, repeats=1)
+    pruned = _half(params).params
+    forms = compact.report(network, pruned, *compact.compact(network, pruned, inputs), inputs, **relu, repeats=1)
     assert len(forms) == 6
     assert all(0 < seconds < np.inf for form in forms for seconds in form.seconds.values())
 

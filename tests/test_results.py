@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ecjax import compact
+from ecjax import compact, graph
 from experiments import flags, mnist, neurons, results, sweep
 from experiments.datasets import digits
 from experiments.results import Rows
@@ -307,7 +307,7 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path):
     assert shlex.split(how.removeprefix("to go on: ")) == command
 
 
-FORM = compact.Form("", "", 3, 2, 1, 2, {1: 0.5, 256: 0.7})
+FORM = compact.Form("", "", 3, 2, 1, graph.Flops(4, 2), {1: 0.5, 256: 0.7})
 FORMS = [FORM._replace(name=name, runtime=runtime) for runtime in ("JAX", "NumPy") for name in ("dense", "sparse")]
 
 

@@ -69,14 +69,14 @@ def require_same(
         reference: this network, its params and inputs.
     """
     difference = gap(found, expected)
-    if difference <= _UNITS * _unit(found) * _greatest(expected):
+    if difference <= _UNITS * _unit(found) * greatest(expected):
         return
     allowed = rounding(*reference) if difference < np.inf else 0.0
     if difference > allowed:
         shapes = "" if found.shape == expected.shape else f" (outputs of shape {found.shape}, not {expected.shape})"
         raise ValueError(
             f"{name}: it answers otherwise, by up to {difference:.2g}{shapes} where the outputs reach "
-            f"{_greatest(expected):.2g} and rounding explains {allowed:.1g}"
+            f"{greatest(expected):.2g} and rounding explains {allowed:.1g}"
         )
 
 
@@ -98,10 +98,11 @@ def rounding(network: Network, params: Params, inputs: Inputs) -> float:
         return jnp.asarray(_wide(np.asarray(leaf)) * (1 + unit * signs), leaf.dtype)
 
     draws = [gap(outputs, of(network, jax.tree.map(moved, params), inputs)) for _ in range(_DRAWS)]
-    return max(draws) + unit * _greatest(outputs)
+    return max(draws) + unit * greatest(outputs)
 
 
-def _greatest(outputs: Num[np.ndarray, "..."]) -> float:
+def greatest(outputs: Num[np.ndarray, "..."]) -> float:
+    """The greatest magnitude of the outputs that are finite."""
     finite = outputs[np.isfinite(outputs)]
     return float(np.abs(_wide(finite)).max(initial=0))
 
