@@ -9,13 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ecjax import _trees, compact, graph, networks
+from ecjax import _trees, compact, devices, graph, networks
 from tests import examples
 from tests.architectures import ARCHITECTURES
 from tests.test_coupled import half
 
-NAMES = ["mlp", "grouped convolutions", "gated transformer", "scanned blocks"]
-SLOW = ["residual network", "vision transformer", "u-net", "tied embedding", "recurrent", "looped", "split heads"]
+NAMES = ["grouped convolutions", "gated transformer", "scanned blocks"]
+SLOW = [
+    "mlp",
+    "residual network",
+    "vision transformer",
+    "u-net",
+    "tied embedding",
+    "recurrent",
+    "looped",
+    "split heads",
+]
 LOAD = """
 from jax import export
 program = export.deserialize(bytearray(open("pruned.jax", "rb").read()))
@@ -48,9 +57,9 @@ def test_a_smaller_network_runs_on_any_number_of_samples(name, tmp_path):
         program.call(inputs[:, 1:])
 
 
-@pytest.mark.parametrize("name", ["gated transformer", "u-net"])
+@pytest.mark.parametrize("name", ["causal attention", pytest.param("u-net", marks=pytest.mark.slow)])
 def test_networks_as_they_are(name, tmp_path):
-    """A language model of tokens, and an Equinox module with leaves that are no arrays."""
+    """A transformer, and an Equinox module with leaves that are no arrays."""
     network, params, inputs = ARCHITECTURES[name]().example
     compact.export(tmp_path / "net", network, params, np.asarray(inputs))
     found = loaded(tmp_path / "net").call(inputs[:2])
@@ -67,6 +76,25 @@ def test_params_of_narrow_numbers_and_of_none(tmp_path):
     outputs = loaded(tmp_path / "net").call(inputs)
     assert outputs.dtype == jnp.bfloat16
     np.testing.assert_array_equal(outputs, network(params, inputs))
+
+
+def test_params_that_are_spread_over_devices_make_a_program_for_one(tmp_path):
+    example, mesh = examples.mlp(widths=(8, 3), samples=16), devices.mesh(model=2)
+    inputs = devices.shard_samples(example.inputs, mesh)
+    params = devices.shard_params(example.network, example.params, inputs, mesh)
+    compact.export(tmp_path / "net", example.network, params, inputs)
+    program = loaded(tmp_path / "net")
+    assert program.nr_devices == 1
+    np.testing.assert_allclose(program.call(example.inputs), example.network(*example[1:]), rtol=1e-5, atol=1e-6)
+
+
+def test_double_precision(tmp_path):
+    with jax.enable_x64(True):
+        example = examples.mlp(widths=(8, 3), samples=6)
+        compact.export(tmp_path / "net", *example)
+        found = loaded(tmp_path / "net").call(example.inputs)
+        assert found.dtype == np.float64
+        np.testing.assert_allclose(found, example.network(*example[1:]), rtol=1e-12)
 
 
 def linear(params, x):

@@ -162,16 +162,11 @@ def test_sparse_kernels_of_any_layout_make_small_files(shape, tmp_path):
     assert half == dense
 
 
-NETWORKS = [
-    "gated transformer",
-    "u-net",
-    "scanned blocks",
-    "grouped convolutions",
-    "tied embedding",
-]
+NETWORKS = ["gated transformer", "scanned blocks"]
+SLOW = ["residual network", "u-net", "grouped convolutions", "tied embedding"]
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [*NETWORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_any_network_is_told_from_others(name, tmp_path):
     """Of images, of sequences and of tokens; Linen, NNX, Equinox and plain JAX."""
     network, params, inputs = ARCHITECTURES[name]().example

@@ -61,9 +61,12 @@ def test_an_equinox_mlp_of_narrow_numbers():
     assert [form.runtime for form in forms] == ["JAX"] * 2 + ["NumPy"] * 3
 
 
-@pytest.mark.parametrize("name", ["scanned blocks", "gated transformer", "grouped convolutions", "looped"])
+KINDS = ["scanned attention", "grouped convolutions", "looped"]
+
+
+@pytest.mark.parametrize("name", [*KINDS, pytest.param("gated transformer", marks=pytest.mark.slow)])
 def test_networks_of_any_kind(name):
-    """A scanned network, a transformer of tokens, a convnet, and a loop whose operations are not known."""
+    """A scanned transformer, a convnet, a loop whose operations are not known, and a transformer of tokens."""
     network, params, inputs = ARCHITECTURES[name]().example
     smaller, small, _ = without_half(network, params, inputs)
     report = compact.report(network, params, smaller, small, inputs, batches=(1, 3), repeats=2)

@@ -77,10 +77,11 @@ def export(
         raise ValueError(
             f"the params take {size:,} bytes, and a program holds at most {_MOST_BYTES:,}; use compact.save"
         )
-    few = answers.few(inputs)
+    # Arrays that are spread over devices would make it a program for as many.
+    arrays, few = jax.device_put((arrays, answers.few(inputs)), jax.local_devices()[0])
     counts = (1, few.shape[0]) if samples is None else (samples,)
     batches = [few[np.arange(count) % few.shape[0]] for count in counts]
-    expected = [answers.of(network, params, batch) for batch in batches]
+    expected = [answers.of(inner, arrays, batch) for batch in batches]
     call = lambda inputs: inner(arrays, inputs)  # noqa: E731
     shape = _shape(batches[-1], samples)
     # Compared in full precision, whatever the device rounds products to; the program keeps what the network asks for.
@@ -90,7 +91,7 @@ def export(
             f"the network depends on the number of samples, and the program gives other outputs for {batch.shape[0]} "
             "of them. Give samples= for a program that takes exactly that many"
         )
-        answers.require_same(name, np.asarray(compared.call(batch)), outputs, (network, params, batch))
+        answers.require_same(name, np.asarray(compared.call(batch)), outputs, (inner, arrays, batch))
     return write_whole(path, _bytes(_program(call, shape, platforms)))
 
 
