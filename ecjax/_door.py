@@ -18,8 +18,9 @@ from jaxtyping import PyTree
 from ecjax import _batches, _checks, _precision, _trees, metrics
 from ecjax._trees import WithStatic
 from ecjax._types import Metric, Network, Params, Patterns, Targets, Weights
-from ecjax.graph import Layers, read
-from ecjax.graph.layers import as_patterns
+from ecjax.graph import Group, Groups, Layers, read
+from ecjax.graph.groups import couple, of_coupled
+from ecjax.graph.layers import as_patterns, chosen
 
 _COMPARED, _LOOKED_AT = 4, 16  # samples
 
@@ -126,6 +127,42 @@ def layers(
         ValueError: a network that does not take these, mixes samples or has a kernel that can't be scored, by name.
     """
     return _facts(network, params, inputs, exclude=exclude, need=need, each_alone=each_alone).layers
+
+
+def units(network: Network, params: Params, inputs: Any, *, exclude: Patterns = ()) -> dict[str, Group]:
+    """The groups of a network whose units can go, by name (``Groups.named``).
+
+    Args:
+        params: its parameters, of arrays alone.
+        inputs: an array with samples in it, or only its shape.
+        exclude: patterns of paths; groups of which a leaf is left alone stay whole.
+    """
+    excluded = chosen(exclude, list(_trees.by_path(params)))
+    found = groups(network, params, inputs).named
+    return {name: group for name, group in found.items() if not any(place.path in excluded for place in group.places)}
+
+
+def groups(network: Network, params: Params, inputs: Any) -> Groups:
+    """All groups of a network, whose params are arrays alone."""
+    _require_hashable(network)
+    if isinstance(inputs, jax.ShapeDtypeStruct):
+        return of_coupled(couple(network, params, _at_least_two(inputs)))
+    try:
+        return _traced_groups(params, inputs, network=network).groups
+    except ValueError as error:
+        raise ValueError(*error.args) from error.__cause__  # without what JAX adds about its frames
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["groups"])
+@dataclasses.dataclass(frozen=True)
+class _OfUnits:
+    groups: Groups
+
+
+@functools.partial(jax.jit, static_argnames=("network",))
+def _traced_groups(params, inputs, *, network) -> _OfUnits:
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    return _OfUnits(of_coupled(couple(network, shapes, _at_least_two(inputs))))
 
 
 def _facts(network, params, inputs, *, exclude, need, each_alone) -> _Facts:

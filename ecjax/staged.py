@@ -14,7 +14,7 @@ The loop is short enough to be written by hand, with a schedule, a stop or measu
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,10 @@ from ecjax._types import Inputs, Kernels, Metric, Network, Params, Patterns, Spa
 from ecjax.graph.layers import as_patterns
 from ecjax.moments.stream import has_many_rows
 from ecjax.prune import patterns
-from ecjax.prune.further import further
+from ecjax.prune.further import fewer_units, further
 from ecjax.prune.masks import Pruned, require_scope
-from ecjax.prune.neurons import NEURON_SCOPES
+from ecjax.prune.neurons import as_how
+from ecjax.prune.removal import require_reachable
 from ecjax.repair import Biases, Repair, Survivors, gauss_newton, repairs
 from ecjax.score import NeuronScores, Scores, criteria
 from ecjax.score.criteria import Criterion
@@ -158,7 +159,7 @@ def staged(
         raise ValueError(f"scope {scope} is of one sparsity, without stages: one_shot, then repair.Survivors()")
     criterion = criteria.giving(Scores, criteria.named(criterion, score.CRITERIA))
     given, of_run = (network, params, inputs, sparsity, stages), (repair, metric, targets, weights)
-    return _in_stages(criterion, *given, *of_run, scope, exclude, key, progress)
+    return _in_stages(criterion, *given, *of_run, {"scope": scope}, exclude, key, progress)
 
 
 def staged_neurons(
@@ -174,21 +175,27 @@ def staged_neurons(
     targets: Targets | None = None,
     weights: Weights | None = None,
     scope: str = "network",
+    by: str = "units",
+    multiple_of: int = 1,
     exclude: Patterns = (),
     key: PRNGKeyArray | None = None,
     progress: Callable[[Stage], None] | None = None,
 ) -> Pruned:
-    """Removes whole hidden neurons of an MLP in stages, as ``staged`` removes weights.
+    """Removes whole units in stages, as ``staged`` removes weights: neurons, channels, attention heads.
+
+    What a repair moves leaves the entries of removed units at zero in every leaf.
 
     Args:
-        fraction: of the hidden neurons to remove in the end, in [0, 1]; or that of each pattern, as in ``neurons``.
+        fraction: to remove in the end, in [0, 1], or that of each pattern, as in ``neurons``.
         stages: how many.
         criterion: ``(network, params, inputs) -> NeuronScores``, by name (``score.NEURON_CRITERIA``) or as a function;
             ``score.neuron_elimination_compensation`` if None.
         repair: as for ``staged``, like metric, targets, key and progress.
         targets: of the repair.
-        scope: where neurons compete: "network", or each "layer".
-        exclude: patterns of paths of leaves that keep every bit; what is left must still be layer after layer.
+        scope: where units compete, as in ``neurons``, like by and multiple_of.
+        by: what the fraction is of.
+        multiple_of: what the number of units left in a group is a multiple of.
+        exclude: patterns of paths of leaves that keep every bit, in pruning and in repair.
         key: random key.
         progress: called after each stage.
 
@@ -200,11 +207,12 @@ def staged_neurons(
         >>> pruned.masks["Dense_0"]["kernel"].any(0).sum().item()
         6
     """
-    if scope not in NEURON_SCOPES:
-        raise ValueError(f"scope is {scope!r}; for neurons it must be one of {', '.join(map(repr, NEURON_SCOPES))}")
+    how = as_how(fraction, scope, by, multiple_of)
+    _door.enter(network, params, inputs, exclude=exclude, need="any")
+    require_reachable(network, params, inputs, fraction, how, exclude)
     criterion = criteria.giving(NeuronScores, criteria.named(criterion, score.NEURON_CRITERIA))
     given, of_run = (network, params, inputs, fraction, stages), (repair, metric, targets, weights)
-    return _in_stages(criterion, *given, *of_run, scope, exclude, key, progress)
+    return _in_stages(criterion, *given, *of_run, how._asdict(), exclude, key, progress)
 
 
 def _in_stages(
@@ -218,7 +226,7 @@ def _in_stages(
     metric,
     targets,
     weights,
-    scope,
+    how,
     exclude,
     key,
     tell,
@@ -229,13 +237,12 @@ def _in_stages(
     if tell is not None and not callable(tell):
         raise ValueError(f"progress is {tell!r}; it must be a function of a stage (prune.Stage), called after each")
     outputs = _door.enter(network, params, inputs, exclude=exclude, need="any").outputs
-    probed = criteria.reads(criterion, "probes") and has_many_rows(outputs)
-    _require_read(criterion, repairs.named(repair), metrics.named(metric), weights, key, probed=probed)
+    criteria.require_read(criterion, metric, weights, key, outputs, _read_by(repairs.named(repair)))
     options = {"metric": metric, "targets": targets, "weights": weights, "exclude": exclude, "key": key}
     state = start(network, params, inputs, repair=repair, **options)
     for number in range(1, stages + 1):
         reached = patterns.times(sparsity, 1 - (1 - number / stages) ** 3)
-        state = step(network, state, inputs, reached, criterion=criterion, repair=repair, scope=scope)
+        state = step(network, state, inputs, reached, criterion=criterion, repair=repair, **how)
         if tell is not None:
             tell(Stage(number, stages, reached, state.objective))
     return finish(state)
@@ -294,17 +301,21 @@ def step(
     criterion: Criterion | str | None = None,
     repair: Repair | str | None = "survivors",
     scope: str = "network",
+    by: str = "units",
+    multiple_of: int = 1,
 ) -> State:
     """One stage: scores what is left, removes weights or neurons up to a sparsity, and repairs.
 
     Args:
         state: of ``start``, or of the stage before.
         inputs: calibration inputs; others than before, if the state's targets are replaced by theirs.
-        sparsity: to be reached, of all weights or of those of each pattern; of hidden neurons with a criterion for
-            neurons. Never lower than before.
+        sparsity: to be reached, of all weights or of those of each pattern; of units with a criterion for neurons.
+            Never lower than before.
         criterion: gives Scores, or NeuronScores.
         repair: of this stage.
-        scope: where weights or neurons compete.
+        scope: where weights or units compete.
+        by: what a fraction of units is of, as in ``neurons``, like multiple_of.
+        multiple_of: what the number of units left in a group is a multiple of.
 
     Raises:
         ValueError: bad input, as ``one_shot`` or ``neurons``, the criterion and the repair say.
@@ -318,12 +329,17 @@ def step(
     repair = repairs.named(repair)
     criterion = criteria.named(criterion, score.CRITERIA | score.NEURON_CRITERIA)
     criterion = criteria.giving(Scores | NeuronScores, criterion)
-    _require_drawn(criterion, state.key)
+    criteria.require_drawn(criterion, state.key)
     key, now = (None, None) if state.key is None else jax.random.split(state.key)
     of_run = {"metric": state.metric, "weights": state.weights, "exclude": state.exclude}
     drawn = {"key": now, "probes": 1 if now is not None and state.many_rows else None}
     scores = criteria.given(criterion, **of_run, **drawn)(network, state.params, inputs)
-    params, masks = further(state.params, scores, state.masks, sparsity, scope=scope, exclude=state.exclude)
+    given = scores, state.masks, sparsity
+    if isinstance(scores, NeuronScores):
+        how = as_how(sparsity, scope, by, multiple_of)
+        params, masks = fewer_units(network, state.params, inputs, *given, how, state.exclude)
+    else:
+        params, masks = further(state.params, *given, scope=scope, exclude=state.exclude)
     state = dataclasses.replace(state, params=params, masks=masks, key=key)
     if repair is None:
         return state
@@ -334,7 +350,9 @@ def step(
         found = repairs.go_on(repair, network, before, masks, inputs, state.targets, **of_run)
         return dataclasses.replace(state, **found._asdict())
     moved = criteria.given(repair, **of_run)(network, params, masks, inputs, state.targets)
-    return dataclasses.replace(state, params=repairs.held(params, masks, moved, state.exclude))
+    inner, arrays, _ = _trees.split(network, params)
+    groups = _door.units(inner, arrays, inputs, exclude=state.exclude)
+    return dataclasses.replace(state, params=repairs.held(params, masks, moved, state.exclude, groups))
 
 
 def finish(state: State) -> Pruned:
@@ -347,36 +365,11 @@ def finish(state: State) -> Pruned:
     return Pruned(state.params, state.masks)
 
 
-def _require_read(
-    criterion: Criterion, repair: Repair | None, metric: metrics.Metric, weights: Any, key: Any, *, probed: bool
-) -> None:
-    """Raises a ValueError for options that nothing reads, and for a criterion that draws without a key."""
+def _read_by(repair: Repair | None) -> tuple[str, ...]:
+    """Which options of a run a repair reads."""
     if isinstance(repair, Biases | Survivors):
-        repaired = repair.metric is None
-    else:
-        repaired = repair is not None and criteria.reads(repair, "metric")
-    if not isinstance(metric, metrics.Euclidean) and not repaired and not criteria.reads(criterion, "metric"):
-        raise ValueError(
-            f"metric={metric!r} is read by neither this criterion nor this repair; leave it out, or let one of them "
-            "take metric="
-        )
-    own = isinstance(repair, Biases | Survivors) or (repair is not None and criteria.reads(repair, "weights"))
-    if weights is not None and not own and not criteria.reads(criterion, "weights"):
-        raise ValueError("weights are read by neither this criterion nor this repair; leave them out")
-    if probed and key is None:
-        raise ValueError(
-            "the outputs have so many positions that the criterion takes random probes of them: give key=, such as "
-            "jax.random.key(0)"
-        )
-    if key is not None and not criteria.draws(criterion) and not probed:
-        raise ValueError("key is for criteria that draw, such as 'random'; this one does not, so leave it out")
-    _require_drawn(criterion, key)
-
-
-def _require_drawn(criterion: Criterion, key: Any) -> None:
-    """Raises a ValueError for a criterion that draws without a key."""
-    if key is None and criteria.draws(criterion, always=True):
-        raise ValueError("this criterion draws at random: give key=, such as jax.random.key(0)")
+        return ("weights",) if repair.metric is not None else ("metric", "weights")
+    return tuple(name for name in ("metric", "weights") if repair is not None and criteria.reads(repair, name))
 
 
 @_precision.compiled("network", "together")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from ecjax import networks, prune, score
+from ecjax import networks, prune
 from experiments import flags, report, results, sweep
 
 NETWORKS = {"relu": (300, 100), "tanh": (128, 64)}
@@ -33,13 +33,12 @@ class Config(flags.Digits):
 
 def methods(network: networks.Network, inputs: Array, stages: int) -> sweep.Methods:
     """By name: from trained params and a fraction of the hidden neurons to the pruned network."""
-    norm, variance = score.neuron_norm, score.neuron_variance
-    ec = functools.partial(score.neuron_elimination_compensation, metric="fisher")
+    once = functools.partial(prune.neurons, network)
     staged = functools.partial(prune.staged_neurons, metric="fisher", stages=stages)
     return {
-        "weight norm": lambda params, part: prune.neurons(params, norm(network, params, inputs), part),
-        "activation variance": lambda params, part: prune.neurons(params, variance(network, params, inputs), part),
-        "structured EC": lambda params, part: prune.neurons(params, ec(network, params, inputs), part),
+        "weight norm": lambda params, part: once(params, inputs, part, criterion="neuron_norm"),
+        "activation variance": lambda params, part: once(params, inputs, part, criterion="neuron_variance"),
+        "structured EC": lambda params, part: once(params, inputs, part, metric="fisher"),
         "structured EC, staged": lambda params, part: staged(network, params, inputs, part),
     }
 

@@ -137,8 +137,8 @@ def test_masks_unlike_the_params():
     [
         (lambda e: prune.one_shot(e.params, e.params, 0.5), "scores are dict; score.Scores is needed"),
         (
-            lambda e: prune.neurons(e.params, score.magnitude(*e), 0.5),
-            "scores are Scores; score.NeuronScores is",
+            lambda e: prune.neurons(*e, 0.5, criterion=score.magnitude),
+            "the criterion gave Scores; score.NeuronScores is",
         ),
         (lambda e: prune.one_shot(e.params, score.magnitude(*e), scope=(2, 4.0)), r"scope is \(2, 4.0\); a pattern"),
         (lambda e: prune.one_shot(e.params, score.magnitude(*e), scope=(1, 2, 4)), r"scope is \(1, 2, 4\); a pattern"),

@@ -8,8 +8,9 @@ of 5 + 7, it becomes that sum. What can't be matched is *pinned*: it keeps its l
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 Axis = tuple[int, ...]  # atoms, the outer ones first; an axis of length 1 may have none
 Axes = tuple[Axis, ...]
@@ -55,6 +56,21 @@ class Atoms:
     def length(self, axis: Axis) -> int:
         """How many entries an axis has."""
         return math.prod(self.lengths[atom] for atom in axis)
+
+    def left(self, axis: Axis, left: Mapping[int, Any]) -> Any:
+        """How many entries an axis has where of some atoms fewer units are left.
+
+        Args:
+            axis: of any value.
+            left: how many, by atom: numbers, or arrays of numbers.
+        """
+        found = 1
+        for atom in self.expand(axis):
+            if atom in self.segments:
+                found = found * sum(self.left(part, left) for part in self.segments[atom])
+            else:
+                found = found * left.get(atom, self.lengths[atom])
+        return found
 
     def smallest(self, axis: Axis) -> list[int]:
         """The atoms of an axis that are neither products nor sums, in order of their places along it."""

@@ -38,7 +38,8 @@ def evaluate(
         closed: the jaxpr, with or without its constants.
         arguments: its own.
         sites: the equations that the hook evaluates: the index of each, after those of the calls that it is in.
-        hook: called there in place of the equation. What it puts aside under one name adds up, over scans too.
+        hook: called there in place of the equation. What it puts aside under one name adds up; in scans it has an axis
+            before its own for each of them.
         given: arrays for some of the sites; in scans with an axis before their own for each of them.
         others: how all other equations are evaluated; as they are if None.
         site: the equations that the jaxpr is called from.
@@ -88,7 +89,7 @@ def _scan(equation, operands: list, sites: frozenset[Path], hook: Hook, given, o
     options = {name: equation.params[name] for name in ("length", "reverse", "unroll")}
     here = {path: given[path] for path in sites if path in given}
     carry, (stacked, aside) = lax.scan(turn, carry, (slices, here), **options)
-    return [*carry, *stacked], jax.tree.map(lambda array: array.sum(0), aside)
+    return [*carry, *stacked], aside
 
 
 def run(equation, operands: list) -> list:

@@ -81,6 +81,21 @@ class Groups(tuple[Group, ...]):
         """Groups, in their order."""
         return super().__new__(cls, groups)
 
+    @property
+    def named(self) -> dict[str, Group]:
+        """The groups whose units can go, by name: the path of the leaf that makes them, the first of several.
+
+        Where a leaf makes several groups, as heads and their features, the second is called "path (2)", and so on.
+        """
+        found: dict[str, Group] = {}
+        times: dict[str, int] = {}
+        for group in self:
+            if group.free:
+                path = group.produced[0]
+                times[path] = times.get(path, 0) + 1
+                found[path if times[path] == 1 else f"{path} ({times[path]})"] = group
+        return found
+
     def __repr__(self) -> str:
         """The table."""
         return tables.as_text(_cells(self))

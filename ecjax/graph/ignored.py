@@ -119,10 +119,11 @@ def _sums(reading: Reading, layers, sites, leaves: dict[str, Array], inputs: Arr
             def of_bias(equation, operands, site, slope):
                 bias = operands[sites[site].side]
                 result = in_full(equation, lax.stop_gradient(operands))
-                return result, {"sum": (jnp.broadcast_to(bias, slope.shape) * slope).sum()}
+                return result, {str(site): (jnp.broadcast_to(bias, slope.shape) * slope).sum()}
 
             arguments = [*(leaves | biases).values(), inputs]
-            return evaluate(reading.jaxpr, arguments, at, of_bias, slopes, in_full)[1]["sum"]
+            terms = evaluate(reading.jaxpr, arguments, at, of_bias, slopes, in_full)[1]
+            return sum(term.sum() for term in terms.values())
 
         return jax.grad(weighed)({layer.bias: leaves[layer.bias] for layer in layers})
 

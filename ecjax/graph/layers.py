@@ -29,6 +29,7 @@ class Layer(NamedTuple):
         follows: the path of the kernel whose units, entry by entry and used for nothing else, are what this one reads.
         layout: how the entries of the kernel are those of a matrix ``(in, out)``.
         bias_layout: how the entries of the bias are those of a row of neurons.
+        window: how many of the inputs are the same channel, at the places of a convolution's window; 1 without one.
 
     Example:
         >>> layer = networks.layers(network, params, inputs)[1]
@@ -48,6 +49,7 @@ class Layer(NamedTuple):
     follows: str | None
     layout: Layout | None
     bias_layout: Layout | None
+    window: int = 1
 
 
 class Layers(tuple[Layer, ...]):

@@ -168,6 +168,7 @@ def _convolution(equation, side, leaf: Leaf, other: Value, result: Value, found:
         gives=result.place and Rows(result.place, (), (channel,)),
         turns=within.turns,
         sliced=_size(leaf.stacked),
+        window=math.prod(equation.invars[side].aval.shape[axis] for axis in window),
     )
     found.products.append(product)
     found.consume(other.units)

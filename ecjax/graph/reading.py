@@ -164,6 +164,7 @@ def _layer(path: str, number: int, found: Found, leaves: dict[str, Any], left_al
         follows=follows.path if follows else None,
         layout=of_kernel,
         bias_layout=bias.layout if bias else None,
+        window=first.window,
     )
 
 

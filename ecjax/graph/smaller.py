@@ -192,13 +192,7 @@ class Cut(NamedTuple):
 
     def length(self, axis: Axis) -> int:
         """How many entries of an axis stay."""
-        found = 1
-        for atom in self.atoms.expand(axis):
-            if atom in self.atoms.segments:
-                found *= sum(map(self.length, self.atoms.segments[atom]))
-            else:
-                found *= len(self.units[atom]) if atom in self.units else self.atoms.lengths[atom]
-        return found
+        return self.atoms.left(axis, {atom: len(units) for atom, units in self.units.items()})
 
     def shape(self, axes: Axes) -> tuple[int, ...]:
         """How many entries of each axis stay."""

@@ -92,6 +92,7 @@ class Product(NamedTuple):
         turns: the lengths of the scans that it is in, the outer ones first.
         sliced: how many of the kernel's matrices these scans tell apart.
         follows: the product whose units are exactly what this one reads.
+        window: how many places the window of a convolution has; 1 for a product of matrices.
     """
 
     path: str
@@ -107,6 +108,7 @@ class Product(NamedTuple):
     turns: tuple[int, ...] = ()
     sliced: int = 1
     follows: int | None = None
+    window: int = 1
 
     @property
     def once(self) -> bool:

@@ -53,10 +53,10 @@ def of_inputs(
         >>> bool(jnp.allclose(importance, scores.importance["Dense_0"]["kernel"]))
         True
     """
-    _require_key(probes, key)
+    require_key(probes, key)
     counts = {"batch_size": batch_size, "probes": probes}
     at = _door.enter(network, params, inputs, exclude=exclude, metric=metric, weights=weights, **counts)
-    _require_probes(at.outputs, probes)
+    require_probes(at.outputs, probes)
     seen = nothing(at.params, at.layers, at.metric, as_patterns(exclude), probes, of_weights=of_weights)
     given = at.params, at.inputs, at.weights, None, key
     return _scan(at.network, int(batch_size), _batches.placement(at.inputs), seen, *given)
@@ -92,14 +92,14 @@ def update(
         >>> float(seen.samples)
         200.0
     """
-    _require_key(seen.probes, key)
+    require_key(seen.probes, key)
     samples = None
     if _batches.blocks(inputs) == 1 and len(inputs):  # without samples it is refused
         samples, inputs = jnp.int32(len(inputs)), _batches.filled_up(inputs, int(batch_size))
         weights = None if weights is None else _batches.filled_up(weights, int(batch_size))
     options = {"exclude": seen.exclude, "metric": seen.metric, "weights": weights, "batch_size": batch_size}
     at = _door.enter(network, params, inputs, **options)
-    _require_probes(at.outputs, seen.probes)
+    require_probes(at.outputs, seen.probes)
     if at.layers != seen.read:
         raise ValueError(
             f"moments of other layers: {described(seen)} given, "
@@ -148,7 +148,8 @@ def of_batches(
     return seen
 
 
-def _require_key(probes: int | None, key: PRNGKeyArray | None) -> None:
+def require_key(probes: int | None, key: PRNGKeyArray | None) -> None:
+    """Raises a ValueError unless there is a key for probes, and none without."""
     if probes is None and key is not None:
         raise ValueError("key is for probes=, which are not asked for; leave it out, or give both")
     if probes is not None and key is None:
@@ -162,7 +163,8 @@ def has_many_rows(outputs: jax.ShapeDtypeStruct) -> bool:
     return len(outputs.shape) > 2 and math.prod(outputs.shape[1:]) > _MOST_ROWS
 
 
-def _require_probes(outputs: jax.ShapeDtypeStruct, probes: int | None) -> None:
+def require_probes(outputs: jax.ShapeDtypeStruct, probes: int | None) -> None:
+    """Raises a ValueError if the rows of the metric are too many to take them all."""
     if probes is None and has_many_rows(outputs):
         raise ValueError(
             f"outputs of shape {outputs.shape[1:]} are {math.prod(outputs.shape[1:]):,} rows of the metric for each "

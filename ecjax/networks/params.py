@@ -5,7 +5,6 @@ import jax
 from ecjax import _door, _trees
 from ecjax._types import Inputs, Network, Params, Patterns
 from ecjax.graph import Groups, Layers
-from ecjax.graph.groups import couple, of_coupled
 
 
 def layers(
@@ -58,5 +57,4 @@ def groups(network: Network, params: Params, inputs: Inputs | jax.ShapeDtypeStru
         4                      Dense_0/kernel  no: is an axis of the inputs
     """
     network, params, _ = _trees.split(network, params)
-    few = jax.ShapeDtypeStruct((max(inputs.shape[0], 2), *inputs.shape[1:]), inputs.dtype)
-    return of_coupled(couple(network, params, few))
+    return _door.groups(network, params, jax.ShapeDtypeStruct(inputs.shape, inputs.dtype))

@@ -1,86 +1,109 @@
-"""Removing whole hidden neurons of an MLP."""
+"""Removing whole units of any network: neurons, channels, attention heads."""
 
-import itertools
-from collections.abc import Sequence
+from typing import Any
 
-import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
 
-from ecjax import _checks, _trees, graph
-from ecjax._types import Params, Sparsities
-from ecjax.graph import Layer
+from ecjax import _checks, _door, score
+from ecjax._types import Inputs, Metric, Network, Params, Patterns, Sparsities, Weights
+from ecjax.graph.costs import COSTS
+from ecjax.moments.stream import has_many_rows
 from ecjax.prune import patterns
-from ecjax.prune.masks import Pruned, apply_masks, keep_in_each
-from ecjax.score import NeuronScores
+from ecjax.prune.masks import Pruned
+from ecjax.prune.removal import How, remove, require_reachable
+from ecjax.score import NeuronScores, criteria
+from ecjax.score.criteria import Criterion
 
 NEURON_SCOPES = ("network", "layer")
+BY = ("units", *COSTS)
 
 
-def neurons(params: Params, scores: NeuronScores, fraction: Sparsities, *, scope: str = "network") -> Pruned:
-    """Removes the hidden neurons of least importance, with all weights into and out of them.
+def neurons(
+    network: Network,
+    params: Params,
+    inputs: Inputs,
+    fraction: Sparsities,
+    *,
+    criterion: Criterion | str | None = None,
+    metric: Metric = "euclidean",
+    weights: Weights | None = None,
+    scope: str = "network",
+    by: str = "units",
+    multiple_of: int = 1,
+    exclude: Patterns = (),
+    key: PRNGKeyArray | None = None,
+) -> Pruned:
+    """Removes the units of least importance, with all that is theirs in every leaf.
 
-    Exactly ``round(fraction * neurons)`` go in each scope; among equals, the ones that come first do. The biases of the
-    next layer gain ``constant_j · W_j`` of each removed neuron. ``compact.compact`` then makes the arrays smaller.
+    Units are what ``networks.groups`` says can go: hidden neurons, channels, features of a residual stream, attention
+    heads and their features. A removed unit's entries are zero in all leaves, and the biases of those that read it gain
+    ``constant · W`` of each. The outputs are those of the network without it, which ``compact.compact`` then is.
+
+    Exactly ``round(fraction · units)`` go in each scope, as long as every group keeps one; among equals, those that
+    come first do. By "parameters" or "flops" the units go that are least important for what they cost, until this
+    fraction of what the network has, or of what its products take, is gone with them.
 
     Args:
-        params: of a multilayer perceptron.
-        scores: of a criterion for neurons, for these params.
-        fraction: of the hidden neurons to remove, in [0, 1]; or one for each pattern of the paths of kernels whose
-            neurons go, as in ``one_shot``. Neurons of kernels that no pattern matches stay.
-        scope: where neurons compete: "network", or each "layer".
+        fraction: to remove, in [0, 1]; or one for each pattern of the names of groups (``networks.groups(...).named``),
+            as in ``one_shot``: units of groups that no pattern matches stay.
+        criterion: ``(network, params, inputs) -> NeuronScores``, by name (``score.NEURON_CRITERIA``) or as a function;
+            ``score.neuron_elimination_compensation`` if None. One that takes ``metric``, ``weights``, ``exclude`` or
+            ``key`` gets those given here.
+        scope: where units compete: "network", or each group of units by itself, "layer".
+        by: what the fraction is of: "units", "parameters" of the network, or "flops" of its products, where a
+            multiplication and an addition are two and a scan's body counts as often as it turns. The last two are of
+            the whole network, and go with one fraction and one scope.
+        multiple_of: of 8, say, which accelerators like: the units left in a group are a multiple of it where some go,
+            so that a few more go than were asked for; a group of fewer stays whole.
+        exclude: patterns of paths of leaves that keep every bit: groups with such a leaf stay whole.
+        key: random key, for criteria that draw; where outputs with positions have more than 256 rows a sample, for one
+            probe.
 
     Returns:
-        Pruned: with masks that are False for all weights into and out of the removed neurons.
+        Pruned: with masks for all kernels, False for all weights of removed units. Scales, biases and whatever else is
+        theirs is zero in the params.
 
     Raises:
-        ValueError: a fraction outside [0, 1] or of a pattern that gets no kernel, an unknown scope, scores unlike the
-            params or without their layers, or shifts that overflow.
+        ValueError: bad input; no unit that could go, with the reasons; a fraction that can't be reached; scores unlike
+            the network's groups; shifts that overflow.
 
     Example:
-        >>> scores = score.neuron_elimination_compensation(network, params, inputs, metric="fisher")
-        >>> pruned = prune.neurons(params, scores, fraction=0.5)
+        >>> pruned = prune.neurons(network, params, inputs, fraction=0.5, metric="fisher")
+        >>> int(pruned.masks["Dense_1"]["kernel"].any(1).sum())
+        4
+        >>> smaller, small = compact.compact(network, pruned.params, inputs)
+        >>> jax.tree.map(jnp.shape, small)["Dense_1"]
+        {'bias': (2,), 'kernel': (4, 2)}
+        >>> pruned = prune.neurons(network, params, inputs, fraction=0.4, by="parameters", criterion="neuron_norm")
         >>> int(pruned.masks["Dense_1"]["kernel"].any(1).sum())
         4
     """
+    how = as_how(fraction, scope, by, multiple_of)
+    criterion = criteria.giving(NeuronScores, criteria.named(criterion, score.NEURON_CRITERIA))
+    given = {"metric": metric, "weights": weights, "exclude": exclude}
+    outputs = _door.enter(network, params, inputs, **given, need="any").outputs
+    criteria.require_read(criterion, metric, weights, key, outputs)
+    require_reachable(network, params, inputs, fraction, how, exclude)
+    probes = 1 if key is not None and has_many_rows(outputs) else None
+    scores = criteria.given(criterion, **given, key=key, probes=probes)(network, params, inputs)
+    return remove(network, params, inputs, scores, fraction, how, exclude)
+
+
+def as_how(fraction: Any, scope: Any, by: Any, multiple_of: Any) -> How:
+    """How units are removed.
+
+    Raises:
+        ValueError: a fraction outside [0, 1], or what does not go together.
+    """
     patterns.require_sparsities(fraction)
-    _checks.require_scores(scores, NeuronScores, "scores are")
     if scope not in NEURON_SCOPES:
         raise ValueError(f"scope is {scope!r}; for neurons it must be one of {', '.join(map(repr, NEURON_SCOPES))}")
-    chain, leaves = graph.chain(scores.layers), _trees.by_path(params)
-    _require_neurons(scores, chain, leaves)
-    importance = {layer.kernel: scores.importance[layer.kernel] for layer in chain[:-1]}
-    kept = {path: jnp.ones(leaf.shape, bool) for path, leaf in importance.items()}
-    for number, paths in patterns.groups(fraction, importance):
-        kept |= keep_in_each({path: importance[path] for path in paths}, number, together=scope == "network")
-    masks = {layer.kernel: jnp.ones(layer.layout.sizes[1:], bool) for layer in chain}
-    shifted = {}
-    for own, following in itertools.pairwise(chain):
-        masks[own.kernel] &= kept[own.kernel]
-        masks[following.kernel] &= kept[own.kernel][:, None]
-        if scores.constant is not None:
-            bias = leaves[following.bias]
-            weights = graph.as_matrices(leaves[following.kernel], following.layout)[0]
-            shift = jnp.where(kept[own.kernel], 0, scores.constant[own.kernel]) @ weights
-            shifted[following.bias] = bias + graph.as_leaf(shift[None, None], following.bias_layout).astype(bias.dtype)
-    _checks.require_finite(shifted, "shifted biases")
-    masks = {layer.kernel: graph.as_leaf(masks[layer.kernel][None], layer.layout) for layer in chain}
-    as_kernels = _trees.as_kernels(params, masks)
-    return Pruned(apply_masks(_trees.replace(params, shifted), as_kernels), as_kernels)
-
-
-def _require_neurons(scores: NeuronScores, chain: Sequence[Layer], leaves: dict) -> None:
-    for layer in chain:
-        found = getattr(leaves.get(layer.kernel), "shape", "no such leaf")
-        if found != layer.shape:
-            raise ValueError(
-                f"the scores are of another network: kernel '{layer.kernel}' is of shape {layer.shape} there, {found} "
-                "in the params"
-            )
-    for given, name in ((scores.importance, "importances"), (scores.constant, "constants")):
-        found = {path: leaf.shape for path, leaf in (given or {}).items()}
-        expected = {layer.kernel: layer.layout.sizes[2:] for layer in chain[:-1]}
-        if given is not None and found != expected:
-            raise ValueError(f"{name} of neurons do not fit the hidden layers {expected}: {found} given")
-    for layer in chain[1:]:
-        if scores.constant is not None and layer.bias is None:
-            raise ValueError(f"kernel '{layer.kernel}' has no bias to which the constants could be added")
-    _checks.require_no_nan(scores.importance, "importances")
+    if by not in BY:
+        raise ValueError(f"by is {by!r}; it must be one of {', '.join(map(repr, BY))}")
+    if by != "units" and (scope != "network" or isinstance(fraction, dict)):
+        raise ValueError(
+            f"by={by!r} is a fraction of the whole network: give one number as the fraction, and scope='network'; with "
+            "several fractions, or scope='layer', by='units' counts units"
+        )
+    _checks.require_positive(multiple_of, "multiple_of")
+    return How(scope, by, int(multiple_of))

@@ -1,16 +1,21 @@
 """Repairs: values that say what may move to make up for a removal, and how far."""
 
 import dataclasses
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool
 
 from ecjax import _batches, _checks, _door, _trees, metrics
 from ecjax._types import Inputs, Kernels, Metric, Network, Params, Patterns, Targets, Weights
-from ecjax.graph import Layers
+from ecjax.graph import Group, Layers
 from ecjax.graph.convolutions import in_loops
+from ecjax.graph.gone import entries_of, gone
 from ecjax.graph.layers import chosen
 from ecjax.repair import gauss_newton
 from ecjax.repair.gauss_newton import Free, Problem, State
@@ -137,14 +142,24 @@ def metric_of(repair: Biases | Survivors, of_run: metrics.Metric) -> metrics.Met
     return metrics.Fisher(repair.own_temperature) if isinstance(of_run, metrics.Fisher) else of_run
 
 
-def movable(repair: Biases | Survivors, layers: Layers, params: Params, masks: Kernels, exclude: Patterns = ()) -> Free:
+def movable(
+    repair: Biases | Survivors,
+    layers: Layers,
+    params: Params,
+    masks: Kernels,
+    exclude: Patterns = (),
+    groups: Mapping[str, Group] = types.MappingProxyType({}),
+) -> Free:
     """What a repair may move: by its path each leaf, and which of its entries.
+
+    What is zero in other leaves because its unit was removed, as a scale, stays zero like a weight.
 
     Args:
         repair: biases, or every leaf of floating-point numbers but for what the masks removed.
         layers: of the network (``networks.layers``).
         masks: Kernels of booleans, True where the weight stays.
         exclude: patterns of paths of leaves that must not move.
+        groups: whose units can go, by name.
 
     Raises:
         ValueError: masks that do not fit, patterns that match nothing, or nothing that could move.
@@ -152,9 +167,9 @@ def movable(repair: Biases | Survivors, layers: Layers, params: Params, masks: K
     _checks.require_masks(params, masks)
     leaves, kept = _trees.by_path(params), _trees.by_path(masks)
     excluded, only = chosen(exclude, list(leaves)), chosen(repair.only, list(leaves))
-    biases = {layer.bias for layer in layers}
+    biases, removed = {layer.bias for layer in layers}, of_removed_units(groups, params, masks)
     free = {
-        path: kept.get(path, jnp.ones(leaf.shape, bool))
+        path: kept.get(path, ~removed[path] if path in removed else jnp.ones(leaf.shape, bool))
         for path, leaf in leaves.items()
         if path in only - excluded and jnp.issubdtype(leaf.dtype, jnp.floating)
         if path in biases or isinstance(repair, Survivors)
@@ -166,6 +181,18 @@ def movable(repair: Biases | Survivors, layers: Layers, params: Params, masks: K
             "let more of it move"
         )
     return free
+
+
+def of_removed_units(groups: Mapping[str, Group], params: Params, masks: Kernels) -> dict[str, Bool[Array, "..."]]:
+    """By the path of a leaf without a mask, which entries are zero because their unit was removed.
+
+    Args:
+        groups: whose units can go, by name.
+        masks: Kernels of booleans, True where the weight stays.
+    """
+    leaves, kept = _trees.by_path(params), _trees.by_path(masks)
+    found = entries_of(groups, gone(groups, leaves, kept), {path: np.shape(leaf) for path, leaf in leaves.items()})
+    return {path: entries for path, entries in found.items() if path not in kept}
 
 
 def go_on(
@@ -198,7 +225,8 @@ def go_on(
     given = {"metric": metric, "targets": targets, "weights": weights}
     at = _door.enter(network, state.params, jnp.asarray(inputs), **given, need="any")
     expected = as_outputs(at.targets, at.outputs.shape, metric)
-    free = movable(repair, at.layers, at.params, masks, exclude)
+    groups = _door.units(at.network, at.params, at.inputs, exclude=exclude)
+    free = movable(repair, at.layers, at.params, masks, exclude, groups)
     sizes = repair.products, repair.batch_size, repair.curvature_samples
     problem = Problem(in_loops(at.network), _batches.blocks(at.inputs), *map(int, sizes))
     given = metric, state._replace(params=at.params), free, at.inputs, expected, at.weights
@@ -215,8 +243,8 @@ def go_on(
     return found._replace(params=_trees.whole(found.params, at.static))
 
 
-def held(params: Params, masks: Kernels, moved: Params, exclude: Patterns) -> Params:
-    """What a repair of one's own gives, with removed weights at zero and excluded leaves as they were."""
+def held(params: Params, masks: Kernels, moved: Params, exclude: Patterns, groups: Mapping[str, Group]) -> Params:
+    """What a repair of one's own gives, with removed weights and units at zero and excluded leaves as they were."""
     before, after = _trees.by_path(params), _trees.by_path(moved)
     kinds, found = (
         {path: (getattr(leaf, "shape", None), str(getattr(leaf, "dtype", ""))) for path, leaf in leaves.items()}
@@ -226,7 +254,9 @@ def held(params: Params, masks: Kernels, moved: Params, exclude: Patterns) -> Pa
         raise ValueError(f"the repair must give params like those it got, {kinds}; it gave {found}")
     _checks.require_finite(_trees.arrays(moved), "params of the repair")
     excluded = chosen(exclude, list(before))
-    return _trees.masked(_trees.replace(moved, {path: before[path] for path in excluded}), masks)
+    zeros = of_removed_units(groups, _trees.arrays(params), masks)
+    back = {path: jnp.where(zero, 0, after[path]) for path, zero in zeros.items()}
+    return _trees.masked(_trees.replace(moved, back | {path: before[path] for path in excluded}), masks)
 
 
 def _alone(repair, network, params, masks, inputs, targets, weights) -> Params:

@@ -14,13 +14,12 @@ from ecjax.score.linear import (
     optimal_brain_damage,
     optimal_brain_damage_from_moments,
 )
+from ecjax.score.neuron_baselines import neuron_group_norm, neuron_norm, neuron_random, neuron_variance
 from ecjax.score.neurons import (
     NeuronScores,
     neuron_elimination_compensation,
     neuron_elimination_compensation_by_definition,
     neuron_elimination_compensation_from_moments,
-    neuron_norm,
-    neuron_variance,
 )
 from ecjax.score.nonlinear import nonlinear_elimination_compensation
 from ecjax.score.scores import Scores
@@ -40,7 +39,9 @@ __all__ = [
     "neuron_elimination_compensation",
     "neuron_elimination_compensation_by_definition",
     "neuron_elimination_compensation_from_moments",
+    "neuron_group_norm",
     "neuron_norm",
+    "neuron_random",
     "neuron_variance",
     "nonlinear_elimination_compensation",
     "optimal_brain_damage",

@@ -6,17 +6,19 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ecjax import _checks
+import jax
+
+from ecjax import _checks, metrics
 from ecjax._types import Inputs, Network, Params
+from ecjax.moments.stream import has_many_rows
 from ecjax.score.baselines import magnitude, random
 from ecjax.score.definition import elimination_compensation_by_definition
 from ecjax.score.linear import elimination_compensation, optimal_brain_damage
+from ecjax.score.neuron_baselines import neuron_group_norm, neuron_norm, neuron_random, neuron_variance
 from ecjax.score.neurons import (
     NeuronScores,
     neuron_elimination_compensation,
     neuron_elimination_compensation_by_definition,
-    neuron_norm,
-    neuron_variance,
 )
 from ecjax.score.nonlinear import nonlinear_elimination_compensation
 from ecjax.score.scores import Scores
@@ -43,7 +45,9 @@ NEURON_CRITERIA = {
         neuron_elimination_compensation,
         neuron_elimination_compensation_by_definition,
         neuron_norm,
+        neuron_group_norm,
         neuron_variance,
+        neuron_random,
     )
 }
 
@@ -101,6 +105,49 @@ def draws(criterion: Criterion, *, always: bool = False) -> bool:
         return False
     probes = "probes" not in _parameters(criterion) or _keywords(criterion).get("probes") is not None
     return probes and (not always or _parameters(criterion)["key"].default is inspect.Parameter.empty)
+
+
+def require_read(
+    criterion: Criterion,
+    metric: Any,
+    weights: Any,
+    key: Any,
+    outputs: jax.ShapeDtypeStruct,
+    repair: tuple[str, ...] | None = None,
+) -> None:
+    """Raises a ValueError for options that nothing reads, and for a criterion that draws without a key.
+
+    Args:
+        criterion: of the run.
+        metric: of the run, or its name.
+        weights: of samples; None where all count the same.
+        key: random key, or None.
+        outputs: of the network.
+        repair: which of these options the repair reads; None where there is none to read any.
+    """
+    nobody = "not read by this criterion" if repair is None else "read by neither this criterion nor this repair"
+    metric, unread = metrics.named(metric), {"metric", "weights"}.difference(repair or ())
+    unread = {name for name in unread if not reads(criterion, name)}
+    if "metric" in unread and not isinstance(metric, metrics.Euclidean):
+        one = "it" if repair is None else "one of them"
+        raise ValueError(f"metric={metric!r} is {nobody}; leave it out, or let {one} take metric=")
+    if "weights" in unread and weights is not None:
+        raise ValueError(f"weights are {nobody}; leave them out")
+    probed = reads(criterion, "probes") and has_many_rows(outputs)
+    if probed and key is None:
+        raise ValueError(
+            "the outputs have so many positions that the criterion takes random probes of them: give key=, such as "
+            "jax.random.key(0)"
+        )
+    if key is not None and not draws(criterion) and not probed:
+        raise ValueError("key is for criteria that draw, such as 'random'; this one does not, so leave it out")
+    require_drawn(criterion, key)
+
+
+def require_drawn(criterion: Criterion, key: Any) -> None:
+    """Raises a ValueError for a criterion that draws without a key."""
+    if key is None and draws(criterion, always=True):
+        raise ValueError("this criterion draws at random: give key=, such as jax.random.key(0)")
 
 
 def given(criterion: Criterion, **options: Any) -> Criterion:

@@ -1,4 +1,4 @@
-"""Criteria for whole hidden neurons of an MLP: structured elimination-compensation, and what it is measured against."""
+"""Structured elimination-compensation: of whole neurons, channels, heads and their features, in any network."""
 
 import dataclasses
 import functools
@@ -6,41 +6,41 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-from jax import Array
-from jaxtyping import Float, PRNGKeyArray, PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
-from ecjax import _door, _precision, _trees, graph, metrics, moments
+from ecjax import _batches, _door, _precision, _trees, graph, metrics, moments
 from ecjax._types import Inputs, Metric, Network, Params, Patterns, Weights
-from ecjax.graph import Layer, Layers
-from ecjax.graph.layers import NO_LAYERS, as_patterns
+from ecjax.graph import Group, Layer, Layers
+from ecjax.graph.layers import as_patterns
 from ecjax.graph.taps import tap_dtype
 from ecjax.moments import Moments
 from ecjax.moments.additive import require
+from ecjax.moments.stream import require_key, require_probes
+from ecjax.score import units
 from ecjax.score.scores import checked, least, of_each
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["importance", "constant"], meta_fields=["layers"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["importance", "constant"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class NeuronScores:
-    """What removing each hidden neuron costs, and what to put in its place.
+    """What removing each unit costs, and what to put in its place: a neuron, a channel, an attention head.
 
     Attributes:
-        importance: by the path of their own kernel, one number for each neuron of a hidden layer, of shape (neurons,);
-            the smallest go first.
-        constant: for each neuron, the constant that takes the place of its output: the biases of the next layer gain
-            ``constant_j · W_j`` when it is removed. None for a criterion that compensates nothing.
-        layers: of the network, a multilayer perceptron, in order of execution (``networks.layers``). Static.
+        importance: by the name of a group (``networks.groups(...).named``), one number for each of its units, of shape
+            (units,); the smallest go first. Groups that are not there stay whole.
+        constant: likewise, the constants that take the place of a removed unit: the biases of those that read it gain
+            ``constant · W``. Of shape (units,), or (units, values) where each unit has several values that biases can
+            make up for, as a head has features. None for a criterion that compensates nothing.
 
     Example:
-        >>> layers = networks.layers(network, params, inputs)
-        >>> scores = score.NeuronScores({"Dense_0/kernel": jnp.arange(8.0)}, layers=layers)  # a criterion of one's own
-        >>> prune.neurons(params, scores, fraction=0.25).masks["Dense_0"]["kernel"].any(0).tolist()
+        >>> scores = score.NeuronScores({"Dense_0/kernel": jnp.arange(8.0)})  # a criterion of one's own gives these
+        >>> pruned = prune.neurons(network, params, inputs, fraction=0.25, criterion=lambda *_: scores)
+        >>> pruned.masks["Dense_0"]["kernel"].any(0).tolist()
         [False, False, True, True, True, True, True, True]
     """
 
     importance: PyTree  # not checked here: a pytree is also mapped to what is no array
     constant: PyTree | None = None
-    layers: Layers = NO_LAYERS
 
 
 def neuron_elimination_compensation(
@@ -55,41 +55,82 @@ def neuron_elimination_compensation(
     batch_size: int = 1024,
     exclude: Patterns = (),
 ) -> NeuronScores:
-    """What is left of removing a whole hidden neuron after every bias of the next layer has moved to make up for it.
+    """What is left of removing a whole unit after the biases of those that read it have moved to make up for it.
 
-    ``I_j = min_c E[Σ_k (∂y_k/∂a_j · (a_j − c))²]``: moving the next biases by ``c · W_j`` is the same as putting
-    a constant c in the neuron's place. With the sensitivity ``T_j = Σ_k (∂y_k/∂a_j)²`` to its output ``a_j``,
+    Units are neurons, channels, features of a residual stream, attention heads: whatever ``networks.groups`` says can
+    go. On each edge that reads unit u its values ``a`` are replaced by constants c, which is what moving the readers'
+    biases by ``c · W_u`` does. With ``h = ∂(R y)/∂a`` at these edges, for every sample and every row of the metric's
+    factor R, and sums over edges and positions,
 
-        c*_j = mean_T(a_j)        I_j = E[T_j] · var_T(a_j)
+        A = Σ h·a        B = Σ h, one for each value        c* = (Σ B Bᵀ)⁻¹ Σ B A        I = Σ (A − c*·B)² / N
+
+    A unit of a multilayer perceptron has one value: with ``T = Σ_k (∂y_k/∂a)²`` this is ``c* = mean_T(a)`` and
+    ``I = E[T] · var_T(a)``. A head has one for each feature, a channel of a residual stream one for each layer that
+    reads it, a unit of a scanned layer one for each turn; these go together, and are scored together.
+
+    What can't be made up for has no B, and c = 0: readers without a bias, that are used more than once or put together
+    with others before their bias is added; means and other plain sums; products of two values, as of queries and keys,
+    where the unit counts on one side only: leaving it out on both would count the loss twice. Biases that the outputs
+    ignore don't move.
 
     Elimination-compensation (Ballini et al., arXiv:2602.20467) one level up; this library's own.
 
     Args:
-        params: of the network; every layer but the first has a bias.
-        probes: None, or the number of random combinations of the K rows of the metric.
+        probes: None for all K rows of the metric, a backward pass each; or the number of random combinations of them.
         key: random key, needed with ``probes``.
-        exclude: patterns of paths that are left alone; what is left must still be layer after layer.
+        exclude: patterns of paths that are left alone: groups with such a leaf are not scored, such biases don't move.
 
     Returns:
-        NeuronScores: importance in squared units of the outputs, constants in units of the neurons' outputs.
+        NeuronScores: importance in squared units of the outputs, constants in units of the values. Empty for a network
+        without units that can go.
 
     Raises:
-        ValueError: bad inputs, an unknown metric, params that are not an MLP's, or importances that overflow.
+        ValueError: bad inputs, an unknown metric, a network that mixes samples, units that are read where it can't be
+            seen, fewer rows of the metric than would tell constants from chance, or importances that overflow.
 
     Example:
         >>> scores = score.neuron_elimination_compensation(network, params, inputs, metric="fisher")
         >>> scores.importance["Dense_0/kernel"].shape, scores.constant["Dense_0/kernel"].shape
         ((8,), (8,))
     """
-    options = {"weights": weights, "probes": probes, "key": key, "batch_size": batch_size, "exclude": exclude}
-    seen = moments.of_inputs(network, params, inputs, metric=metric, of_weights=False, **options)
-    return neuron_elimination_compensation_from_moments(params, seen)
+    require_key(probes, key)
+    given = {"exclude": exclude, "metric": metric, "weights": weights, "batch_size": batch_size, "probes": probes}
+    at = _door.enter(network, params, inputs, **given, need="any")
+    require_probes(at.outputs, probes)
+    groups = _door.units(at.network, at.params, at.inputs, exclude=exclude)
+    if _is_chain(at.layers, groups):
+        taken = {"metric": at.metric, "weights": at.weights, "probes": probes, "key": key, "batch_size": batch_size}
+        seen = moments.of_inputs(at.network, at.params, at.inputs, exclude=exclude, of_weights=False, **taken)
+        return neuron_elimination_compensation_from_moments(at.params, seen)
+    asked = units.Asked(
+        at.network,
+        tuple(groups.items()),
+        as_patterns(exclude),
+        probes,
+        batch_size=int(batch_size),
+        blocks=_batches.blocks(at.inputs),
+    )
+    units.require_seen(asked, at.params, at.inputs, at.outputs)
+    found = units.importance_and_constants(asked, at.metric, at.params, at.inputs, at.weights, key)
+    return checked(NeuronScores(found[0], {name: units.as_constants(values) for name, values in found[1].items()}))
+
+
+def _is_chain(layers: Layers, groups: dict[str, Group]) -> bool:
+    """Whether the units are the hidden neurons of an MLP: one layer makes them, the next reads them."""
+    return all(layer.outer for layer in layers) and [*groups] == [before.kernel for before, _ in _followed(layers)]
+
+
+def _followed(layers: Layers) -> list[tuple[Layer, Layer]]:
+    """Pairs of layers next to each other, if each reads the neurons of the one before; none otherwise."""
+    pairs = list(itertools.pairwise(layers))
+    return pairs if all(following.follows == before.kernel for before, following in pairs) else []
 
 
 def neuron_elimination_compensation_from_moments(params: Params, seen: Moments) -> NeuronScores:
-    """Structured elimination-compensation of all samples that went into the moments.
+    """Structured elimination-compensation of all samples that went into the moments, of a multilayer perceptron.
 
-    ``c*_j = mean_j`` and ``I_j = scatter_j / samples``: see ``neuron_elimination_compensation``.
+    ``c*_j = mean_j`` and ``I_j = scatter_j / samples``: see ``neuron_elimination_compensation``. Where the layer that
+    reads a neuron has no bias, ``c = 0`` and ``I_j = (scatter_j + ΣT_j mean_j²) / samples``.
 
     Args:
         params: of an MLP, that the moments were taken with.
@@ -104,10 +145,15 @@ def neuron_elimination_compensation_from_moments(params: Params, seen: Moments) 
         (8,)
     """
     require(params, seen, of_weights=False)
-    _require_biases(seen.read)
-    read_by = {before.kernel: seen.layers[layer.kernel] for before, layer in _pairs(seen.read)}
-    importance = {path: layer.scatter / seen.samples for path, layer in read_by.items()}
-    return checked(NeuronScores(importance, {path: layer.mean for path, layer in read_by.items()}, seen.read))
+    importance, constant = {}, {}
+    for before, layer in _pairs(seen.read):
+        found = seen.layers[layer.kernel]
+        if layer.bias is None:
+            scatter = found.scatter + found.sensitivity * found.mean**2
+            importance[before.kernel], constant[before.kernel] = scatter / seen.samples, jnp.zeros((len(scatter), 0))
+        else:
+            importance[before.kernel], constant[before.kernel] = found.scatter / seen.samples, found.mean
+    return checked(NeuronScores(importance, constant))
 
 
 def _pairs(layers: Layers) -> list[tuple[Layer, Layer]]:
@@ -116,26 +162,17 @@ def _pairs(layers: Layers) -> list[tuple[Layer, Layer]]:
     return list(itertools.pairwise(chain))
 
 
-def _require_biases(layers: Layers) -> None:
-    for _, layer in _pairs(layers):
-        if layer.bias is None:
-            raise ValueError(
-                f"kernel '{layer.kernel}' has no bias, so nothing can take the place of a neuron that it reads; give "
-                "the layer a bias of zeros, or use score.neuron_norm"
-            )
-
-
 def neuron_elimination_compensation_by_definition(
     network: Network, params: Params, inputs: Inputs, *, metric: Metric = "euclidean", exclude: Patterns = ()
 ) -> NeuronScores:
-    """The same from the discrepancy itself, one neuron at a time under ``vmap``: the reference.
+    """The same from the discrepancy itself, one neuron of an MLP at a time under ``vmap``: the reference.
 
     Removing the row ``W_j`` of the next kernel while its biases gain ``c · W_j`` changes the outputs by one
     ``jax.jvp``; its mean square is a parabola in c, whose minimum is one Newton step with ``jax.grad`` away. Source:
     Ballini et al., arXiv:2602.20467, one level up.
 
     Raises:
-        ValueError: as ``neuron_elimination_compensation``.
+        ValueError: as ``neuron_elimination_compensation``, or another network than a multilayer perceptron with biases.
 
     Example:
         >>> found = score.neuron_elimination_compensation_by_definition(network, params, inputs, metric="fisher")
@@ -145,9 +182,13 @@ def neuron_elimination_compensation_by_definition(
         {'Dense_0/kernel': True}
     """
     at = _door.enter(network, params, inputs, exclude=exclude, metric=metric)
-    _require_biases(at.layers)
-    found = _all_neurons(at.network, at.layers, at.params, at.inputs, at.metric)
-    return checked(NeuronScores(*found, at.layers))
+    for _, layer in _pairs(at.layers):
+        if layer.bias is None:
+            raise ValueError(
+                f"kernel '{layer.kernel}' has no bias, so nothing can take the place of a neuron that it reads; give "
+                "the layer a bias of zeros, or use score.neuron_elimination_compensation"
+            )
+    return checked(NeuronScores(*_all_neurons(at.network, at.layers, at.params, at.inputs, at.metric)))
 
 
 @_precision.compiled("network", "layers")
@@ -176,60 +217,3 @@ def _all_neurons(network, layers, params, inputs, metric):
         found = of_each(of_neuron, kernel, weights.shape[0], at_once=64)
         importance[own.kernel], constant[own.kernel] = found
     return importance, constant
-
-
-def neuron_norm(network: Network, params: Params, inputs: Inputs, *, exclude: Patterns = ()) -> NeuronScores:
-    """``I_j = ‖W_·j‖₂``, the Euclidean norm of each hidden neuron's incoming weights: magnitude for neurons.
-
-    Args:
-        inputs: calibration inputs; only their shape counts.
-
-    Raises:
-        ValueError: no multilayer perceptron, or params that hold NaN or infinity.
-
-    Example:
-        >>> score.neuron_norm(network, params, inputs).importance["Dense_0/kernel"].shape
-        (8,)
-    """
-    network, params, _ = _trees.split(network, params)
-    layers, leaves = _door.layers(network, params, inputs, exclude=exclude, each_alone=False), _trees.by_path(params)
-    norms = {
-        own.kernel: _column_norms(graph.as_matrices(leaves[own.kernel], own.layout)[0]) for own, _ in _pairs(layers)
-    }
-    return checked(NeuronScores(norms, layers=layers))
-
-
-def _column_norms(kernel: Float[Array, "in out"]) -> Float[Array, " out"]:
-    """The norm of each column, scaled by a power of two for the time of squaring: nothing over- or underflows."""
-    _, exponent = jnp.frexp(jnp.abs(kernel).max(0, initial=0))
-    return jnp.ldexp(jnp.linalg.norm(jnp.ldexp(kernel, -exponent), axis=0), exponent)
-
-
-def neuron_variance(network: Network, params: Params, inputs: Inputs, *, exclude: Patterns = ()) -> NeuronScores:
-    """``I_j = var(a_j)``, the variance of each hidden neuron's output over the inputs, with its mean as the constant.
-
-    Args:
-        params: of the network; every layer but the first has a bias.
-
-    Raises:
-        ValueError: bad inputs, no multilayer perceptron, or variances that overflow.
-
-    Example:
-        >>> scores = score.neuron_variance(network, params, inputs)
-        >>> hidden = nn.relu(inputs @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"])
-        >>> bool(jnp.allclose(scores.importance["Dense_0/kernel"], hidden.var(0), rtol=1e-4))
-        True
-    """
-    at = _door.enter(network, params, inputs, exclude=exclude)
-    _require_biases(at.layers)
-    found = _variances(at.network, at.layers, as_patterns(exclude), at.params, at.inputs)
-    return checked(NeuronScores(*found, at.layers))
-
-
-@_precision.compiled("network", "layers", "exclude")
-def _variances(network, layers, exclude, params, inputs):
-    inputs = graph.at_least_two(inputs)
-    reading = graph.read(network, params, inputs, exclude=exclude)
-    _, layer_inputs = graph.tapped(reading, params, inputs, {})
-    read = {own.kernel: layer_inputs[following.kernel] for own, following in _pairs(layers)}
-    return {path: a.var(0) for path, a in read.items()}, {path: a.mean(0) for path, a in read.items()}

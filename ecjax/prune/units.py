@@ -1,0 +1,103 @@
+"""Which units go: those of least importance, so many that a fraction of them, or of what they cost, is gone."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from ecjax import _checks
+
+_CLOSE = 1e-6  # how far a cost may be above what is left of it, relative to the whole: rounding
+
+# From how many units each group has left, in the order of the groups, to what the network costs.
+Cost = Callable[[Sequence[Any]], Any]
+
+
+class _Blocks(NamedTuple):
+    """How units of a group can go: in blocks, of which the first are the least important.
+
+    Attributes:
+        sizes: of the blocks.
+        values: how important a unit of each is, on the mean; never falling.
+        order: the units, the least important first.
+    """
+
+    sizes: Int[np.ndarray, " blocks"]
+    values: Float[Array, " blocks"]
+    order: Int[Array, " units"]
+
+
+def sizes_of(units: int, multiple_of: int) -> Int[np.ndarray, " blocks"]:
+    """How many units of a group go at once, so that a multiple stays, and at least one; none where that can't be."""
+    left = [count for count in range(units - 1, 0, -1) if count % multiple_of == 0]
+    return -np.diff([units, *left])
+
+
+def kept(
+    importance: Mapping[str, Float[Array, " units"]],
+    fraction: Any,
+    *,
+    multiple_of: int = 1,
+    cost: Cost | None = None,
+) -> dict[str, Bool[Array, " units"]]:
+    """True for the units that stay, by the name of their group.
+
+    Blocks of units go, those of least importance first, and among equals the ones that come first: of one unit each, or
+    of so many that a multiple is left. As soon as the fraction is reached, no more do.
+
+    Args:
+        importance: by the name of a group; all of these compete.
+        fraction: of all units, or of what the network costs.
+        multiple_of: what the number of units that are left in a group is a multiple of, where some go.
+        cost: of the network; units then go by their importance for each unit of cost.
+    """
+    blocks = [_blocks(values, multiple_of) for values in importance.values()]
+    units = [len(values) for values in importance.values()]
+    if cost is not None:
+        blocks = [_by_cost(own, number, units, cost) for number, own in enumerate(blocks)]
+    values = jnp.concatenate([jnp.zeros(0), *(own.values for own in blocks)])
+    order = jnp.argsort(values, stable=True)
+    sizes = np.concatenate([np.zeros(0, int), *(own.sizes for own in blocks)])
+    group = np.repeat(np.arange(len(blocks)), [len(own.sizes) for own in blocks])
+    of_each = np.zeros((len(sizes) + 1, len(blocks)), np.int32)
+    of_each[np.arange(len(sizes)) + 1, group] = sizes
+    removed = jnp.cumsum(jnp.asarray(of_each)[jnp.append(0, order + 1)], 0)  # after so many blocks, of each group
+    if cost is None:
+        known = not isinstance(fraction, jax.core.Tracer)
+        target = round(float(fraction) * sum(units)) if known else jnp.round(fraction * float(sum(units)))
+        blocks_gone = (removed.sum(1) < target).sum()
+    else:
+        known = _checks.are_known((removed, fraction))
+        left = np.asarray(units, float) - (np.asarray(removed) if known else removed)
+        whole, costs = cost([float(count) for count in units]), cost(list(left.T))
+        blocks_gone = (costs > whole * (1 - fraction + _CLOSE)).sum()
+    counts = removed[jnp.minimum(blocks_gone, len(sizes))]
+    return {name: jnp.argsort(own.order) >= count for name, own, count in zip(importance, blocks, counts, strict=True)}
+
+
+def _blocks(importance: Float[Array, " units"], multiple_of: int) -> _Blocks:
+    order = jnp.argsort(importance, stable=True)
+    ordered, sizes = importance[order], sizes_of(len(importance), multiple_of)
+    if multiple_of == 1:
+        return _Blocks(sizes, ordered[: len(sizes)], order)
+    ends = np.cumsum(sizes)
+    means = [ordered[end - size : end].mean() for size, end in zip(sizes, ends, strict=True)]
+    means = jnp.stack(means) if means else jnp.zeros(0, importance.dtype)
+    return _Blocks(sizes, jax.lax.cummax(means) if len(sizes) else means, order)
+
+
+def _by_cost(blocks: _Blocks, number: int, units: Sequence[int], cost: Cost) -> _Blocks:
+    """The same with what a unit is worth for what it costs: what the network saves if one unit of the group goes."""
+    fewer = [float(count) - (index == number) for index, count in enumerate(units)]
+    saved = cost([float(count) for count in units]) - cost(fewer)
+    return blocks._replace(values=blocks.values / float(saved)) if saved > 0 else blocks
+
+
+def least_cost(units: Sequence[int], multiple_of: int, cost: Cost) -> float:
+    """What the network costs if as many units go as can, as a fraction of what it costs with all of them."""
+    left = [float(count - sizes_of(count, multiple_of).sum()) for count in units]
+    return float(cost(left) / cost([float(count) for count in units]))
