@@ -1,7 +1,9 @@
 """Units of which nothing is left: all their weights are removed, and all their other entries are zero."""
 
+import functools
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -20,7 +22,14 @@ def gone(
         leaves: of the params, by path.
         masks: by path, True where a weight stays; leaves without a mask are looked at themselves.
     """
-    return {name: ~_some(group, leaves, masks) for name, group in groups.items()}
+    paths = {place.path for group in groups.values() for place in group.places}
+    given = ({path: leaf for path, leaf in arrays.items() if path in paths} for arrays in (leaves, masks))
+    return _gone(tuple(groups.items()), *given)
+
+
+@functools.partial(jax.jit, static_argnames="groups")
+def _gone(groups, leaves, masks):
+    return {name: ~_some(group, leaves, masks) for name, group in groups}
 
 
 def _some(group: Group, leaves: Mapping[str, Array], masks: Mapping[str, Array]) -> Bool[Array, " units"]:

@@ -1,5 +1,6 @@
 """From scores of units to a network without some of them: which go, their masks, and what takes their place."""
 
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -69,14 +70,27 @@ def remove(
         importance = {name: jnp.where(before[name], -jnp.inf, value) for name, value in importance.items()}
     removed = _removed(inner, arrays, inputs, importance, fraction, how)
     _require_finite(importance, removed)
-    shapes = {path: np.shape(leaf) for path, leaf in leaves.items()}
-    entries = entries_of(groups, removed, shapes)
-    shifted = {} if scores.constant is None else _shifted(leaves, layers, groups, removed, scores.constant)
+    shifted, zeroed, kept = _without(layers, tuple(groups.items()), leaves, removed, scores.constant)
     _checks.require_finite(shifted, "shifted biases")
+    return Pruned(_trees.replace(params, shifted | zeroed), _trees.as_kernels(params, kept))
+
+
+@functools.partial(jax.jit, static_argnames=("layers", "groups"))
+def _without(
+    layers: Layers,
+    groups: tuple[tuple[str, Group], ...],
+    leaves: dict[str, Array],
+    removed: dict[str, Bool[Array, " units"]],
+    constant: Mapping[str, Float[Array, "units *values"]] | None,
+) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
+    """By path: biases that have taken constants over, leaves with zeros in place of units, and the kernels' masks."""
+    shapes = {path: np.shape(leaf) for path, leaf in leaves.items()}
+    entries = entries_of(dict(groups), removed, shapes)
+    shifted = {} if constant is None else _shifted(leaves, layers, dict(groups), removed, constant)
     moved = leaves | shifted
     zeroed = {path: jnp.where(here, 0, moved[path]) for path, here in entries.items()}
     kept = {layer.kernel: ~entries.get(layer.kernel, jnp.zeros(layer.shape, bool)) for layer in layers}
-    return Pruned(_trees.replace(params, shifted | zeroed), _trees.as_kernels(params, kept))
+    return shifted, zeroed, kept
 
 
 def _removed(network, params, inputs, importance, fraction: Sparsities, how: How) -> dict[str, Bool[Array, " units"]]:

@@ -27,8 +27,8 @@ class _Blocks(NamedTuple):
     """
 
     sizes: Int[np.ndarray, " blocks"]
-    values: Float[Array, " blocks"]
-    order: Int[Array, " units"]
+    values: Float[Array | np.ndarray, " blocks"]
+    order: Int[Array | np.ndarray, " units"]
 
 
 def sizes_of(units: int, multiple_of: int) -> Int[np.ndarray, " blocks"]:
@@ -55,46 +55,48 @@ def kept(
         multiple_of: what the number of units that are left in a group is a multiple of, where some go.
         cost: of the network; units then go by their importance for each unit of cost.
     """
-    blocks = [_blocks(values, multiple_of) for values in importance.values()]
-    units = [len(values) for values in importance.values()]
+    backend = np if _checks.are_known((importance, fraction)) else jnp  # nothing is compiled for numbers that come once
+    units = np.array([len(values) for values in importance.values()])
+    blocks = [_blocks(backend.asarray(values), multiple_of, backend) for values in importance.values()]
     if cost is not None:
         blocks = [_by_cost(own, number, units, cost) for number, own in enumerate(blocks)]
-    values = jnp.concatenate([jnp.zeros(0), *(own.values for own in blocks)])
-    order = jnp.argsort(values, stable=True)
+    values = backend.concatenate([np.zeros(0, np.float32), *(own.values for own in blocks)])
     sizes = np.concatenate([np.zeros(0, int), *(own.sizes for own in blocks)])
-    group = np.repeat(np.arange(len(blocks)), [len(own.sizes) for own in blocks])
     of_each = np.zeros((len(sizes) + 1, len(blocks)), np.int32)
+    group = np.repeat(np.arange(len(blocks)), [len(own.sizes) for own in blocks])
     of_each[np.arange(len(sizes)) + 1, group] = sizes
-    removed = jnp.cumsum(jnp.asarray(of_each)[jnp.append(0, order + 1)], 0)  # after so many blocks, of each group
+    order = backend.append(0, backend.argsort(values, stable=True) + 1)
+    removed = backend.cumsum(backend.asarray(of_each)[order], 0)  # of each group, after no block, one, two, ...
     if cost is None:
-        known = not isinstance(fraction, jax.core.Tracer)
-        target = round(float(fraction) * sum(units)) if known else jnp.round(fraction * float(sum(units)))
+        is_number = not isinstance(fraction, jax.core.Tracer)
+        target = round(float(fraction) * sum(units)) if is_number else jnp.round(fraction * float(sum(units)))
         blocks_gone = (removed.sum(1) < target).sum()
     else:
-        known = _checks.are_known((removed, fraction))
-        left = np.asarray(units, float) - (np.asarray(removed) if known else removed)
-        whole, costs = cost([float(count) for count in units]), cost(list(left.T))
+        whole, costs = cost([*units.astype(float)]), cost([*(units.astype(float) - removed).T])
         blocks_gone = (costs > whole * (1 - fraction + _CLOSE)).sum()
-    counts = removed[jnp.minimum(blocks_gone, len(sizes))]
-    return {name: jnp.argsort(own.order) >= count for name, own, count in zip(importance, blocks, counts, strict=True)}
+    counts = removed[backend.minimum(blocks_gone, len(sizes))]
+    return {
+        name: jnp.asarray(backend.argsort(own.order) >= count)
+        for name, own, count in zip(importance, blocks, counts, strict=True)
+    }
 
 
-def _blocks(importance: Float[Array, " units"], multiple_of: int) -> _Blocks:
-    order = jnp.argsort(importance, stable=True)
+def _blocks(importance: Float[Array | np.ndarray, " units"], multiple_of: int, backend: Any) -> _Blocks:
+    order = backend.argsort(importance, stable=True)
     ordered, sizes = importance[order], sizes_of(len(importance), multiple_of)
     if multiple_of == 1:
         return _Blocks(sizes, ordered[: len(sizes)], order)
     ends = np.cumsum(sizes)
     means = [ordered[end - size : end].mean() for size, end in zip(sizes, ends, strict=True)]
-    means = jnp.stack(means) if means else jnp.zeros(0, importance.dtype)
-    return _Blocks(sizes, jax.lax.cummax(means) if len(sizes) else means, order)
+    means = backend.stack(means) if means else ordered[:0]
+    return _Blocks(sizes, backend.maximum.accumulate(means), order)
 
 
-def _by_cost(blocks: _Blocks, number: int, units: Sequence[int], cost: Cost) -> _Blocks:
+def _by_cost(blocks: _Blocks, number: int, units: Int[np.ndarray, " groups"], cost: Cost) -> _Blocks:
     """The same with what a unit is worth for what it costs: what the network saves if one unit of the group goes."""
-    fewer = [float(count) - (index == number) for index, count in enumerate(units)]
-    saved = cost([float(count) for count in units]) - cost(fewer)
-    return blocks._replace(values=blocks.values / float(saved)) if saved > 0 else blocks
+    fewer = units.astype(float) - (np.arange(len(units)) == number)
+    saved = float(cost([*units.astype(float)]) - cost([*fewer]))
+    return blocks._replace(values=blocks.values / saved) if saved > 0 else blocks
 
 
 def least_cost(units: Sequence[int], multiple_of: int, cost: Cost) -> float:
