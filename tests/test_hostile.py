@@ -317,8 +317,8 @@ def test_shifts_that_overflow_are_refused():
     with pytest.raises(ValueError, match=r"shifted biases 'Dense_\d/bias': NaN or infinity"):
         prune.one_shot(params, score.Scores(importance, shifts, layers), 1.0)
     constants = {"Dense_0/kernel": jnp.full(4, 3e38)}
+    scores = score.NeuronScores({"Dense_0/kernel": jnp.ones(4)}, constants)
     with pytest.raises(ValueError, match=r"shifted biases 'Dense_1/bias': NaN or infinity"):
-        scores = score.NeuronScores({"Dense_0/kernel": jnp.ones(4)}, constants)
         prune.neurons(*made, 1.0, criterion=lambda *_: scores)
 
 
