@@ -147,9 +147,7 @@ def test_a_bias_that_is_excluded_keeps_every_bit_in_one_shot():
 
 def test_a_criterion_for_neurons_that_scores_what_is_excluded():
     example = examples.mlp()
-    message = (
-        "the criterion scores the units of 'Dense_1/kernel', of which a leaf is excluded: give it the same exclude"
-    )
+    message = "the criterion scores the units of 'Dense_1/kernel', of which a leaf is excluded: give it the same"
     with pytest.raises(ValueError, match=message):
         prune.staged_neurons(
             *example, 0.5, repair=None, exclude="Dense_2/*", criterion=lambda *given: score.neuron_norm(*given)

@@ -65,3 +65,18 @@ def entries_of(
             here = along.reshape([-1 if axis == place.axis else 1 for axis in range(len(shape))])
             found[place.path] = jnp.broadcast_to(found.get(place.path, False) | here, shape)
     return found
+
+
+def of_removed_units(
+    groups: Mapping[str, Group], leaves: Mapping[str, Array], masks: Mapping[str, Array]
+) -> dict[str, Bool[Array, "..."]]:
+    """By the path of a leaf without a mask, which of its entries are zero because their unit was removed.
+
+    Args:
+        groups: by name.
+        leaves: of the params, by path.
+        masks: by path, True where a weight stays.
+    """
+    shapes = {path: np.shape(leaf) for path, leaf in leaves.items()}
+    found = entries_of(groups, gone(groups, leaves, masks), shapes)
+    return {path: entries for path, entries in found.items() if path not in masks}

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int, Real
 
 from ecjax import _checks
 
@@ -27,7 +27,7 @@ class _Blocks(NamedTuple):
     """
 
     sizes: Int[np.ndarray, " blocks"]
-    values: Float[Array | np.ndarray, " blocks"]
+    values: Real[Array | np.ndarray, " blocks"]
     order: Int[Array | np.ndarray, " units"]
 
 
@@ -38,7 +38,7 @@ def sizes_of(units: int, multiple_of: int) -> Int[np.ndarray, " blocks"]:
 
 
 def kept(
-    importance: Mapping[str, Float[Array, " units"]],
+    importance: Mapping[str, Real[Array, " units"]],
     fraction: Any,
     *,
     multiple_of: int = 1,
@@ -81,7 +81,7 @@ def kept(
     }
 
 
-def _blocks(importance: Float[Array | np.ndarray, " units"], multiple_of: int, backend: Any) -> _Blocks:
+def _blocks(importance: Real[Array | np.ndarray, " units"], multiple_of: int, backend: Any) -> _Blocks:
     order = backend.argsort(importance, stable=True)
     ordered, sizes = importance[order], sizes_of(len(importance), multiple_of)
     if multiple_of == 1:

@@ -7,15 +7,12 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import Array
-from jaxtyping import Bool
 
 from ecjax import _batches, _checks, _door, _trees, metrics
 from ecjax._types import Inputs, Kernels, Metric, Network, Params, Patterns, Targets, Weights
 from ecjax.graph import Group, Layers
 from ecjax.graph.convolutions import in_loops
-from ecjax.graph.gone import entries_of, gone
+from ecjax.graph.gone import of_removed_units
 from ecjax.graph.layers import chosen
 from ecjax.repair import gauss_newton
 from ecjax.repair.gauss_newton import Free, Problem, State
@@ -167,7 +164,7 @@ def movable(
     _checks.require_masks(params, masks)
     leaves, kept = _trees.by_path(params), _trees.by_path(masks)
     excluded, only = chosen(exclude, list(leaves)), chosen(repair.only, list(leaves))
-    biases, removed = {layer.bias for layer in layers}, of_removed_units(groups, params, masks)
+    biases, removed = {layer.bias for layer in layers}, of_removed_units(groups, leaves, kept)
     free = {
         path: kept.get(path, ~removed[path] if path in removed else jnp.ones(leaf.shape, bool))
         for path, leaf in leaves.items()
@@ -181,18 +178,6 @@ def movable(
             "let more of it move"
         )
     return free
-
-
-def of_removed_units(groups: Mapping[str, Group], params: Params, masks: Kernels) -> dict[str, Bool[Array, "..."]]:
-    """By the path of a leaf without a mask, which entries are zero because their unit was removed.
-
-    Args:
-        groups: whose units can go, by name.
-        masks: Kernels of booleans, True where the weight stays.
-    """
-    leaves, kept = _trees.by_path(params), _trees.by_path(masks)
-    found = entries_of(groups, gone(groups, leaves, kept), {path: np.shape(leaf) for path, leaf in leaves.items()})
-    return {path: entries for path, entries in found.items() if path not in kept}
 
 
 def go_on(
@@ -254,7 +239,7 @@ def held(params: Params, masks: Kernels, moved: Params, exclude: Patterns, group
         raise ValueError(f"the repair must give params like those it got, {kinds}; it gave {found}")
     _checks.require_finite(_trees.arrays(moved), "params of the repair")
     excluded = chosen(exclude, list(before))
-    zeros = of_removed_units(groups, _trees.arrays(params), masks)
+    zeros = of_removed_units(groups, _trees.by_path(_trees.arrays(params)), _trees.by_path(masks))
     back = {path: jnp.where(zero, 0, after[path]) for path, zero in zeros.items()}
     return _trees.masked(_trees.replace(moved, back | {path: before[path] for path in excluded}), masks)
 

@@ -86,13 +86,13 @@ class Seen(NamedTuple):
         return {reader.layer.kernel: reader.layer for found in self.readers.values() for reader in found}
 
 
-def see(asked: Asked, params: Params, inputs: Inputs) -> Seen:
+def see(asked: Asked, params: Params, inputs: Inputs | jax.ShapeDtypeStruct) -> Seen:
     """Traces a network.
 
     Args:
         asked: which groups are scored.
-        params: of arrays alone.
-        inputs: at least two samples.
+        params: of arrays alone, or of their shapes.
+        inputs: at least two samples, or their shape.
     """
     reading = graph.read(asked.network, params, inputs, exclude=asked.exclude)
     coupled = couple(asked.network, params, inputs)
@@ -116,13 +116,8 @@ def require_seen(asked: Asked, params: Params, inputs: Inputs, outputs: jax.Shap
     shape = jax.ShapeDtypeStruct((max(len(inputs), 2), *inputs.shape[1:]), inputs.dtype)
     seen = see(asked, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params), shape)
     rows = outputs.shape[0] * (math.prod(outputs.shape[1:]) if asked.probes is None else asked.probes)
-    for name, atom in seen.atoms.items():
-        if atom in seen.reads.hidden:
-            places = ", ".join(dict.fromkeys(place.path for place in dict(asked.groups)[name].places))
-            raise ValueError(
-                f"the units made by '{name}' can't be scored: they are summed over inside {seen.reads.hidden[atom]}. "
-                f"Leave them out with exclude= and one of their leaves: {places}"
-            )
+    require_in_sight(asked, seen)
+    for name in seen.atoms:
         values = sum(reader.values.shape[1] for reader in seen.readers[name])
         if rows < _ROWS * values:
             given = f"{outputs.shape[0]} inputs" + (f" with {asked.probes} probes" if asked.probes else "")
@@ -130,6 +125,17 @@ def require_seen(asked: Asked, params: Params, inputs: Inputs, outputs: jax.Shap
                 f"a unit made by '{name}' has {values} values that constants can take the place of, and {given} give "
                 f"only {rows} rows of the metric to tell them by; at least {_ROWS * values} are needed: give more "
                 "inputs or probes, or take the criterion score.neuron_norm"
+            )
+
+
+def require_in_sight(asked: Asked, seen: Seen) -> None:
+    """Raises a ValueError where it can't be seen how units are read, by their name."""
+    for name, atom in seen.atoms.items():
+        if atom in seen.reads.hidden:
+            places = ", ".join(dict.fromkeys(place.path for place in dict(asked.groups)[name].places))
+            raise ValueError(
+                f"the units made by '{name}' can't be scored: they are summed over inside {seen.reads.hidden[atom]}. "
+                f"Leave them out with exclude= and one of their leaves: {places}"
             )
 
 

@@ -9,9 +9,10 @@ import optax
 from jax import Array, lax
 from jaxtyping import Float, Int, PRNGKeyArray
 
-from ecjax import _checks, _trees
+from ecjax import _checks, _door, _trees
 from ecjax._types import Inputs, Kernels, Loss, Network, Params, Targets
 from ecjax.graph.convolutions import in_loops
+from ecjax.graph.gone import of_removed_units
 
 
 class State(NamedTuple):
@@ -168,7 +169,8 @@ def fit(
         key: shuffles the samples anew each epoch.
         epochs: passes over the samples.
         batch_size: samples a step.
-        masks: Kernels of booleans; weights where a mask is False stay exactly zero (``keep_pruned``).
+        masks: Kernels of booleans; weights where a mask is False stay exactly zero (``keep_pruned``), and with the last
+            weights of a removed unit its biases and scales, as ``prune.neurons`` leaves them.
 
     Raises:
         ValueError: bad inputs, not one target for each sample, epochs or batch size below 1, masks unlike the params.
@@ -187,9 +189,21 @@ def fit(
         _checks.require_masks(params, masks)
 
     network, params, static = _trees.split(network, params)
+    masks = None if masks is None else _with_units(network, params, inputs, masks)
     options = {"loss": loss, "optimizer": optimizer, "epochs": int(epochs), "batch_size": int(batch_size)}
     state, losses = _epochs(network, start(params, optimizer, key), inputs, targets, masks, **options)
     return Trained(_trees.whole(state.params, static), losses)
+
+
+def _with_units(network: Network, params: Params, inputs: Inputs, masks: Kernels) -> Kernels:
+    """The masks, and more of them: False for what is zero in other leaves because its unit was removed."""
+    try:
+        groups = _door.units(network, params, inputs)
+    except ValueError:  # of a network that can't be read no units were removed
+        return masks
+    kept = _trees.by_path(masks)
+    zeros = of_removed_units(groups, _trees.by_path(params), kept)
+    return _trees.as_kernels(params, kept | {path: ~entries for path, entries in zeros.items()})
 
 
 @functools.partial(jax.jit, static_argnames=("network", "loss", "optimizer", "epochs", "batch_size"))
