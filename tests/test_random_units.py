@@ -8,10 +8,11 @@ import os
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ecjax import _trees, compact, graph, networks
+from ecjax import _trees, compact, graph, networks, prune
 from tests import random_networks
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -39,6 +40,8 @@ def outcome(seed: int) -> str:
     }
     if not any(units.size for units in removed.values()):
         return "whole"
+    if seed % 2 == 0:
+        assert_pruned(case, groups, told)
     zeros = graph.zeroed(case.params, groups, removed)
     expected = case.network(zeros, case.inputs)
     precision = {"rtol": PRECISION, "atol": PRECISION * float(np.abs(expected).max(initial=1)), "err_msg": told}
@@ -52,6 +55,28 @@ def outcome(seed: int) -> str:
             found = _trees.by_path(least)[path].shape
             assert all(a <= b for a, b in zip(found, leaf.shape, strict=True)), f"{told}: {path} {found} {leaf.shape}"
     return "smaller"
+
+
+def assert_pruned(case, groups, told):
+    """Units that score low go, with what is theirs in every leaf; what compaction leaves is no more than the rest."""
+    if all(group.length == 1 for group in groups.named.values()):
+        return
+    inputs = jnp.concatenate([case.inputs + 0.1 * i for i in range(12)])
+    criterion = "neuron_norm" if case.refused else None
+    pruned = prune.neurons(case.network, case.params, inputs, 0.5, criterion=criterion)
+    smaller, small = compact.compact(case.network, pruned.params, inputs)
+    expected = case.network(pruned.params, inputs)
+    scale = float(np.abs(expected).max(initial=1))
+    np.testing.assert_allclose(smaller(small, inputs), expected, rtol=PRECISION, atol=PRECISION * scale, err_msg=told)
+    gone = graph.gone.gone(groups.named, _trees.by_path(_trees.arrays(pruned.params)), _trees.by_path(pruned.masks))
+    removed = {index: np.flatnonzero(gone[name]) for name, index in zip(groups.named, _free(groups), strict=True)}
+    before = graph.without_units(case.network, case.params, groups, removed)[1]
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(_trees.arrays(tree))) for tree in (small, before, case.params)]
+    assert sizes[0] <= sizes[1] < sizes[2], f"{told}: {sizes}"
+
+
+def _free(groups):
+    return [index for index, group in enumerate(groups) if group.free]
 
 
 if __name__ == "__main__":
