@@ -14,6 +14,7 @@ from jax import Array
 from jaxtyping import Float, PyTree
 
 from ecjax import _trees
+from ecjax.graph.convolutions import channels_last
 from ecjax.graph.evaluate import evaluate, promoted, run
 from ecjax.graph.reading import Reading
 from ecjax.graph.reads import Along, Read
@@ -61,7 +62,7 @@ def gated(
             if tap is not None and tap.reference is not None:
                 reference = _in_place(tap.reference, product.reads, value.shape)
             operands[read.side] = _through(value, read, gates, reference)
-        results = run(equation, operands)
+        results = channels_last(equation, operands)
         if product is not None:
             (result,) = results
             results = [result + spread(tap.shift, product.gives, result.shape).astype(result.dtype)]

@@ -71,7 +71,7 @@ def neuron_elimination_compensation(
     What can't be made up for has no B, and c = 0: readers without a bias, that are used more than once or put together
     with others before their bias is added; means and other plain sums; products of two values, as of queries and keys,
     where the unit counts on one side only: leaving it out on both would count the loss twice. Biases that the outputs
-    ignore don't move.
+    ignore don't move. Where a convolution pads with zeros, its bias moves by what a constant channel adds inside.
 
     Elimination-compensation (Ballini et al., arXiv:2602.20467) one level up; this library's own.
 
