@@ -3,12 +3,15 @@
 from ecjax.prune.masks import SCOPES, Pruned, apply_masks, one_shot, sparsity
 from ecjax.prune.neurons import neurons
 from ecjax.prune.selection import smallest
+from ecjax.prune.summary import Row, Summary, summary
 from ecjax.staged import Stage, staged, staged_neurons
 
 __all__ = [
     "SCOPES",
     "Pruned",
+    "Row",
     "Stage",
+    "Summary",
     "apply_masks",
     "neurons",
     "one_shot",
@@ -16,4 +19,5 @@ __all__ = [
     "sparsity",
     "staged",
     "staged_neurons",
+    "summary",
 ]
