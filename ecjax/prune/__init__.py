@@ -1,5 +1,6 @@
 """Decisions: scores in, masks and new params out; one shot or in stages."""
 
+from ecjax.prune.afford import Afforded, Tried, afford
 from ecjax.prune.masks import SCOPES, Pruned, apply_masks, one_shot, sparsity
 from ecjax.prune.neurons import neurons
 from ecjax.prune.selection import smallest
@@ -8,10 +9,13 @@ from ecjax.staged import Stage, staged, staged_neurons
 
 __all__ = [
     "SCOPES",
+    "Afforded",
     "Pruned",
     "Row",
     "Stage",
     "Summary",
+    "Tried",
+    "afford",
     "apply_masks",
     "neurons",
     "one_shot",
