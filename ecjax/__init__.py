@@ -9,7 +9,8 @@ A network is any pure function ``network(params, inputs) -> outputs``; ``params`
     compact    makes what remains smaller, and saves it
 
 and further: ``metrics`` measures changes of the outputs, ``moments`` takes data in batches, ``surgeon`` chooses weights
-together and moves the others, ``train`` trains, ``devices`` spreads data and params over several. In five lines:
+together and moves the others, ``train`` trains, ``devices`` spreads data and params over several, ``plots`` draws (with
+matplotlib: ``pip install 'ecjax[plots]'``). In five lines:
 
     from ecjax import networks, prune
 
