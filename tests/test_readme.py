@@ -13,7 +13,7 @@ from flax import nnx
 from ecjax import networks
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("README.md", "ecjax/README.md", "ecjax/API.md", "experiments/README.md")
+NAMES = ("README.md", "ecjax/README.md", "ecjax/RECIPES.md", "ecjax/API.md", "experiments/README.md")
 PAGES = {name: (ROOT / name).read_text() for name in NAMES}
 each_page = pytest.mark.parametrize("page", PAGES)
 
@@ -36,7 +36,8 @@ def anchors(page):
 def examples():
     """The blocks of Python on each page; the first page trains a transformer, in a minute."""
     slow = {"README.md": pytest.mark.slow}
-    return [pytest.param(page, code, marks=slow.get(page, ())) for page in PAGES for code in blocks(page, "python")]
+    alone = [page for page in PAGES if page != "ecjax/RECIPES.md"]  # those are in tests/test_recipes.py
+    return [pytest.param(page, code, marks=slow.get(page, ())) for page in alone for code in blocks(page, "python")]
 
 
 @pytest.mark.parametrize(("page", "code"), examples())

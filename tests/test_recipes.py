@@ -1,0 +1,158 @@
+"""What ecjax/RECIPES.md says is run, and removed weights are zero after each recipe."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ecjax import networks, prune, train
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "ecjax" / "RECIPES.md").read_text()
+SECTIONS = dict(section.split("\n", 1) for section in PAGE.removeprefix("# ").split("\n## "))
+
+
+def blocks(title):
+    return re.findall(r"^```python\n(.*?)^```$", SECTIONS[title], re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def given():
+    """What the first block of the page defines."""
+    names = {}
+    (code,) = blocks("Recipes")
+    exec(compile(code, "RECIPES.md", "exec"), names)
+    return names
+
+
+def run(title, given):
+    """The names after the blocks of one recipe."""
+    names = dict(given)
+    for code in blocks(title):
+        exec(compile(code, "RECIPES.md", "exec"), names)
+    return names
+
+
+def require_kept(params, pruned):
+    """Removed weights are exactly zero, and the others have moved."""
+    weights = networks.by_path(params)
+    for path, mask in networks.by_path(pruned.masks).items():
+        np.testing.assert_array_equal(np.asarray(weights[path])[~np.asarray(mask)], 0)
+        before = np.asarray(networks.by_path(pruned.params)[path])
+        assert (np.asarray(weights[path]) != before)[np.asarray(mask)].mean() > 0.5
+
+
+def test_every_recipe_is_among_those_below():
+    assert list(SECTIONS) == [
+        "Recipes",
+        "Flax's TrainState",
+        "A loop of optax: schedules, weight decay, gradient accumulation",
+        "An exponential moving average of the params",
+        "Saving, restoring and going on with Orbax",
+        "Dropout keys and auxiliary outputs",
+        "Haiku",
+    ]
+
+
+def test_train_state(given):
+    found = run("Flax's TrainState", given)
+    require_kept(found["state"].params, given["pruned"])
+    assert found["state"].step == 8
+
+
+def test_a_loop_of_optax(given):
+    found = run("A loop of optax: schedules, weight decay, gradient accumulation", given)
+    require_kept(found["tuned"], given["pruned"])
+    assert found["optimizer_state"].gradient_step == 4
+
+
+def test_averages(given):
+    found = run("An exponential moving average of the params", given)
+    for name in ("tuned", "average", "from_dense"):
+        require_kept(found[name], given["pruned"])
+
+
+def test_orbax(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = run("Saving, restoring and going on with Orbax", given)
+    jax.tree.map(np.testing.assert_array_equal, found["found"]["masks"], given["pruned"].masks)
+    assert jax.tree.structure(found["found"]["masks"]) == jax.tree.structure(given["pruned"].masks)
+    require_kept(found["tuned"], given["pruned"])
+    again, state = given["pruned"].params, found["optimizer"].init(given["pruned"].params)
+    for batch in given["batches"]:
+        updates, state = found["optimizer"].update(jax.grad(given["mean_loss"])(again, *batch), state, again)
+        again = optax.apply_updates(again, updates)
+    jax.tree.map(np.testing.assert_array_equal, found["tuned"], again)
+
+
+def test_orbax_in_another_process_with_other_devices(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("Saving, restoring and going on with Orbax", given)
+    code = (
+        "import orbax.checkpoint as ocp, pathlib, jax; from ecjax import prune\n"
+        "with ocp.StandardCheckpointer() as checkpointer:\n"
+        "    found = checkpointer.restore(pathlib.Path('checkpoint/network').absolute())\n"
+        "print(jax.device_count(), prune.summary(found['params'], found['masks']).total.sparsity)"
+    )
+    here = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **here)
+    assert done.stdout.split() == ["1", str(prune.sparsity(given["pruned"].masks))], done.stderr
+
+
+def test_dropout_and_auxiliary_outputs(given):
+    require_kept(run("Dropout keys and auxiliary outputs", given)["tuned"], given["pruned"])
+
+
+def test_dropout_that_is_left_on_is_refused(given):
+    module = given["module"]
+    on = lambda params, inputs: module.apply(  # noqa: E731
+        {"params": params}, inputs, train=True, rngs={"dropout": jax.random.key(0)}
+    )
+    with pytest.raises(ValueError, match="Dropout belongs in evaluation mode"):
+        prune.staged(lambda *given: on(*given)[0], given["params"], given["inputs"], 0.5)
+
+
+def test_haiku(given):
+    found = run("Haiku", given)
+    assert prune.sparsity(found["haiku_pruned"].masks) == 0.5
+    masks = networks.by_path(found["haiku_pruned"].masks)
+    assert list(masks) == ["mlp/~/linear_0/w", "mlp/~/linear_1/w"]
+
+
+INSIDE = {
+    "momentum": optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "weight decay": optax.adamw(1e-2, weight_decay=0.5),
+    "decay after": optax.chain(optax.adam(1e-2), optax.add_decayed_weights(-0.1)),
+    "noise": optax.chain(optax.sgd(1e-2), optax.add_noise(0.1, 0.5, 0)),
+}
+AROUND = {
+    "nothing": lambda inner: inner,
+    "accumulation": lambda inner: optax.MultiSteps(inner, every_k_schedule=2).gradient_transformation(),
+    "finite": lambda inner: optax.apply_if_finite(inner, max_consecutive_errors=3),
+    "lookahead of hyperparameters": lambda inner: optax.inject_hyperparams(lambda rate: inner)(rate=0.1),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("inside", INSIDE)
+def test_zeros_stay_zero_in_any_chain(given, inside, around):
+    pruned = given["pruned"]
+    optimizer = AROUND[around](optax.chain(INSIDE[inside], train.keep_pruned(pruned.masks)))
+
+    def update(carry, batch):
+        params, state = carry
+        updates, state = optimizer.update(jax.grad(given["mean_loss"])(params, *batch), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    inputs, labels = map(jnp.stack, zip(*given["batches"], strict=True))
+    (tuned, _), _ = jax.jit(lambda carry: jax.lax.scan(update, carry, (inputs, labels)))(
+        (pruned.params, optimizer.init(pruned.params))
+    )
+    require_kept(tuned, pruned)
