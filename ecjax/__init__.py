@@ -51,7 +51,14 @@ Every docstring has an example that the tests run. All share these names, a smal
     >>> gradients = surgeon.loss_gradients(network, params, inputs, labels, loss)
 """
 
-from ecjax import compact, devices, metrics, moments, networks, prune, repair, score, staged, surgeon, train
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from ecjax import devices, metrics, moments, networks, prune, repair, score, staged, surgeon, train
+
+if TYPE_CHECKING:
+    from ecjax import compact
 
 __all__ = [
     "compact",
@@ -66,3 +73,14 @@ __all__ = [
     "surgeon",
     "train",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Imports ``compact`` when it is first asked for: it needs SciPy, which takes as long as all the rest."""
+    if name == "compact":
+        return importlib.import_module("ecjax.compact")
+    raise AttributeError(f"module 'ecjax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
