@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jaxtyping import Bool, Int, PyTree, Shaped
 
@@ -37,7 +38,7 @@ def placement(inputs: Shaped[Array | np.ndarray, "samples *features"]) -> Placem
     """
     if not isinstance(inputs, Array) or inputs.shape[0] == 0:
         return Placement()
-    if isinstance(inputs, jax.core.Tracer):
+    if isinstance(inputs, Tracer):
         mesh = jax.sharding.get_abstract_mesh()
         parts = dict(mesh.shape).get(DATA, 1)
         return Placement() if parts == 1 or inputs.shape[0] % parts else Placement(parts, (DATA,), mesh)
@@ -62,13 +63,15 @@ def placed(arrays: PyTree) -> PyTree:
     """
 
     def of_leaf(leaf):
-        if not isinstance(leaf, Array) or isinstance(leaf, jax.core.Tracer):
+        if not isinstance(leaf, Array) or isinstance(leaf, Tracer):
             return leaf
         sharding = leaf.sharding
-        if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
+        given = getattr(sharding, "mesh", None)
+        if not isinstance(sharding, NamedSharding) or not isinstance(given, Mesh):
             return leaf
-        of_axes = (AxisType.Auto,) * len(sharding.mesh.axis_names)
-        mesh = Mesh(sharding.mesh.devices, sharding.mesh.axis_names, axis_types=of_axes)
+        if AxisType.Explicit not in given.axis_types:
+            return leaf
+        mesh = Mesh(given.devices, given.axis_names, axis_types=(AxisType.Auto,) * len(given.axis_names))
         return jax.device_put(leaf, NamedSharding(mesh, sharding.spec))
 
     return jax.tree.map(of_leaf, arrays)

@@ -5,12 +5,14 @@ of shapes remain.
 """
 
 import types
+import typing
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jaxtyping import PyTree
 
 from ecjax import _trees
@@ -19,7 +21,7 @@ from ecjax._types import Inputs, Kernels, Params
 
 def are_known(tree: PyTree) -> bool:
     """Whether the values of all leaves are there to be looked at: none is traced or only a shape."""
-    return not any(isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
+    return not any(isinstance(leaf, Tracer | jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
 
 
 def _is_known_false(condition) -> bool:
@@ -85,7 +87,7 @@ def require_known(targets: Array | np.ndarray) -> None:
 
 def require_sparsity(sparsity: Any) -> None:
     """Raises a ValueError unless the sparsity is a number in [0, 1]."""
-    if not isinstance(sparsity, float | int | np.generic | np.ndarray | Array) or isinstance(sparsity, bool):
+    if not isinstance(sparsity, float | int | np.number | np.ndarray | Array) or isinstance(sparsity, bool):
         raise ValueError(
             f"sparsity is {sparsity!r}, of type {type(sparsity).__name__}; it must be a number in [0, 1], the fraction "
             "of weights to remove"
@@ -177,7 +179,8 @@ def require_above_zero(value: float | int | Array, name: str) -> None:
 def require_scores(scores: Any, kind: type | types.UnionType, what: str) -> None:
     """Raises a ValueError unless these are scores of that kind."""
     if not isinstance(scores, kind):
-        names = " or ".join(f"score.{expected.__name__}" for expected in getattr(kind, "__args__", (kind,)))
+        kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        names = " or ".join(f"score.{expected.__name__}" for expected in kinds)
         raise ValueError(f"{what} {type(scores).__name__}; {names} is needed here")
 
 

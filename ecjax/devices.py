@@ -19,7 +19,10 @@ from ecjax._types import Inputs, Network, Params
 MODEL = "model"
 
 
-def mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def mesh(
+    model: int = 1,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm], JAX assigns this name
+) -> Mesh:
     """Devices as a mesh of shape (data, model).
 
     Args:

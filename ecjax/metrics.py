@@ -63,12 +63,15 @@ class Metric(Protocol):
         A unit vector c picks one row; random signs c make a probe, as ``E[Rᵀc cᵀR] = M`` (Hutchinson, Communications in
         Statistics 18, 1989).
         """
+        ...
 
     def product(self, outputs: Outputs, change: Outputs) -> Outputs:
         """``M δ``, with M taken at the outputs."""
+        ...
 
     def distance(self, outputs: Outputs, targets: Outputs) -> Float[Array, "samples *positions"]:
         """What a repair minimises: at least 0, and where the outputs are the targets its second derivative is M."""
+        ...
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=[])
@@ -148,7 +151,7 @@ def named(metric: Any) -> Metric:
         Traceback (most recent call last):
         ValueError: metric is 'manhattan'; it must be one of 'euclidean', 'fisher', or a metric such as ...
     """
-    found = METRICS.get(metric) if isinstance(metric, str) else metric
+    found: Any = METRICS.get(metric) if isinstance(metric, str) else metric
     missing = [name for name in ("factor", "product", "distance") if not callable(getattr(found, name, None))]
     if missing or isinstance(found, type):
         called = f"{metric.__name__}, a class; call it" if isinstance(metric, type) else repr(metric)

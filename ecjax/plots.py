@@ -64,7 +64,11 @@ def sparsity_by_layer(masks: Kernels, *, ax: Axes | None = None) -> Axes:
     font = min(10.0, 250 / len(by_path))
     for bar, text, sparsity in zip(bars, left, sparsities, strict=True):
         inside = sparsity > 0.5
-        how = {"ha": "right" if inside else "left", "va": "center", "color": "white" if inside else "black"}
+        how: dict[str, Any] = {
+            "ha": "right" if inside else "left",
+            "va": "center",
+            "color": "white" if inside else "black",
+        }
         ax.text(sparsity, bar.get_y() + bar.get_height() / 2, f"{text} " if inside else text, fontsize=font, **how)
     total = prune.sparsity(masks)
     ax.axvline(total, color="black", linestyle="--", linewidth=1)
@@ -160,7 +164,7 @@ def mask(
         colours = ListedColormap(["#EEEEEE", _KEPT])
         # Colours are mixed where several weights share a pixel of the screen: none of those left is lost.
         interpolation = "auto" if max(matrix.shape) > 256 else "nearest"
-        how = {"aspect": "auto", "interpolation": interpolation, "interpolation_stage": "rgba"}
+        how: dict[str, Any] = {"aspect": "auto", "interpolation": interpolation, "interpolation_stage": "rgba"}
         ax.imshow(matrix, cmap=colours, vmin=0, vmax=1, **how)
         inputs = f" ({' × '.join(map(str, mask.shape[:-1]))})" if mask.ndim > 2 else ""
         ax.set(xlabel="neuron", ylabel=f"input{inputs}")

@@ -9,11 +9,13 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 USE = """
+import pathlib
 import jax
 from ecjax import compact, devices, metrics, moments, networks, prune, repair, score, staged, surgeon, train
 import ecjax.repair.gauss_newton
 
 assert "site-packages" in ecjax.__file__, ecjax.__file__
+assert (pathlib.Path(ecjax.__file__).parent / "py.typed").exists()
 mlp = networks.MLP(features=(8, 2))
 inputs = jax.random.normal(jax.random.key(0), (20, 4))
 network, params = networks.from_linen(mlp), mlp.init(jax.random.key(1), inputs)["params"]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -84,7 +84,7 @@ def from_linen(module: Any, *, variables: Mapping[str, Any] | None = None, **cal
 
     def network(params: Params, inputs: Inputs) -> Array:
         try:
-            return module.apply({"params": params, **fixed}, inputs, **call)
+            return cast("Array", module.apply({"params": params, **fixed}, inputs, **call))
         except (errors.ModifyScopeVariableError, errors.ScopeCollectionNotFound, errors.InvalidRngError) as error:
             raise ValueError(
                 f"{type(module).__name__} can't be called as a pure function of its params: {error} Give its other "
@@ -92,5 +92,6 @@ def from_linen(module: Any, *, variables: Mapping[str, Any] | None = None, **cal
                 "evaluation mode, such as train=False"
             ) from error
 
-    network.module = module  # compact.compact builds it again, with smaller widths
+    # compact.compact builds it again, with smaller widths; a function may have attributes, which no type can say.
+    network.module = module  # pyright: ignore[reportFunctionMemberAccess]
     return network

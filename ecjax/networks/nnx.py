@@ -1,5 +1,7 @@
 """Networks of Flax NNX modules, and modules with other params."""
 
+from typing import Any, cast
+
 from flax import nnx
 from jax import Array
 
@@ -41,7 +43,7 @@ def from_nnx(module: object) -> tuple[Network, Params]:
     fixed = nnx.to_pure_dict(others)
 
     def network(params: Params, inputs: Inputs) -> Array:
-        called = nnx.merge(graph, params, fixed)
+        called: Any = nnx.merge(graph, params, fixed)
         before = _state_of_training(called)
         outputs = called(inputs)
         for path, value in _state_of_training(called).items():
@@ -82,7 +84,7 @@ def to_nnx(module: object, params: Params) -> nnx.Module:
         if path not in given or path not in expected:
             there = "has no such variable" if path in given else "needs it"
             raise ValueError(f"the params do not fit the module at '{path}': the module {there}")
-    return nnx.merge(graph, replace(own, given), nnx.to_pure_dict(others))
+    return cast("nnx.Module", nnx.merge(graph, replace(own, given), nnx.to_pure_dict(others)))
 
 
 def _require_module(module: object) -> None:

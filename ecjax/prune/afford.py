@@ -84,7 +84,7 @@ class Afforded(NamedTuple):
 
     def _repr_html_(self) -> str:
         """The same in Jupyter."""
-        return tables.as_html(_cells(self)) + "".join(f"<p>{note}</p>" for note in _notes(self))
+        return tables.as_html(_cells(self), _notes(self))
 
 
 class _Point(NamedTuple):

@@ -26,8 +26,8 @@ Words = tuple[Array, ...]
 class Count(NamedTuple):
     """Whole numbers of at least 0, ``high * 2**32 + low``."""
 
-    high: UInt[Array | np.generic, "..."]
-    low: UInt[Array | np.generic, "..."]
+    high: UInt[Array | np.uint32, "..."]
+    low: UInt[Array | np.uint32, "..."]
 
 
 def smallest(values: Real[Array | np.ndarray, "*shape"], count: int | float | Array) -> Bool[Array, "*shape"]:
@@ -238,6 +238,6 @@ def _minus(one: Count, other: Count) -> Count:
     return Count(jnp.where(negative, 0, high), jnp.where(negative, 0, low))
 
 
-def _is_less(one: Count | Words, other: Count | Words) -> Bool[Array, "..."]:
+def _is_less(one: Count | Words, other: Count | Words) -> Bool[Array | np.ndarray | np.bool, "..."]:
     """Of numbers in two words, the high one first."""
     return (one[0] < other[0]) | ((one[0] == other[0]) & (one[1] < other[1]))

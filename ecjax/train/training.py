@@ -121,7 +121,8 @@ def epoch(
     key, order = shuffled(state.key, inputs.shape[0], batch_size)
 
     def step(carry, batch):
-        return one_step(network, *carry, inputs[batch], targets[batch], loss, optimizer, masks)
+        params, of_optimizer = carry
+        return one_step(network, params, of_optimizer, inputs[batch], targets[batch], loss, optimizer, masks)
 
     (params, optimizer_state), losses = lax.scan(step, (state.params, state.optimizer), order)
     return State(params, optimizer_state, key), losses.mean()
