@@ -205,6 +205,11 @@ def test_what_is_refused(options, message):
         unchecked(lambda _: 0.0, **({"most_lost": 0.01} | options))
 
 
+def test_values_that_cannot_be_seen():
+    with pytest.raises(ValueError, match="can't be seen under jit or vmap; call it outside"):
+        jax.jit(lambda number: unchecked(lambda _: number, most_lost=0.01).params)(1.0)
+
+
 def test_minus_infinity_is_not_affordable():
     found = afford(lambda params: 0.0 if kept(params) > 50 else -math.inf, most_lost=1e6)
     assert kept(found.params) > 50

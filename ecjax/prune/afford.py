@@ -120,7 +120,8 @@ def afford(
     The run goes up to ``sparsest`` along the cubic of ``staged``, and each stage is evaluated. From the last affordable
     one it goes on in smaller steps: the gap to the stage after is halved again and again, and a step that is affordable
     is where the next one starts. Nothing that was tried and is sparser than what comes back is affordable; where not
-    even the smallest step is, the dense network comes back as it is. Source: this library's own.
+    even the smallest step is, the dense network comes back as it is. Values are compared, so this does not go through
+    ``jit`` or ``vmap``. Source: this library's own.
 
     Args:
         evaluate: ``params -> number``, higher is better: the accuracy, or minus the loss, on validation data. Not on
@@ -225,6 +226,8 @@ def _require(evaluate: Any, most_lost: Any, sparsest: Any, scope: Any, progress:
 
 def _value(evaluate: Callable[[Params], Any], params: Params, of: str) -> float:
     found = evaluate(params)
+    if not _checks.are_known(found):
+        raise ValueError("afford compares what evaluate gives, which can't be seen under jit or vmap; call it outside")
     try:
         value = float(found)
     except (TypeError, ValueError) as error:
