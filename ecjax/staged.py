@@ -236,9 +236,9 @@ def _in_stages(
     stages = int(stages)
     if tell is not None and not callable(tell):
         raise ValueError(f"progress is {tell!r}; it must be a function of a stage (prune.Stage), called after each")
-    outputs = _door.enter(network, params, inputs, exclude=exclude, need="any").outputs
-    criteria.require_read(criterion, metric, weights, key, outputs, _read_by(repairs.named(repair)))
-    options = {"metric": metric, "targets": targets, "weights": weights, "exclude": exclude, "key": key}
+    options = {"metric": metric, "weights": weights, "exclude": exclude, "key": key}
+    require_read(network, params, inputs, criterion=criterion, repair=repair, **options)
+    options["targets"] = targets
     state = start(network, params, inputs, repair=repair, **options)
     for number in range(1, stages + 1):
         reached = patterns.times(sparsity, 1 - (1 - number / stages) ** 3)
@@ -363,6 +363,24 @@ def finish(state: State) -> Pruned:
         True
     """
     return Pruned(state.params, state.masks)
+
+
+def require_read(
+    network: Network,
+    params: Params,
+    inputs: Inputs,
+    *,
+    criterion: Criterion | str | None,
+    repair: Repair | str | None,
+    metric: Metric,
+    weights: Weights | None,
+    exclude: Patterns,
+    key: PRNGKeyArray | None,
+) -> None:
+    """Raises a ValueError for options of a run that nothing would read, and for a missing key."""
+    criterion = criteria.named(criterion, score.CRITERIA | score.NEURON_CRITERIA)
+    outputs = _door.enter(network, params, inputs, exclude=exclude, need="any").outputs
+    criteria.require_read(criterion, metric, weights, key, outputs, _read_by(repairs.named(repair)))
 
 
 def _read_by(repair: Repair | None) -> tuple[str, ...]:

@@ -198,6 +198,8 @@ def test_values_that_are_refused(evaluate, message):
         ({"progress": True}, "progress is True; it must be a function"),
         ({"exclude": "head/*"}, "the pattern 'head/\\*' matches no leaf"),
         ({"criterion": "size"}, "criterion is 'size'"),
+        ({"criterion": "magnitude", "repair": None, "metric": "fisher"}, "read by neither this criterion nor this"),
+        ({"criterion": "magnitude", "key": jax.random.key(0)}, "key is for criteria that draw"),
     ],
 )
 def test_what_is_refused(options, message):

@@ -12,7 +12,7 @@ mpl.use("Agg")
 
 from matplotlib import pyplot as plt
 
-from ecjax import plots, prune, score
+from ecjax import plots, prune
 from ecjax.prune import Afforded, Pruned, Tried
 from ecjax.score import NeuronScores, Scores
 
@@ -97,7 +97,7 @@ def test_what_goes_in_the_histogram_goes_in_one_shot():
 def test_equal_importances_and_those_of_neurons():
     ax = draw(plots.importances(Scores({"kernel": jnp.ones((2, 3))}), sparsity=0.5))
     assert counts(ax) == [3, 3]
-    ax = plots.importances(NeuronScores({"kernel": jnp.asarray([1.0, 2])}, None, score.Scores(None).layers), ax=ax)
+    ax = plots.importances(NeuronScores({"kernel": jnp.asarray([1.0, 2])}), ax=ax)
     assert ax.get_ylabel() == "neurons"
 
 

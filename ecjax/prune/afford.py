@@ -16,7 +16,7 @@ from ecjax.prune import patterns
 from ecjax.prune.masks import require_scope, sparsity
 from ecjax.repair import Repair
 from ecjax.score.criteria import Criterion
-from ecjax.staged import State, start, step
+from ecjax.staged import State, require_read, start, step
 
 
 class Tried(NamedTuple):
@@ -156,8 +156,9 @@ def afford(
     _require(evaluate, most_lost, sparsest, scope, progress)
     _checks.require_positive(stages, "stages")
     _checks.require_positive(halvings, "halvings")
-    of_run = {"metric": metric, "targets": targets, "weights": weights, "exclude": exclude, "key": key}
-    state = start(network, params, inputs, repair=repair, **of_run)
+    of_run = {"metric": metric, "weights": weights, "exclude": exclude, "key": key}
+    require_read(network, params, inputs, criterion=criterion, repair=repair, **of_run)
+    state = start(network, params, inputs, repair=repair, targets=targets, **of_run)
     dense = Tried(0.0, _value(evaluate, params, "the dense network"), math.inf, True)
     if not math.isfinite(dense.value):
         raise ValueError(f"evaluate gave {dense.value} for the dense network; nothing is a little below that")
