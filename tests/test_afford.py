@@ -50,6 +50,7 @@ def kept(params):
 WEIGHTS = kept(SMALL.params)
 
 
+@pytest.mark.slow
 def test_the_digits_with_a_validation_split(trained):
     told = []
     found = prune.afford(NETWORK, trained, INPUTS, accuracy, most_lost=0.02, metric="fisher", progress=told.append)

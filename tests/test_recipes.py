@@ -92,6 +92,7 @@ def test_orbax(given, tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, found["tuned"], again)
 
 
+@pytest.mark.slow
 def test_orbax_in_another_process_with_other_devices(given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run("Saving, restoring and going on with Orbax", given)
@@ -119,6 +120,7 @@ def test_dropout_that_is_left_on_is_refused(given):
         prune.staged(lambda *given: on(*given)[0], given["params"], given["inputs"], 0.5)
 
 
+@pytest.mark.slow
 def test_haiku(given):
     found = run("Haiku", given)
     assert prune.sparsity(found["haiku_pruned"].masks) == 0.5
