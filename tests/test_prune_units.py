@@ -132,6 +132,16 @@ def test_blocks_of_the_least_important_units_go(lengths, fraction, multiple_of, 
         assert values[~np.asarray(stay)].max(initial=-1) <= values[np.asarray(stay)].min(initial=9)
 
 
+def test_stages_that_went_further_than_they_were_asked_to_go_on_from_there():
+    importance = {"a": jnp.array([-jnp.inf, -jnp.inf, 3.0, 1.0]), "b": jnp.array([0.0, 5.0, 5.0, 5.0])}
+    kept = units.kept(importance, 0.125, multiple_of=2)
+    assert [stay.tolist() for stay in kept.values()] == [[False, False, True, True], [True] * 4]
+    cost = lambda left: 10 * left[0] + left[1]  # noqa: E731 two units of the first group are nearly half
+    for fraction, gone in ((0.4, 0), (0.47, 1)):
+        kept = units.kept(importance, fraction, cost=cost)
+        assert [stay.tolist() for stay in kept.values()] == [[False, False, True, True], [not gone, *[True] * 3]]
+
+
 def test_multiples_for_accelerators():
     example = examples.mlp(widths=(12, 9, 3))
     pruned = prune.neurons(*example, 0.2, multiple_of=4, criterion="neuron_norm")

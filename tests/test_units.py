@@ -58,7 +58,7 @@ def convnet() -> Case:
     def gated(params, x, gates=None, shifts=None):
         options = {"window_strides": (1,), "padding": "SAME", "dimension_numbers": ("NWC", "WIO", "NWC")}
         hidden = jnp.tanh(jax.lax.conv_general_dilated(x, params["a"], **options) + params["b"])
-        moved = _moved(params["d"], None if shifts is None else shifts[:, 0], params["c"].sum(0))
+        moved = params["d"] if shifts is None else params["d"] + shifts[:, 0] @ params["c"].sum(0)
         hidden = jnp.tanh(jax.lax.conv_general_dilated(_gated(hidden, gates), params["c"], **options) + moved)
         return hidden.mean(1) @ params["e"] + params["f"]
 

@@ -47,7 +47,8 @@ def kept(
     """True for the units that stay, by the name of their group.
 
     Blocks of units go, those of least importance first, and among equals the ones that come first: of one unit each, or
-    of so many that a multiple is left. As soon as the fraction is reached, no more do.
+    of so many that a multiple is left. As soon as the fraction is reached, no more do. Units of importance minus
+    infinity are gone already.
 
     Args:
         importance: by the name of a group; all of these compete.
@@ -74,6 +75,8 @@ def kept(
     else:
         whole, costs = cost([*units.astype(float)]), cost([*(units.astype(float) - removed).T])
         blocks_gone = (costs > whole * (1 - fraction + _CLOSE)).sum()
+    if cost is not None or multiple_of > 1:  # blocks before may have gone further than they were asked to
+        blocks_gone = backend.maximum(blocks_gone, (values == -np.inf).sum())
     counts = removed[backend.minimum(blocks_gone, len(sizes))]
     return {
         name: jnp.asarray(backend.argsort(own.order) >= count)
