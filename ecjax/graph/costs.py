@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ecjax.graph.couple import Walked
+from ecjax.graph.flops import of_equation
 from ecjax.graph.groups import Coupled
 from ecjax.graph.roles import CALLS
-from ecjax.graph.samples import whole_numbers
+from ecjax.graph.samples import shapes, whole_numbers
 
 # By atom how many units are left; numbers, or arrays of numbers for several networks at once.
 Left = Mapping[int, Any]
@@ -24,7 +25,7 @@ def parameters(coupled: Coupled, left: Left) -> Any:
 
 
 def flops(coupled: Coupled, left: Left) -> Any:
-    """How many floating-point operations the products of a network take: a multiplication and an addition each.
+    """How many floating-point operations the products of a network take, as ``graph.count_flops`` counts them.
 
     The body of a scan counts as often as it turns, that of a while loop once, and of the branches of a condition the
     most costly one. What is done entry by entry does not count.
@@ -65,10 +66,13 @@ def _larger(first: Any, second: Any) -> Any:
 
 
 def _of_product(equation, walked: Walked, coupled: Coupled, left: Left) -> Any:
+    """What ``graph.count_flops`` counts of a product, for what is left of its results and of the terms of each sum."""
     operands, (results,) = walked.operands(equation), [walked.axes[variable] for variable in equation.outvars]
     if equation.primitive.name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
         summed = [operands[0][axis] for axis in whole_numbers(contracted)]
-        return 2 * _size([*results, *summed], coupled, left)
-    _, channels, *window = equation.params["dimension_numbers"].rhs_spec
-    return 2 * _size([*results, *(operands[1][axis] for axis in (channels, *window))], coupled, left)
+    else:
+        summed = [operands[1][equation.params["dimension_numbers"].rhs_spec[1]]]
+    whole = _size([*results, *summed], coupled, {})
+    counted = of_equation(equation, shapes(equation.invars), shapes(equation.outvars)).products
+    return counted * _size([*results, *summed], coupled, left) / max(whole, 1)
