@@ -14,7 +14,7 @@ The loop is short enough to be written by hand, with a schedule, a stop or measu
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -370,8 +370,8 @@ def require_read(
     params: Params,
     inputs: Inputs,
     *,
-    criterion: Criterion | str | None,
-    repair: Repair | str | None,
+    criterion: Any,
+    repair: Any,
     metric: Metric,
     weights: Weights | None,
     exclude: Patterns,

@@ -68,9 +68,18 @@ def evaluate(
             results, more = _scan(equation, operands, inside, hook, given, others, here)
         else:
             results, more = (others or run)(equation, operands), {}
-        aside |= {name: aside[name] + array if name in aside else array for name, array in more.items()}
+        aside |= {name: _added(aside, name, array) for name, array in more.items()}
         values |= dict(zip(equation.outvars, results, strict=True))
     return [read(var) for var in jaxpr.outvars], aside
+
+
+def _added(aside: dict[str, Array], name: str, array: Array) -> Array:
+    """The array and what is put aside already; of one shape, since numbers of a scan and of none would broadcast."""
+    if name not in aside:
+        return array
+    if aside[name].shape != array.shape:
+        raise ValueError(f"'{name}' is put aside with shapes {aside[name].shape} and {array.shape}")
+    return aside[name] + array
 
 
 def _call(closed, sites: frozenset[Path], hook: Hook, others, site: Path, operands: list, given):

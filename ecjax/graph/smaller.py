@@ -18,6 +18,7 @@ from jax.extend import core
 from jaxtyping import Bool, Int, PyTree
 
 from ecjax import _trees
+from ecjax._types import Inputs
 from ecjax.graph.atoms import Atoms, Axes, Axis
 from ecjax.graph.couple import CUSTOM_JVP, CUSTOM_VJP, Walked, is_inexact
 from ecjax.graph.evaluate import run
@@ -75,7 +76,7 @@ def without_units(network: Callable, params: PyTree, groups: Groups, removed: Re
     shapes = {path: np.shape(leaf) for path, leaf in _trees.by_path(arrays).items()}
     evaluate = jax.jit(functools.partial(_smaller, inner, shapes, kept))
 
-    def smaller(params: PyTree, inputs: Array) -> Array:
+    def smaller(params: PyTree, inputs: Inputs) -> Array:
         arrays = _trees.arrays(params)
         if not isinstance(inputs.shape[0], int):  # any number of samples, for jax.export: axes are matched by numbers
             return jax.vmap(lambda sample: evaluate(arrays, sample[None])[0])(inputs)

@@ -148,7 +148,7 @@ def neuron_elimination_compensation_from_moments(params: Params, seen: Moments) 
     importance, constant = {}, {}
     for before, layer in _pairs(seen.read):
         found = seen.layers[layer.kernel]
-        if layer.bias is None:
+        if layer.bias is None or not layer.weights:  # nothing that could move
             scatter = found.scatter + found.sensitivity * found.mean**2
             importance[before.kernel], constant[before.kernel] = scatter / seen.samples, jnp.zeros((len(scatter), 0))
         else:

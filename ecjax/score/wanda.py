@@ -64,10 +64,11 @@ def _of_batch(network, layers, params, inputs) -> dict[str, Array]:
             squared = [kernel, kernel]
             squared[1 - sites[site].side] = jnp.square(other.astype(tap_dtype(other)))
             (squares,) = in_full(equation, squared)
-            return in_full(equation, operands), {"sum": squares.sum()}
+            return in_full(equation, operands), {str(site): squares.sum()}
 
         arguments = [*(leaves | moving).values(), inputs]
-        return evaluate(reading.jaxpr, arguments, frozenset(sites), with_squares, {}, in_full)[1]["sum"]
+        sums = evaluate(reading.jaxpr, arguments, frozenset(sites), with_squares, {}, in_full)[1]
+        return sum(of_site.sum() for of_site in sums.values())
 
     moving = {path: kernel.astype(tap_dtype(kernel)) for path, kernel in kernels(layers, params).items()}
     return jax.tree.map(lambda squares: squares / twice, jax.grad(summed)(moving))
