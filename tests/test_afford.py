@@ -2,32 +2,23 @@ import functools
 import inspect
 import math
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ecjax import networks, prune, repair, score, staged, train
-from experiments.datasets import digits
+from ecjax import networks, prune, repair, score, staged
 from tests import examples
+from tests.trained import DATA, INPUTS, NETWORK, params
 
-_MLP = networks.MLP((30, 10), nn.relu)
-NETWORK = networks.from_linen(_MLP)
-DATA = digits.load()
-INPUTS, LABELS = (jnp.asarray(part[:1000]) for part in (DATA.train_inputs, DATA.train_targets))
 VALIDATION, VALIDATION_LABELS = (jnp.asarray(part[1000:]) for part in (DATA.train_inputs, DATA.train_targets))
 
 
 @pytest.fixture(scope="module")
 def trained():
-    params = _MLP.init(jax.random.key(0), INPUTS[:1])["params"]
-    loss = optax.softmax_cross_entropy_with_integer_labels
-    options = {"optimizer": optax.adam(2e-3), "key": jax.random.key(1), "epochs": 40}
-    return train.fit(NETWORK, params, INPUTS, LABELS, loss, **options).params
+    return params()
 
 
 def accuracy(params):

@@ -1,30 +1,20 @@
 import functools
 import inspect
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from ecjax import metrics, networks, prune, repair, score, staged, surgeon, train
-from experiments.datasets import digits
+from ecjax import metrics, networks, prune, repair, score, staged, surgeon
 from tests import examples
-
-_MLP = networks.MLP((30, 10), nn.relu)
-NETWORK = networks.from_linen(_MLP)
-DATA = digits.load()
-INPUTS = jnp.asarray(DATA.train_inputs[:1000])
-LABELS = jnp.asarray(DATA.train_targets[:1000])
+from tests.trained import DATA, INPUTS, LABELS, NETWORK, params
 
 
 @pytest.fixture(scope="module")
 def trained():
-    params = _MLP.init(jax.random.key(0), INPUTS[:1])["params"]
-    loss = optax.softmax_cross_entropy_with_integer_labels
-    options = {"optimizer": optax.adam(2e-3), "key": jax.random.key(1), "epochs": 40}
-    return train.fit(NETWORK, params, INPUTS, LABELS, loss, **options).params
+    return params()
 
 
 def accuracy(params):
