@@ -21,6 +21,7 @@ from ecjax._types import Metric, Network, Params, Patterns, Targets, Weights
 from ecjax.graph import Group, Groups, Layers, read
 from ecjax.graph.groups import couple, of_coupled
 from ecjax.graph.layers import as_patterns, chosen
+from ecjax.graph.reading import shape_of_two
 
 _COMPARED, _LOOKED_AT = 4, 16  # samples
 
@@ -146,7 +147,7 @@ def groups(network: Network, params: Params, inputs: Any) -> Groups:
     """All groups of a network, whose params are arrays alone."""
     _require_hashable(network)
     if isinstance(inputs, jax.ShapeDtypeStruct):
-        return of_coupled(couple(network, params, _at_least_two(inputs)))
+        return of_coupled(couple(network, params, shape_of_two(inputs)))
     try:
         return _traced_groups(params, inputs, network=network).groups
     except ValueError as error:
@@ -161,8 +162,7 @@ class _OfUnits:
 
 @functools.partial(jax.jit, static_argnames=("network",))
 def _traced_groups(params, inputs, *, network) -> _OfUnits:
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-    return _OfUnits(of_coupled(couple(network, shapes, _at_least_two(inputs))))
+    return _OfUnits(of_coupled(couple(network, _trees.shapes(params), shape_of_two(inputs))))
 
 
 def _facts(network, params, inputs, *, exclude, need, each_alone) -> _Facts:
@@ -170,7 +170,7 @@ def _facts(network, params, inputs, *, exclude, need, each_alone) -> _Facts:
     patterns = as_patterns(exclude)
     _require_hashable(network)
     if isinstance(inputs, jax.ShapeDtypeStruct):
-        facts = _read(params, _at_least_two(inputs), network=network, exclude=patterns)
+        facts = _read(params, shape_of_two(inputs), network=network, exclude=patterns)
     else:
         try:
             facts = _traced(params, inputs, network=network, exclude=patterns)
@@ -201,8 +201,7 @@ def _read(params, inputs, *, network, exclude) -> _Facts:
 
 @functools.partial(jax.jit, static_argnames=("network", "exclude"))
 def _traced(params, inputs, *, network, exclude) -> _Facts:
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-    return _read(shapes, _at_least_two(inputs), network=network, exclude=exclude)
+    return _read(_trees.shapes(params), shape_of_two(inputs), network=network, exclude=exclude)
 
 
 def _require_hashable(network: Callable) -> None:
@@ -218,11 +217,6 @@ def _require_hashable(network: Callable) -> None:
         raise ValueError(
             f"{what}. Pass a function such as `lambda module, inputs: module(inputs)` with the module as params"
         ) from error
-
-
-def _at_least_two(inputs) -> jax.ShapeDtypeStruct:
-    """The shape that ``graph.at_least_two`` gives the inputs."""
-    return jax.ShapeDtypeStruct((max(inputs.shape[0], 2), *inputs.shape[1:]), inputs.dtype)
 
 
 def _called(network: Callable, params: PyTree, inputs: Array) -> np.ndarray:

@@ -83,6 +83,11 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
 
 
+def shapes(params: PyTree) -> PyTree:
+    """The shape and the dtype in place of each array."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+
+
 def arrays(params: PyTree) -> PyTree:
     """The params with None in place of every leaf that is no array, such as the activation in an Equinox module."""
     return jax.tree.map(lambda leaf: leaf if is_array(leaf) else None, params)

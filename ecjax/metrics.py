@@ -32,6 +32,7 @@ without compiling anew:
 
 import dataclasses
 import functools
+import math
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -287,3 +288,12 @@ def of_samples(
 def scale_of(weights: Float[Array, "samples ..."], outputs: Float[Array, "samples ..."]) -> Array:
     """What the rows of the metric are scaled by, so that their squares count by the weights."""
     return jnp.sqrt(weights.reshape(*weights.shape, *(1,) * (outputs.ndim - weights.ndim))).astype(outputs.dtype)
+
+
+def row_of(outputs: Float[Array, "samples ..."], index: Any, probes: int | None, key: Any) -> Array:
+    """The coefficients of a row of the metric's factor, alike for all samples; with probes, random signs for all."""
+    if probes is not None:
+        return jax.random.rademacher(jax.random.fold_in(key, index), outputs.shape, outputs.dtype)
+    rows = math.prod(outputs.shape[1:])
+    chosen = jax.nn.one_hot(index, rows, dtype=outputs.dtype).reshape(outputs.shape[1:])
+    return jnp.broadcast_to(chosen, outputs.shape)

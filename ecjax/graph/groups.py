@@ -182,6 +182,12 @@ def by_atom(coupled: Coupled) -> dict[int, Group]:
     }
 
 
+def atoms_by_name(coupled: Coupled) -> dict[str, int]:
+    """The atoms of groups whose units can go, by the group's name (``Groups.named``)."""
+    found = by_atom(coupled)
+    return dict(zip(Groups(found.values()).named, (atom for atom in found if found[atom].free), strict=True))
+
+
 def _group(atom: int, places: list[Place], coupled: Coupled) -> Group:
     atoms, uses = coupled.atoms, coupled.uses
     read, made = tuple(uses.read.get(atom, ())), tuple(uses.produced.get(atom, ()))

@@ -57,6 +57,11 @@ def at_least_two(inputs: Array) -> Array:
     return jnp.repeat(inputs, 2, 0) if inputs.shape[0] == 1 else inputs
 
 
+def shape_of_two(inputs: Any) -> jax.ShapeDtypeStruct:
+    """The shape that ``at_least_two`` gives inputs, of which only the shape and the dtype are looked at."""
+    return jax.ShapeDtypeStruct((max(inputs.shape[0], 2), *inputs.shape[1:]), inputs.dtype)
+
+
 def read(network: Callable, params: PyTree, inputs: Any, *, exclude: Iterable[str] | str = ()) -> Reading:
     """Reads a network.
 

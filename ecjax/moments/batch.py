@@ -12,7 +12,7 @@ from ecjax import _trees, graph
 from ecjax._types import Inputs, Network, Params
 from ecjax.graph import Layer, Layers
 from ecjax.graph.values import Product
-from ecjax.metrics import scale_of
+from ecjax.metrics import row_of, scale_of
 from ecjax.moments.additive import InputMoments, LayerMoments, Moments, divide, merge_layer, nothing_of
 from ecjax.moments.gradients import of_samples
 from ecjax.moments.products import of_one_row, with_moments
@@ -120,14 +120,6 @@ def _over_rows(
 
     With kernels, ``T_nj = Σ_k (Σ_i g_nki W_ji)²`` instead: the sensitivity to the layer's inputs.
     """
-    count = math.prod(outputs.shape[1:])
-
-    def row(index):
-        of_one = jax.nn.one_hot(index, count, dtype=outputs.dtype).reshape(outputs.shape[1:])
-        return jnp.broadcast_to(of_one, outputs.shape)
-
-    def probe(index):
-        return jax.random.rademacher(jax.random.fold_in(key, index), outputs.shape, outputs.dtype)
 
     def slopes(cotangents):
         gradients, found = backward(cotangents)
@@ -136,7 +128,7 @@ def _over_rows(
         return {path: gradients[path] @ kernel.T for path, kernel in kernels.items()}, found
 
     def coefficients(index):
-        chosen = row(index) if probes is None else probe(index)
+        chosen = row_of(outputs, index, probes, key)
         return chosen if scale is None else chosen * scale
 
     def add(total, index):
@@ -144,7 +136,7 @@ def _over_rows(
         squares = jax.tree.map(lambda s, g: s + g**2, total[0], gradients)
         return (squares, {path: merge_layer(total[1][path], moments) for path, moments in found.items()}), None
 
-    passes = count if probes is None else probes
+    passes = math.prod(outputs.shape[1:]) if probes is None else probes
     shapes = jax.eval_shape(slopes, outputs)
     if passes == 1 and shapes[1]:  # nothing to add up
         gradients, found = slopes(metric.factor(outputs, coefficients(0)).astype(outputs.dtype))

@@ -15,9 +15,10 @@ from ecjax._types import Inputs, Kernels, Network, Params, Patterns, Sparsities
 from ecjax.graph import Group, Layers
 from ecjax.graph.costs import COSTS
 from ecjax.graph.gone import entries_of, gone
-from ecjax.graph.groups import by_atom, couple
+from ecjax.graph.groups import atoms_by_name, couple
 from ecjax.graph.layers import chosen
 from ecjax.graph.readers import of_channels, readers
+from ecjax.graph.reading import shape_of_two
 from ecjax.prune import patterns, units
 from ecjax.prune.masks import Pruned
 from ecjax.score import NeuronScores
@@ -106,11 +107,8 @@ def _removed(network, params, inputs, importance, fraction: Sparsities, how: How
 
 def _cost(network: Network, params: Params, inputs: Inputs, names, by: str) -> units.Cost:
     """What the network costs, by how many units some groups have left."""
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-    coupled = couple(network, shapes, jax.ShapeDtypeStruct((max(len(inputs), 2), *inputs.shape[1:]), inputs.dtype))
-    found = by_atom(coupled)
-    free = [atom for atom, group in found.items() if group.free]
-    atoms = dict(zip(graph.Groups(found.values()).named, free, strict=True))
+    coupled = couple(network, _trees.shapes(params), shape_of_two(inputs))
+    atoms = atoms_by_name(coupled)
     return lambda left: COSTS[by](coupled, {atoms[name]: count for name, count in zip(names, left, strict=True)})
 
 

@@ -17,14 +17,15 @@ from jaxtyping import Float, PRNGKeyArray
 
 from ecjax import _batches, _precision, _trees, graph
 from ecjax._types import Inputs, Network, Params
-from ecjax.graph import Group, Groups, Layers
+from ecjax.graph import Group, Layers
 from ecjax.graph.gates import Tap, gated, means, zero_shift
-from ecjax.graph.groups import by_atom, couple
+from ecjax.graph.groups import atoms_by_name, couple
 from ecjax.graph.ignored import ignored_in
 from ecjax.graph.readers import Reader, of_channels, readers
+from ecjax.graph.reading import shape_of_two
 from ecjax.graph.reads import Reads, reads
 from ecjax.graph.taps import tap_dtype
-from ecjax.metrics import Metric, scale_of
+from ecjax.metrics import Metric, row_of, scale_of
 
 _LOOKED_AT = 256  # samples, for the means that inputs are counted from
 _ROWS = 2  # of the metric, at least, for each value that a constant can take the place of
@@ -96,11 +97,9 @@ def see(asked: Asked, params: Params, inputs: Inputs | jax.ShapeDtypeStruct) -> 
     """
     reading = graph.read(asked.network, params, inputs, exclude=asked.exclude)
     coupled = couple(asked.network, params, inputs)
-    found = by_atom(coupled)
-    free = zip(Groups(found.values()).named, [atom for atom, group in found.items() if group.free], strict=True)
-    names, atoms = dict(asked.groups), dict(free)
-    atoms = {name: atoms[name] for name in names}
-    of_groups = {name: readers(reading.layers, group) for name, group in names.items()}
+    named = atoms_by_name(coupled)
+    atoms = {name: named[name] for name, _ in asked.groups}
+    of_groups = {name: readers(reading.layers, group) for name, group in asked.groups}
     return Seen(reading, reads(coupled, atoms.values()), atoms, of_groups)
 
 
@@ -113,8 +112,7 @@ def require_seen(asked: Asked, params: Params, inputs: Inputs, outputs: jax.Shap
         inputs: calibration inputs.
         outputs: of the network for these.
     """
-    shape = jax.ShapeDtypeStruct((max(len(inputs), 2), *inputs.shape[1:]), inputs.dtype)
-    seen = see(asked, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params), shape)
+    seen = see(asked, _trees.shapes(params), shape_of_two(inputs))
     rows = outputs.shape[0] * (math.prod(outputs.shape[1:]) if asked.probes is None else asked.probes)
     require_in_sight(asked, seen)
     for name in seen.atoms:
@@ -172,7 +170,7 @@ def importance_and_constants(
     def add(total, index):
         return jax.tree.map(jnp.add, total, of_batch(index)), None
 
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(of_batch, jnp.int32(0)))
+    nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_batch, jnp.int32(0)))
     count = _batches.count(inputs.shape[0], asked.batch_size, asked.blocks)
     sums, _ = lax.scan(add, nothing, jnp.arange(count))
     importance, constants = {}, {}
@@ -235,7 +233,7 @@ def _of_batch(asked, metric, params, inputs, weights, counted, references, ignor
         return jax.tree.map(jnp.add, total, found), None
 
     shapes = jax.eval_shape(lambda: _together(*taken, two, inputs[:2], weights[:2], key))
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    nothing = jax.tree.map(jnp.zeros_like, shapes)
     return lax.scan(add, nothing, (inputs, weights, jnp.arange(len(inputs))))[0]
 
 
@@ -261,10 +259,7 @@ def _together(asked, metric, params, references, ignored, dtype, seen: Seen, inp
     scale, count = scale_of(weights, outputs), math.prod(outputs.shape[1:])
 
     def add(total, index):
-        if asked.probes is None:
-            chosen = jax.nn.one_hot(index, count, dtype=outputs.dtype).reshape(outputs.shape[1:])
-        else:
-            chosen = jax.random.rademacher(jax.random.fold_in(key, index), outputs.shape, outputs.dtype)
+        chosen = row_of(outputs, index, asked.probes, key)
         of_gates, of_shifts = pull(metric.factor(outputs, chosen * scale).astype(outputs.dtype))
         moves = {path: _of_inputs(of_shifts[path], layer, leaves, ignored) for path, layer in seen.layers.items()}
         return jax.tree.map(jnp.add, total, {name: row(name, of_gates, moves) for name in names}), None
@@ -278,7 +273,7 @@ def _together(asked, metric, params, references, ignored, dtype, seen: Seen, inp
 
     rows = jnp.arange(count if asked.probes is None else asked.probes)
     shapes = jax.eval_shape(lambda: {name: row(name, gates, _zero_moves(seen, samples, dtype)) for name in names})
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    nothing = jax.tree.map(jnp.zeros_like, shapes)
     return lax.scan(add, nothing, rows)[0]
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend import core
@@ -13,14 +12,14 @@ from ecjax import _precision, _trees, graph
 from ecjax._types import Inputs, Network, Params
 from ecjax.graph import Layer, Layers, Reading
 from ecjax.graph.evaluate import evaluate, run
+from ecjax.graph.reading import shape_of_two
 from ecjax.graph.roles import CALLS
 from ecjax.graph.taps import tap_dtype
 
 
 def require_dense(network: Network, layers: Layers, params: Params, inputs: Inputs) -> None:
     """Raises a ValueError for a kernel whose rows of inputs are not those of one dense product."""
-    shape = jax.ShapeDtypeStruct((max(inputs.shape[0], 2), *inputs.shape[1:]), inputs.dtype)
-    reading = graph.read(network, params, shape)
+    reading = graph.read(network, params, shape_of_two(inputs))
     for layer in layers:
         what = _not_dense(layer, reading)
         if what:
