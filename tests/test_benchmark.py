@@ -123,6 +123,12 @@ def test_slow_ways_run_on_as_many_samples_as_they_bear():
     assert (definition.name, definition.samples) == (benchmark.DEFINITION, 1e10 // 31_000**2)
 
 
+def test_one_output_is_timed_where_its_softmax_says_nothing():
+    given = benchmark.problem((*WIDTHS[:-1], 1), 8)
+    for method in benchmark.scoring((*WIDTHS[:-1], 1), ()):
+        assert benchmark.measured(method, GRADIENT, given, rounds=1, seconds=0.0)["seconds"] > 0
+
+
 def test_what_ran_on_a_part_is_scaled_up(monkeypatch):
     seen = []
     monkeypatch.setattr(benchmark, "by_turns", lambda call, reference, **_: (call() or 0.5, 2.0, 7))
