@@ -13,6 +13,7 @@ The loop is short enough to be written by hand, with a schedule, a stop or measu
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,13 +22,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int, PRNGKeyArray
 
-from ecjax import _batches, _checks, _door, _precision, _trees, metrics, score
+from ecjax import _batches, _checks, _door, _precision, _progress, _trees, metrics, score
 from ecjax._types import Inputs, Kernels, Metric, Network, Params, Patterns, Sparsities, Targets, Weights
 from ecjax.graph.layers import as_patterns
 from ecjax.moments.stream import has_many_rows
 from ecjax.prune import patterns
 from ecjax.prune.further import fewer_units, further
-from ecjax.prune.masks import Pruned, require_scope
+from ecjax.prune.masks import Pruned, of_weights, require_scope
 from ecjax.prune.neurons import as_how
 from ecjax.prune.removal import require_reachable
 from ecjax.repair import Biases, Repair, Survivors, gauss_newton, repairs
@@ -56,7 +57,7 @@ class State:
         steps: of the repair so far.
         objective: what the repair has left of the mean distance to the targets; infinite without one.
         key: random key of the next stage, for criteria that draw; or None.
-        exclude: patterns of paths of leaves that keep every bit; static, like what follows.
+        exclude: patterns of paths of leaves that are not pruned; static, like what follows.
         many_rows: whether the outputs have so many positions that criteria take a random probe of them.
 
     Example:
@@ -84,8 +85,9 @@ class Stage(NamedTuple):
     Attributes:
         number: of the stage, from 1.
         stages: how many there are.
-        sparsity: reached so far; of each pattern, where it is given so.
+        sparsity: reached so far; of each pattern of paths, where it is given so.
         objective: what the repair has left of the mean distance to the targets; infinite without one.
+        seconds: since the run began.
 
     Example:
         >>> tell = lambda stage: print(f"{stage.number} of {stage.stages}: {stage.sparsity:.3f}")
@@ -98,13 +100,14 @@ class Stage(NamedTuple):
     stages: int
     sparsity: Sparsities
     objective: Array
+    seconds: float
 
 
 def staged(
     network: Network,
     params: Params,
     inputs: Inputs,
-    sparsity: Sparsities,
+    sparsity: Sparsities | None = None,
     *,
     stages: int = 10,
     criterion: Criterion | str | None = None,
@@ -115,7 +118,7 @@ def staged(
     scope: str | tuple[int, int] = "network",
     exclude: Patterns = (),
     key: PRNGKeyArray | None = None,
-    progress: Callable[[Stage], None] | None = None,
+    progress: bool | Callable[[Stage], None] | None = None,
 ) -> Pruned:
     """Removes weights in stages, scores afresh before each and repairs after each.
 
@@ -125,7 +128,7 @@ def staged(
 
     Args:
         sparsity: r, the fraction of weights to remove in the end, in [0, 1]; or that of each pattern of paths, as in
-            ``one_shot``. Each follows the schedule.
+            ``one_shot``. Each follows the schedule. Left out for N:M.
         stages: how many.
         criterion: ``(network, params, inputs) -> Scores``, by name (``score.CRITERIA``) or as a function;
             elimination-compensation if None. One that takes ``metric``, ``exclude`` or ``key`` gets those of the run,
@@ -133,15 +136,18 @@ def staged(
         repair: "survivors" moves all parameters left, "biases" all biases together, None only adds the criterion's own
             shifts; or a value, as ``repair.Survivors(iterations=10)``, or a function ``(network, params, masks, inputs,
             targets) -> params``, which gets ``metric`` and ``exclude`` if it takes them. Whatever it gives, removed
-            weights stay zero and excluded leaves as they were.
+            weights stay zero.
         metric: of the outputs (``metrics``), for the criterion and the repair; Fisher at a temperature of the repair's
             own, 4 for survivors and 1 for biases, unless the repair is given a metric.
         targets: what the repair aims at: the outputs of the dense network if None, or see ``repair.Survivors``.
-        scope: where weights compete, as in ``one_shot``; a pattern (N, M) has no stages.
-        exclude: patterns of paths of leaves that keep every bit, in pruning and in repair, and do not count.
+        scope: where weights compete, as in ``one_shot``. A pattern (N, M) grows over the stages: the groups of M inputs
+            that lose least of their importance get it first, and r is 1.
+        exclude: patterns of paths of leaves that are not pruned and do not count. A repair moves them like all that
+            is left, unless ``repair.Survivors(frozen=...)`` names them.
         key: random key, split over the stages, for criteria that draw; where outputs with positions have more than
             256 rows a sample, for one probe.
-        progress: called after each stage.
+        progress: True for a bar on stderr or in a notebook, with sparsity, objective and the time left (with rich,
+            ``pip install 'ecjax[progress]'``; else a line for each stage); or a function called after each stage.
 
     Raises:
         ValueError: bad input, as ``one_shot``, the criterion and the repair say; what nothing would read.
@@ -154,9 +160,7 @@ def staged(
         >>> prune.sparsity(prune.staged(network, params, inputs, sparsity=0.75, stages=4, **how).masks)
         0.75
     """
-    require_scope(scope)
-    if isinstance(scope, tuple):
-        raise ValueError(f"scope {scope} is of one sparsity, without stages: one_shot, then repair.Survivors()")
+    require_scope(scope, sparsity)
     criterion = criteria.giving(Scores, criteria.named(criterion, score.CRITERIA))
     given, of_run = (network, params, inputs, sparsity, stages), (repair, metric, targets, weights)
     return _in_stages(criterion, *given, *of_run, {"scope": scope}, exclude, key, progress)
@@ -179,7 +183,7 @@ def staged_neurons(
     multiple_of: int = 1,
     exclude: Patterns = (),
     key: PRNGKeyArray | None = None,
-    progress: Callable[[Stage], None] | None = None,
+    progress: bool | Callable[[Stage], None] | None = None,
 ) -> Pruned:
     """Removes whole units in stages, as ``staged`` removes weights: neurons, channels, attention heads.
 
@@ -195,9 +199,9 @@ def staged_neurons(
         scope: where units compete, as in ``neurons``, like by and multiple_of.
         by: what the fraction is of.
         multiple_of: what the number of units left in a group is a multiple of.
-        exclude: patterns of paths of leaves that keep every bit, in pruning and in repair.
+        exclude: patterns of paths of leaves that are not pruned; a repair moves them unless they are frozen.
         key: random key.
-        progress: called after each stage.
+        progress: as for ``staged``.
 
     Raises:
         ValueError: bad input, as ``neurons``, the criterion and the repair say.
@@ -229,22 +233,24 @@ def _in_stages(
     how,
     exclude,
     key,
-    tell,
+    progress,
 ) -> Pruned:
-    patterns.require_sparsities(sparsity)
     _checks.require_positive(stages, "stages")
     stages = int(stages)
-    if tell is not None and not callable(tell):
-        raise ValueError(f"progress is {tell!r}; it must be a function of a stage (prune.Stage), called after each")
+    _progress.require(progress)
     options = {"metric": metric, "weights": weights, "exclude": exclude, "key": key}
     require_read(network, params, inputs, criterion=criterion, repair=repair, **options)
     options["targets"] = targets
     state = start(network, params, inputs, repair=repair, **options)
-    for number in range(1, stages + 1):
-        reached = patterns.times(sparsity, 1 - (1 - number / stages) ** 3)
-        state = step(network, state, inputs, reached, criterion=criterion, repair=repair, **how)
-        if tell is not None:
-            tell(Stage(number, stages, reached, state.objective))
+    began = time.monotonic()
+    with _progress.told(progress, "stage", stages, ("sparsity", "objective")) as tell:
+        for number in range(1, stages + 1):
+            reached = patterns.times(sparsity, 1 - (1 - number / stages) ** 3)
+            state = step(network, state, inputs, reached, criterion=criterion, repair=repair, **how)
+            if progress:
+                jax.block_until_ready(state.objective)
+                removed = of_weights(reached, how["scope"])
+                tell(Stage(number, stages, removed, state.objective, time.monotonic() - began))
     return finish(state)
 
 
@@ -300,7 +306,7 @@ def step(
     *,
     criterion: Criterion | str | None = None,
     repair: Repair | str | None = "survivors",
-    scope: str = "network",
+    scope: str | tuple[int, int] = "network",
     by: str = "units",
     multiple_of: int = 1,
 ) -> State:
@@ -309,8 +315,8 @@ def step(
     Args:
         state: of ``start``, or of the stage before.
         inputs: calibration inputs; others than before, if the state's targets are replaced by theirs.
-        sparsity: to be reached, of all weights or of those of each pattern; of units with a criterion for neurons.
-            Never lower than before.
+        sparsity: to be reached, of all weights or of those of each pattern; of units with a criterion for neurons; for
+            (N, M), the fraction of groups that have the pattern. Never lower than before.
         criterion: gives Scores, or NeuronScores.
         repair: of this stage.
         scope: where weights or units compete.
@@ -352,7 +358,7 @@ def step(
     moved = criteria.given(repair, **of_run)(network, params, masks, inputs, state.targets)
     inner, arrays, _ = _trees.split(network, params)
     groups = _door.units(inner, arrays, inputs, exclude=state.exclude)
-    return dataclasses.replace(state, params=repairs.held(params, masks, moved, state.exclude, groups))
+    return dataclasses.replace(state, params=repairs.held(params, masks, moved, groups))
 
 
 def finish(state: State) -> Pruned:

@@ -187,7 +187,7 @@ def test_values_that_are_refused(evaluate, message):
         ({"halvings": 0}, "halvings is 0"),
         ({"scope": (2, 4)}, r"scope \(2, 4\) is of one sparsity"),
         ({"scope": "all"}, "scope is 'all'"),
-        ({"progress": True}, "progress is True; it must be a function"),
+        ({"progress": 3}, "progress is 3; it must be True, for a bar, or a function"),
         ({"exclude": "head/*"}, "the pattern 'head/\\*' matches no leaf"),
         ({"criterion": "size"}, "criterion is 'size'"),
         ({"criterion": "magnitude", "repair": None, "metric": "fisher"}, "read by neither this criterion nor this"),

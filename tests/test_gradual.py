@@ -137,13 +137,28 @@ def _of_equinox(module, inputs):
     return jax.vmap(module)(inputs)
 
 
+def test_a_sparsity_for_each_pattern_and_n_of_m():
+    network, params, inputs, labels = blobs()
+    seen = []
+    given = network, params, inputs, labels, cross_entropy
+    each = train.gradually(*given, {"Dense_0/*": 0.75}, stages=3, progress=seen.append, **HOW)
+    assert each.masks["Dense_1"]["kernel"] is None
+    assert prune.sparsity(each.masks) == 0.75
+    assert [stage.sparsity["Dense_0/*"] for stage in seen][-1] == 0.75
+    assert seen[-1].objective < seen[0].objective
+    assert ((each.params["Dense_0"]["kernel"] != 0) == each.masks["Dense_0"]["kernel"]).all()
+    pattern = train.gradually(*given, scope=(2, 4), stages=3, **HOW)
+    assert (pattern.masks["Dense_1"]["kernel"].reshape(-1, 4, 3).sum(1) == 2).all()
+
+
 BAD = {
     "sparsity": ({"sparsity": 50}, r"sparsity is 50; it must be in \[0, 1\]"),
     "begin": ({"begin": 0.8}, "begin is 0.8 and end is 0.75; they are fractions of the training steps"),
     "end": ({"end": 1.5}, "begin is 0.0 and end is 1.5"),
     "stages": ({"stages": 0}, "stages is 0; it must be a whole number of at least 1"),
     "epochs": ({"epochs": 1.5}, "epochs is 1.5"),
-    "scope": ({"scope": (2, 4)}, r"scope \(2, 4\) is of one sparsity, without stages: prune.one_shot, then train.fit"),
+    "scope": ({"scope": (2, 4)}, r"scope \(2, 4\) says itself how many weights stay; leave the sparsity out"),
+    "progress": ({"progress": 1.5}, "progress is 1.5; it must be True"),
     "criterion": ({"criterion": "size"}, "criterion is 'size'; it must be one of"),
     "scores": ({"criterion": score.neuron_norm}, "the criterion gave NeuronScores; score.Scores is needed here"),
     "targets": ({"targets": jnp.zeros(7, int)}, r"targets of shape \(7,\) do not match the 300 samples"),

@@ -226,8 +226,8 @@ def test_seeds_side_by_side():
         ({}, {"metric": metrics.Fisher(-1)}, "temperature is -1; it must be above 0"),
         ({}, {"iterations": 0}, "iterations is 0; it must be a whole number of at least 1"),
         ({}, {"products": 0}, "products is 0"),
-        ({}, {"only": "head/*"}, "'head/\\*' matches no leaf of the params"),
-        ({}, {"only": "Dense_9"}, "'Dense_9' matches no leaf of the params"),
+        ({}, {"frozen": "head/*"}, "'head/\\*' matches no leaf of the params"),
+        ({}, {"frozen": "Dense_9"}, "'Dense_9' matches no leaf of the params"),
         ({"inputs": jnp.zeros((23, 5)).at[0, 0].set(jnp.nan)}, {}, "hold NaN or infinity"),
     ],
 )
@@ -250,9 +250,9 @@ def test_other_errors():
         repair.Biases()(lambda params, x: x @ params["kernel"], without, kept, example.inputs, targets)
 
 
-def test_only_what_is_named_moves():
+def test_what_is_frozen_does_not_move():
     example, targets, masks = pruned_example()
-    moved = repair.Survivors(only=("Dense_2/*", "Dense_0/bias"))(*example[:2], masks, example.inputs, targets)
+    moved = repair.Survivors(frozen=("Dense_1/*", "Dense_0/kernel"))(*example[:2], masks, example.inputs, targets)
     before = networks.by_path(prune.apply_masks(example.params, masks))
     changed = {path for path, leaf in networks.by_path(moved).items() if (leaf != before[path]).any()}
     assert changed == {"Dense_0/bias", "Dense_2/bias", "Dense_2/kernel"}
@@ -278,3 +278,16 @@ def test_a_network_that_cannot_be_differentiated_forwards_is_refused_by_name():
     network = lambda p, x: sign(x @ p["w"]) @ p["v"]  # noqa: E731
     with pytest.raises(ValueError, match=r"holds a function with jax.custom_vjp.* or prune with repair=None"):
         prune.staged(network, params, inputs, 0.5, stages=1, repair=repair.Survivors(iterations=1, products=2))
+
+
+def test_a_leaf_in_a_loop_of_unknown_length_has_to_be_frozen():
+    def network(params, x):
+        _, w = jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, 0.9 * c[1]), (0, params["w"]))
+        return jnp.tanh(x @ params["v"]) @ w
+
+    params, inputs = {"v": jnp.ones((4, 3)), "w": jnp.eye(3, 2)}, jnp.cos(jnp.arange(24.0)).reshape(6, 4)
+    given, options = (network, params, inputs, 0.5), {"stages": 1, "exclude": "w"}
+    with pytest.raises(ValueError, match=r"a loop of unknown length .* name its leaves in repair.Survivors\(frozen="):
+        prune.staged(*given, **options)
+    pruned = prune.staged(*given, **options, repair=repair.Survivors(frozen="w", iterations=1, products=2))
+    np.testing.assert_array_equal(pruned.params["w"], params["w"])

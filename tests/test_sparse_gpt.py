@@ -302,3 +302,19 @@ def test_bad_input(name):
     x = jnp.ones((6, 12))
     with pytest.raises(ValueError, match=message):
         surgeon.sparse_gpt(product, problem()[1], x, **options)
+
+
+def test_each_pattern_has_its_sparsity_and_others_stay_as_they_are():
+    network, params, inputs = examples.mlp()
+    seen = []
+    each = {"Dense_0/*": 0.75, "Dense_2/kernel": 0.5}
+    pruned = surgeon.sparse_gpt(network, params, inputs, each, progress=seen.append)
+    assert pruned.masks["Dense_1"]["kernel"] is None
+    np.testing.assert_array_equal(pruned.params["Dense_1"]["kernel"], params["Dense_1"]["kernel"])
+    assert [kernel.path for kernel in seen] == ["Dense_0/kernel", "Dense_2/kernel"]
+    alone = surgeon.sparse_gpt(network, params, inputs, 0.75, exclude=("Dense_1/*", "Dense_2/*"))
+    np.testing.assert_array_equal(pruned.params["Dense_0"]["kernel"], alone.params["Dense_0"]["kernel"])
+    last = pruned.masks["Dense_2"]["kernel"]
+    assert (~last).sum() == round(0.5 * last.size)
+    with pytest.raises(ValueError, match="the pattern 'head' of the sparsity gets no kernel"):
+        surgeon.sparse_gpt(network, params, inputs, {"head": 0.5})

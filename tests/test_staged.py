@@ -147,7 +147,7 @@ def test_labels_instead_of_outputs(trained):
         ({"criterion": score.neuron_norm}, "the criterion gave NeuronScores; score.Scores is needed"),
         ({"criterion": "random"}, "this criterion draws at random: give key="),
         ({"key": jax.random.key(0)}, "key is for criteria that draw"),
-        ({"progress": 3}, "progress is 3; it must be a function of a stage"),
+        ({"progress": 3}, "progress is 3; it must be True, for a bar, or a function"),
         ({"repair": None, "targets": LABELS[:50]}, "targets are what a repair aims at, and there is none"),
         (
             {"repair": None, "criterion": "magnitude", "metric": "fisher"},
@@ -156,6 +156,8 @@ def test_labels_instead_of_outputs(trained):
         ({"stages": 0}, "stages is 0; it must be a whole number of at least 1"),
         ({"metric": "hinge"}, "metric is 'hinge'"),
         ({"scope": "filter"}, "scope is 'filter'"),
+        ({"scope": (2, 4)}, r"scope \(2, 4\) says itself how many weights stay; leave the sparsity out"),
+        ({"sparsity": None}, "scope 'network' needs a sparsity"),
         ({"inputs": np.zeros((0, 64), np.float32)}, "hold no samples"),
         ({"repair": repair.Survivors(iterations=-1)}, "iterations is -1"),
         ({"repair": lambda *_: {}}, "the repair must give params like those it got"),
@@ -205,7 +207,50 @@ def test_a_state_knows_its_metric_and_what_is_excluded(trained):
     pruned = prune.staged(NETWORK, trained, INPUTS, 0.5, stages=1, **how)
     state = staged.step(NETWORK, staged.start(NETWORK, trained, INPUTS, **how), INPUTS, 0.5, repair=how["repair"])
     jax.tree.map(np.testing.assert_array_equal, staged.finish(state), pruned)
-    np.testing.assert_array_equal(state.params["Dense_1"]["bias"], trained["Dense_1"]["bias"])
+    assert state.masks["Dense_0"]["kernel"] is None
+
+
+def test_what_is_excluded_moves_in_a_repair_unless_it_is_frozen(trained):
+    options = {"stages": 1, "metric": "fisher", "exclude": "Dense_1/*"}
+    how = {"iterations": 1, "products": 3}
+    moved, still = (
+        prune.staged(NETWORK, trained, INPUTS, 0.5, repair=repair.Survivors(**how, frozen=frozen), **options)
+        for frozen in ((), "Dense_1/*")
+    )
+    for leaf in ("kernel", "bias"):
+        assert (moved.params["Dense_1"][leaf] != trained["Dense_1"][leaf]).any()
+        np.testing.assert_array_equal(still.params["Dense_1"][leaf], trained["Dense_1"][leaf])
+    assert moved.masks["Dense_1"]["kernel"] is None
+    assert (still.params["Dense_0"]["kernel"] != moved.params["Dense_0"]["kernel"]).any()
+
+
+@pytest.mark.parametrize(("stay", "group"), [(2, 4), (1, 3)])
+def test_a_pattern_grows_over_the_stages(trained, stay, group):
+    how = {"repair": repair.Biases(iterations=1, products=3), "metric": "fisher"}
+    state, before = staged.start(NETWORK, trained, INPUTS, **how), None
+    for fraction in (0.3, 0.7, 1.0):
+        state = staged.step(NETWORK, state, INPUTS, fraction, repair=how["repair"], scope=(stay, group))
+        masks = networks.by_path(state.masks)
+        done, groups = 0, 0
+        for mask in masks.values():
+            filled = np.pad(mask, ((0, -len(mask) % group), (0, 0))).reshape(-1, group, mask.shape[1]).sum(1)
+            short = len(mask) % group  # of the last group
+            whole = filled[:-1] if short else filled
+            assert set(np.unique(whole)) <= {stay, group}
+            done += (whole == stay).sum() + (short > 0) * (filled[-1] == min(stay, short)).sum()
+            groups += filled.size
+        assert done == round(fraction * groups)
+        if before is not None:
+            assert all((mask <= before[path]).all() for path, mask in masks.items())
+        before = masks
+
+
+def test_a_pattern_without_a_repair_is_that_of_one_shot(trained):
+    seen, how = [], {"criterion": "magnitude", "repair": None, "stages": 4}
+    pruned = prune.staged(NETWORK, trained, INPUTS, scope=(2, 4), progress=seen.append, **how)
+    at_once = prune.one_shot(trained, score.magnitude(NETWORK, trained, INPUTS), scope=(2, 4))
+    jax.tree.map(np.testing.assert_array_equal, pruned, at_once)
+    np.testing.assert_allclose([stage.sparsity for stage in seen], [0.5 * (1 - (1 - t / 4) ** 3) for t in (1, 2, 3, 4)])
 
 
 @pytest.mark.parametrize("lower", [{"sparsity": 0.3}, {"sparsity": 0.6, "scope": "layer", "criterion": "magnitude"}])
@@ -306,7 +351,7 @@ def test_the_run_gives_its_metric_to_a_criterion_that_takes_one(trained):
     jax.tree.map(np.testing.assert_array_equal, by_name, with_its_own)
 
 
-def test_a_repair_of_ones_own_leaves_removed_and_excluded_weights(trained):
+def test_a_repair_of_ones_own_leaves_removed_weights(trained):
     def plus_one(_network, params, _masks, _inputs, targets):
         assert targets.shape == (1000, 10)
         return jax.tree.map(lambda leaf: leaf + 1, params)
@@ -314,4 +359,5 @@ def test_a_repair_of_ones_own_leaves_removed_and_excluded_weights(trained):
     options = {"stages": 2, "metric": "fisher", "exclude": "Dense_1/kernel", "repair": plus_one}
     pruned = prune.staged(NETWORK, trained, INPUTS, 0.5, **options)
     assert ((pruned.params["Dense_0"]["kernel"] != 0) == pruned.masks["Dense_0"]["kernel"]).all()
-    np.testing.assert_array_equal(pruned.params["Dense_1"]["kernel"], trained["Dense_1"]["kernel"])
+    moved = trained["Dense_1"]["kernel"] + 1 + 1  # it is only excluded from pruning
+    np.testing.assert_array_equal(pruned.params["Dense_1"]["kernel"], moved)

@@ -239,12 +239,68 @@ def test_nothing_grows_with_the_square_of_the_weights():
     w, kept = jax.ShapeDtypeStruct((weights,), jnp.float64), jax.ShapeDtypeStruct((weights,), bool)
     rows = jax.ShapeDtypeStruct((samples, weights), jnp.float64)
     number = jax.ShapeDtypeStruct((), jnp.float64)
-    whole = jax.ShapeDtypeStruct((), jnp.int64)
+    whole, together = jax.ShapeDtypeStruct((), jnp.int64), jax.ShapeDtypeStruct((weights,), jnp.int64)
     lowered = {
         "saliency": fisher._saliency.lower(w, rows, number),
         "update": fisher._update.lower(w, kept, rows, number),
         "independent updates": fisher._independent_updates.lower(w, kept, rows, number),
-        "search": selection._search.lower(w, rows, kept, whole, number, number, whole, whole, window=10),
+        "search": selection._search.lower(
+            w, rows, kept, together, whole, number, number, whole, whole, window=10, patterns=1
+        ),
     }
     for name, call in lowered.items():
         assert call.compile().memory_analysis().temp_size_in_bytes < 10 * samples * weights * 8, name
+
+
+def test_weights_of_one_pattern_compete_with_each_other():
+    problem = Problem(widths=(6, 5, 3), features=7)
+    each = {"Dense_0/*": 0.5, "Dense_[12]/*": 0.8}
+    for start in selection.STARTS:
+        options = {"start": start, "key": jax.random.key(1), "damping": DAMPING, "draws": 5}
+        masks = surgeon.combinatorial_selection(problem.params, problem.gradients, each, **options)
+        first = surgeon.combinatorial_selection(problem.params, problem.gradients, each, passes=0, **options)
+        of_others = np.concatenate([np.ravel(masks[name]["kernel"]) for name in ("Dense_1", "Dense_2")])
+        assert (~masks["Dense_0"]["kernel"]).sum() == 21
+        assert (~of_others).sum() == round(0.8 * of_others.size)
+        assert problem.cost(problem.removed(masks)) <= problem.cost(problem.removed(first))
+
+
+def test_no_swap_within_a_pattern_is_left_that_pays():
+    problem = Problem(widths=(5, 3), features=5)
+    each = {"Dense_0/*": 0.4, "Dense_1/*": 0.6}
+    options = {"start": "magnitude", "damping": DAMPING, "window": 100, "patience": 1000, "threshold": 1e-12}
+    masks = surgeon.combinatorial_selection(problem.params, problem.gradients, each, **options)
+    removed = problem.removed(masks)
+    pattern = np.repeat([0, 1], [25, 15])
+    least = problem.cost(removed)
+    for out, into in itertools.product(np.flatnonzero(removed), np.flatnonzero(~removed)):
+        swapped = removed.copy()
+        swapped[[out, into]] = False, True
+        assert pattern[out] != pattern[into] or problem.cost(swapped) > least - 1e-11
+
+
+def test_one_pattern_for_all_is_one_number():
+    problem = Problem(widths=(6, 3), features=7)
+    options = {"start": "rmp", "key": jax.random.key(2), "damping": DAMPING}
+    one, both = (
+        surgeon.combinatorial_selection(problem.params, problem.gradients, some, **options)
+        for some in (0.6, {"*": 0.6})
+    )
+    jax.tree.map(np.testing.assert_array_equal, one, both)
+
+
+def test_a_kernel_of_no_pattern_stays_as_it_is():
+    problem = Problem(widths=(6, 3), features=7)
+    options = {"start": "magnitude", "damping": DAMPING}
+    masks = surgeon.combinatorial_selection(problem.params, problem.gradients, {"Dense_0/*": 0.5}, **options)
+    assert masks["Dense_1"]["kernel"] is None
+    for update in (surgeon.combinatorial_update, surgeon.brain_surgeon_update):
+        moved = update(problem.params, masks, problem.gradients, damping=DAMPING)
+        np.testing.assert_array_equal(moved["Dense_1"]["kernel"], problem.params["Dense_1"]["kernel"])
+        assert ((moved["Dense_0"]["kernel"] != 0) == masks["Dense_0"]["kernel"]).all()
+    with pytest.raises(ValueError, match="the pattern 'head' of the sparsity gets no kernel"):
+        surgeon.combinatorial_selection(problem.params, problem.gradients, {"head": 0.5}, **options)
+    whole = surgeon.combinatorial_selection(problem.params, problem.gradients, 0.5, **options)
+    asked = {"Dense_0/*": 10 / 42, "Dense_1/*": 4 / 18}
+    with pytest.raises(ValueError, match="the masks to start from remove 21, 9 weights, the sparsity asks for 10, 4"):
+        surgeon.combinatorial_selection(problem.params, problem.gradients, asked, start=whole, damping=DAMPING)

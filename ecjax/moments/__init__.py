@@ -14,9 +14,10 @@ with respect to a weight is formed for any sample.
 """
 
 from ecjax.moments.additive import InputMoments, LayerMoments, Moments, merge, start
-from ecjax.moments.stream import of_batches, of_inputs, update
+from ecjax.moments.stream import Batch, of_batches, of_inputs, update
 
 __all__ = [
+    "Batch",
     "InputMoments",
     "LayerMoments",
     "Moments",

@@ -1,7 +1,8 @@
 """The moments of many samples, batch after batch: of one array, or of batches that come one after another."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sized
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Num, PRNGKeyArray
 
-from ecjax import _batches, _checks, _door, _precision
+from ecjax import _batches, _checks, _door, _precision, _progress
 from ecjax._types import Inputs, Metric, Network, Params, Patterns, Weights
 from ecjax.graph.ignored import ignored_in
 from ecjax.graph.layers import as_patterns
@@ -109,6 +110,24 @@ def update(
     return _scan(at.network, int(batch_size), placement, seen, at.params, at.inputs, at.weights, samples, key)
 
 
+class Batch(NamedTuple):
+    """What a progress callback is told after each batch.
+
+    Attributes:
+        number: of the batch, from 1.
+        samples: seen so far.
+
+    Example:
+        >>> tell = lambda batch: print(f"{batch.number}: {batch.samples} samples")
+        >>> seen = moments.of_batches(network, params, np.split(inputs, 2), progress=tell)
+        1: 100 samples
+        2: 200 samples
+    """
+
+    number: int
+    samples: int
+
+
 def of_batches(
     network: Network,
     params: Params,
@@ -120,6 +139,7 @@ def of_batches(
     batch_size: int = 1024,
     exclude: Patterns = (),
     of_weights: bool = True,
+    progress: bool | Callable[[Batch], None] | None = None,
 ) -> Moments:
     """The moments of all samples of an iterator, a generator or a list of batches; of one batch in memory at a time.
 
@@ -128,6 +148,7 @@ def of_batches(
         probes: None, or how many random combinations of the K rows of the metric.
         key: random key, needed with ``probes``.
         of_weights: for each weight, or for each input of a layer.
+        progress: True for a bar, as for ``prune.staged``; or a function called after each batch.
 
     Raises:
         ValueError: as ``update``, or not a single batch.
@@ -138,11 +159,18 @@ def of_batches(
         >>> bool(jnp.allclose(streamed.importance["Dense_0"]["kernel"], scores.importance["Dense_0"]["kernel"]))
         True
     """
-    seen = None
-    for batch in batches:
-        if seen is None:
-            seen = start(network, params, batch, metric=metric, probes=probes, exclude=exclude, of_weights=of_weights)
-        seen = update(seen, network, params, batch, key=key, batch_size=batch_size)
+    _progress.require(progress)
+    seen, samples, total = None, 0, len(batches) if isinstance(batches, Sized) else None
+    with _progress.told(progress, "batch", total, ("samples",)) as tell:
+        for number, batch in enumerate(batches, start=1):
+            if seen is None:
+                options = {"metric": metric, "probes": probes, "exclude": exclude, "of_weights": of_weights}
+                seen = start(network, params, batch, **options)
+            seen = update(seen, network, params, batch, key=key, batch_size=batch_size)
+            samples += len(batch)
+            if progress:
+                jax.block_until_ready(seen.samples)
+                tell(Batch(number, samples))
     if seen is None:
         raise ValueError("there is not a single batch; moments of no samples say nothing")
     return seen

@@ -14,7 +14,7 @@ params: any pytree: nested dicts, lists, tuples, dataclasses, a single array. Le
 inputs: calibration inputs, one array with samples along the first axis, of numbers or of tokens. A few thousand are
     usual; no labels.
 exclude: patterns of the paths of leaves, as in ``fnmatch``: "head/*", or several in a tuple. What they match is not
-    read, scored, pruned or moved, keeps every bit, and does not count.
+    read, scored or pruned, and does not count. Only a repair moves it, unless it is ``frozen`` there.
 metric: how a change of the outputs is measured, "euclidean" or "fisher", or a value (``ecjax.metrics``).
 weights: how much each sample counts, of shape (samples,), or each position of its outputs, of shape (samples,
     positions): 0 for padding. All count the same if None.

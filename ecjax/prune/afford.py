@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from ecjax import _checks
+from ecjax import _checks, _progress
 from ecjax._types import Inputs, Kernels, Metric, Network, Params, Patterns, Sparsities, Targets, Weights
 from ecjax.graph import tables
 from ecjax.prune import patterns
@@ -113,7 +113,7 @@ def afford(
     scope: str = "network",
     exclude: Patterns = (),
     key: PRNGKeyArray | None = None,
-    progress: Callable[[Tried], None] | None = None,
+    progress: bool | Callable[[Tried], None] | None = None,
 ) -> Afforded:
     """The sparsest network of a staged run that ``evaluate`` finds no more than ``most_lost`` below the dense one.
 
@@ -137,7 +137,7 @@ def afford(
         targets: of the repair.
         scope: where weights compete: "network", "layer" or "neuron".
         key: random key, for criteria that draw.
-        progress: called with each network tried, the dense one first.
+        progress: True for a bar, as for ``staged``; or a function called with each network tried, the dense one first.
 
     Raises:
         ValueError: bad input, as ``staged`` says; an ``evaluate`` that gives NaN or no number; ``most_lost`` below 0.
@@ -162,8 +162,7 @@ def afford(
     dense = Tried(0.0, _value(evaluate, params, "the dense network"), math.inf, True)
     if not math.isfinite(dense.value):
         raise ValueError(f"evaluate gave {dense.value} for the dense network; nothing is a little below that")
-    least, tell = dense.value - most_lost, progress or (lambda tried: None)
-    tell(dense)
+    least = dense.value - most_lost
 
     def go_on(before: _Point, share: float) -> _Point:
         reached = patterns.times(sparsest, share)
@@ -174,9 +173,11 @@ def afford(
         tell(tried)
         return _Point(share, state, tried)
 
-    first = _Point(0.0, state, dense)
-    best, above, of_stages = _in_stages(go_on, first, int(stages))
-    best, between = (best, []) if above is None else _halved(go_on, best, above, int(halvings))
+    first, most = _Point(0.0, state, dense), 1 + int(stages) + int(halvings)
+    with _progress.told(progress, "network", most, ("sparsity", "value", "affordable")) as tell:
+        tell(dense)
+        best, above, of_stages = _in_stages(go_on, first, int(stages))
+        best, between = (best, []) if above is None else _halved(go_on, best, above, int(halvings))
     masks = best.state.masks
     if best is first:  # of the kernels that the sparsest has a number for, and no others
         masks = jax.tree.map(jnp.ones_like, of_stages[0].state.masks)
@@ -208,21 +209,19 @@ def _halved(
 
 def _require(evaluate: Any, most_lost: Any, sparsest: Any, scope: Any, progress: Any) -> None:
     """Raises a ValueError for what is no evaluation, loss, sparsity or scope; errors are those of ``afford``."""
-    for function, name in ((evaluate, "evaluate"), (progress, "progress")):
-        if not callable(function) and not (function is None and name == "progress"):
-            raise ValueError(
-                f"{name} is {function!r}; it must be a function: evaluate of params, which gives a number, higher is "
-                "better; progress of a prune.Tried"
-            )
+    if not callable(evaluate):
+        raise ValueError(
+            f"evaluate is {evaluate!r}; it must be a function of params, which gives a number, higher is better"
+        )
+    _progress.require(progress)
     if isinstance(most_lost, bool) or not isinstance(most_lost, float | int | np.number) or not 0 <= most_lost < np.inf:
         raise ValueError(
             f"most_lost is {most_lost!r}; it must be a number of at least 0, in the units of evaluate: how much lower "
             "than for the dense network it may be"
         )
-    patterns.require_sparsities(sparsest)
-    require_scope(scope)
     if isinstance(scope, tuple):
-        raise ValueError(f"scope {scope} is of one sparsity, and afford looks for one: use one_shot")
+        raise ValueError(f"scope {scope} is of one sparsity, and afford looks for one: use staged")
+    require_scope(scope, sparsest)
 
 
 def _value(evaluate: Callable[[Params], Any], params: Params, of: str) -> float:

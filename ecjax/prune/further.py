@@ -8,7 +8,7 @@ from ecjax import _checks, _trees
 from ecjax._types import Inputs, Kernels, Network, Params, Patterns, Sparsities
 from ecjax.graph.layers import chosen
 from ecjax.prune import patterns
-from ecjax.prune.masks import Pruned, one_shot
+from ecjax.prune.masks import Pruned, least_important
 from ecjax.prune.removal import How, remove
 from ecjax.score import NeuronScores, Scores
 
@@ -17,12 +17,14 @@ def further(
     params: Params,
     scores: Scores,
     masks: Kernels,
-    sparsity: Sparsities,
+    sparsity: Sparsities | None,
     *,
-    scope: str = "network",
+    scope: str | tuple[int, int] = "network",
     exclude: Patterns = (),
 ) -> Pruned:
     """Removes the weights of least importance, up to a sparsity, and before them all that the masks have removed.
+
+    Of an N:M pattern the sparsity is the fraction of groups that have it.
 
     Raises:
         ValueError: as ``one_shot``.
@@ -42,7 +44,7 @@ def further(
     }
     importance = _trees.replace(scores.importance, ranked)
     scores = dataclasses.replace(scores, importance=importance)
-    return _none_back(one_shot(params, scores, sparsity, scope=scope, exclude=exclude), masks)
+    return _none_back(least_important(params, scores, sparsity, scope=scope, exclude=exclude), masks)
 
 
 def fewer_units(

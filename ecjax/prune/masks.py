@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,15 +90,28 @@ def one_shot(
         Traceback (most recent call last):
         ValueError: sparsity is 75; it must be in [0, 1], the fraction of weights to remove
     """
-    require_scope(scope)
+    require_scope(scope, sparsity)
+    return least_important(params, scores, sparsity, scope=scope, exclude=exclude)
+
+
+def least_important(
+    params: Params,
+    scores: Scores,
+    sparsity: Sparsities | None,
+    *,
+    scope: str | tuple[int, int],
+    exclude: Patterns,
+) -> Pruned:
+    """What ``one_shot`` does, and a part of an N:M pattern.
+
+    Args:
+        scores: of a criterion.
+        sparsity: the fraction of weights to remove; for (N, M), of the groups that get the pattern, those that lose
+            least of their importance first, and all of them for None.
+        scope: where weights, or for (N, M) groups of them, compete.
+        exclude: patterns of paths of leaves that keep every bit.
+    """
     _checks.require_scores(scores, Scores, "scores are")
-    if isinstance(scope, tuple):
-        if sparsity is not None:
-            raise ValueError(f"scope {scope} says itself how many weights stay; leave the sparsity out")
-    elif sparsity is None:
-        raise ValueError(f"scope {scope!r} needs a sparsity, the fraction of weights to remove")
-    else:
-        patterns.require_sparsities(sparsity)
     _checks.require_kernels(params, scores.importance, "importances")
     excluded = chosen(exclude, list(_trees.by_path(params)))
     importance = _left(_trees.by_path(scores.importance), excluded)
@@ -147,13 +160,24 @@ def _require_finite_removed(importance: dict[str, Array], masks: dict[str, Array
             )
 
 
-def require_scope(scope: str | tuple[int, int]) -> None:
-    """Raises a ValueError unless ``scope`` is one."""
+def require_scope(scope: Any, sparsity: Any) -> None:
+    """Raises a ValueError unless ``scope`` is one, with a sparsity that can be used, or for (N, M) without one."""
     if isinstance(scope, tuple):
         if [type(number) for number in scope] != [int, int] or not 0 < scope[0] < scope[1]:
             raise ValueError(f"scope is {scope}; a pattern (N, M) keeps N of M inputs, with 0 < N < M")
+        if sparsity is not None:
+            raise ValueError(f"scope {scope} says itself how many weights stay; leave the sparsity out")
     elif scope not in SCOPES:
         raise ValueError(f"scope is {scope!r}; it must be one of {', '.join(map(repr, SCOPES))}, or a pair (N, M)")
+    elif sparsity is None:
+        raise ValueError(f"scope {scope!r} needs a sparsity, the fraction of weights to remove")
+    else:
+        patterns.require_sparsities(sparsity)
+
+
+def of_weights(sparsity: Sparsities, scope: str | tuple[int, int]) -> Sparsities:
+    """The fraction of weights removed; for (N, M), the fraction of groups that have the pattern says it."""
+    return sparsity * (1 - scope[0] / scope[1]) if isinstance(scope, tuple) else sparsity
 
 
 def apply_masks(params: Params, masks: Kernels) -> Params:
@@ -200,9 +224,8 @@ def _masks(
     if scope == "network" or (scope == "layer" and not stacks):
         return keep_in_each(importance, sparsity, together=scope == "network")
     if isinstance(scope, tuple):
-        choose = functools.partial(_keep_in_groups, stay=scope[0], group=scope[1])
-    else:
-        choose = functools.partial(_keep_in_matrix if scope == "layer" else _keep_in_columns, sparsity=sparsity)
+        return _keep_of_every(importance, layers, sparsity, *scope)
+    choose = functools.partial(_keep_in_matrix if scope == "layer" else _keep_in_columns, sparsity=sparsity)
     found = {}
     for path, leaf in importance.items():
         if path not in layers or layers[path].layout is None:  # of one that nothing is known of, all compete
@@ -236,13 +259,37 @@ def _keep_in_columns(importance: Float[Array, "in out"], *, sparsity: Sparsity) 
     return jax.vmap(lambda column: keep([column], sparsity)[0])(importance.T).T  # a neuron's inputs side by side
 
 
-def _keep_in_groups(importance: Float[Array, "in out"], *, stay: int, group: int) -> Bool[Array, "in out"]:
-    """True for the ``stay`` largest of every ``group`` consecutive inputs; what fills up the last group goes first."""
-    inputs = importance.shape[0]
-    filled = jnp.pad(importance, ((0, -inputs % group), (0, 0)), constant_values=-jnp.inf)
-    ranks = filled.reshape(-1, group, filled.shape[-1]).argsort(1, stable=True).argsort(1)
-    kept = (ranks >= group - stay).reshape(filled.shape)
-    return kept[:inputs]
+def _keep_of_every(
+    importance: dict[str, Array], layers: dict[str, Layer], sparsity: Sparsity | None, stay: int, group: int
+) -> dict[str, Array]:
+    """True for the ``stay`` largest of every ``group`` consecutive inputs of a neuron, in a fraction of the groups."""
+    matrices = {path: graph.as_matrices(leaf, layers[path].layout) for path, leaf in importance.items()}
+    found = {path: jax.vmap(lambda own: _largest(own, stay, group))(own) for path, own in matrices.items()}
+    if sparsity is not None:
+        lost = [jax.vmap(lambda own: _lost(own, stay, group))(own) for own in matrices.values()]
+        for (path, matrix), waits in zip(matrices.items(), keep(lost, sparsity), strict=True):
+            found[path] |= jnp.repeat(waits, group, axis=1)[:, : matrix.shape[1]]
+    found = {path: graph.as_leaf(kept, layers[path].layout) for path, kept in found.items()}
+    _require_finite_removed(importance, found)
+    return found
+
+
+def _grouped(importance: Float[Array, "in out"], group: int) -> Float[Array, "groups group out"]:
+    """Every ``group`` consecutive inputs; what fills up the last group is less than all else."""
+    filled = jnp.pad(importance, ((0, -importance.shape[0] % group), (0, 0)), constant_values=-jnp.inf)
+    return filled.reshape(-1, group, importance.shape[-1])
+
+
+def _largest(importance: Float[Array, "in out"], stay: int, group: int) -> Bool[Array, "in out"]:
+    ranks = _grouped(importance, group).argsort(1, stable=True).argsort(1)
+    return (ranks >= group - stay).reshape(-1, importance.shape[-1])[: importance.shape[0]]
+
+
+def _lost(importance: Float[Array, "in out"], stay: int, group: int) -> Float[Array, "groups out"]:
+    """What groups lose by the pattern; minus infinity where all that is to go is gone, of importance minus infinity."""
+    least = jnp.sort(_grouped(importance, group), axis=1)[:, : group - stay]
+    gone = least == -jnp.inf
+    return jnp.where(gone.all(1), -jnp.inf, jnp.where(gone, 0, least).sum(1))
 
 
 def keep(importance: Sequence[Float[Array, "..."]], sparsity: Sparsity) -> list[Bool[Array, "..."]]:

@@ -22,8 +22,10 @@ def require_sparsities(sparsity: Any) -> None:
         _checks.require_sparsity(number)
 
 
-def times(sparsity: Sparsities, factor: float) -> Sparsities:
-    """The sparsity, or that of each pattern, times a number."""
+def times(sparsity: Sparsities | None, factor: float) -> Sparsities:
+    """The sparsity, or that of each pattern, times a number; the number itself for none, of N:M."""
+    if sparsity is None:
+        return factor
     if isinstance(sparsity, Mapping):
         kind = collections.OrderedDict if isinstance(sparsity, collections.OrderedDict) else dict
         return kind((pattern, number * factor) for pattern, number in sparsity.items())

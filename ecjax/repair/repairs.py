@@ -32,7 +32,7 @@ class _Steps:
     batch_size: int = 1024
     damping: float | int = 0.01
     metric: Metric | None = None
-    only: Patterns = "*"
+    frozen: Patterns = ()
 
     def __call__(
         self,
@@ -70,10 +70,11 @@ class Survivors(_Steps):
         damping: λ at the start, as a multiple of the mean diagonal of JᵀMJ; adapted after every step.
         metric: of the outputs; None for that of the run, Euclidean without one. Where the run's is Fisher, at
             temperature 4: survivors can keep more than a first choice.
-        only: patterns of the paths of leaves that may move, as in ``fnmatch``; in a run, ``exclude`` holds as well.
+        frozen: patterns of the paths of leaves that may not move, as in ``fnmatch``. A kernel that is only excluded
+            from pruning moves like the others.
 
     Example:
-        >>> last_layer = repair.Survivors(only="Dense_1/*", metric="fisher")
+        >>> last_layer = repair.Survivors(frozen="Dense_0/*", metric="fisher")
         >>> moved = last_layer(network, pruned.params, pruned.masks, inputs, labels)
         >>> before, after = (loss(network(p, inputs), labels).mean() for p in (pruned.params, moved))
         >>> bool(after < before), bool((moved["Dense_0"]["kernel"] == pruned.params["Dense_0"]["kernel"]).all())
@@ -100,6 +101,14 @@ class Biases(_Steps):
     own_temperature: ClassVar[float] = 1.0
 
 
+# By a part of what JAX says: what that means here.
+_NOT_DIFFERENTIABLE = {
+    "custom_vjp": "repairs differentiate the network forwards, and it holds a function with jax.custom_vjp, which "
+    "can't be; write that one with jax.custom_jvp, or prune with repair=None",
+    "Reverse-mode differentiation does not work": "repairs differentiate the network backwards, and what may move "
+    "goes through a loop of unknown length (lax.while_loop), which can't be; name its leaves in "
+    "repair.Survivors(frozen=...), or prune with repair=None",
+}
 REPAIRS = {"biases": Biases(), "survivors": Survivors()}
 
 
@@ -144,7 +153,6 @@ def movable(
     layers: Layers,
     params: Params,
     masks: Kernels,
-    exclude: Patterns = (),
     groups: Mapping[str, Group] = types.MappingProxyType({}),
 ) -> Free:
     """What a repair may move: by its path each leaf, and which of its entries.
@@ -155,7 +163,6 @@ def movable(
         repair: biases, or every leaf of floating-point numbers but for what the masks removed.
         layers: of the network (``networks.layers``).
         masks: Kernels of booleans, True where the weight stays.
-        exclude: patterns of paths of leaves that must not move.
         groups: whose units can go, by name.
 
     Raises:
@@ -163,19 +170,19 @@ def movable(
     """
     _checks.require_masks(params, masks)
     leaves, kept = _trees.by_path(params), _trees.by_path(masks)
-    excluded, only = chosen(exclude, list(leaves)), chosen(repair.only, list(leaves))
+    frozen = chosen(repair.frozen, list(leaves))
     biases, removed = {layer.bias for layer in layers}, of_removed_units(groups, leaves, kept)
     free = {
         path: kept.get(path, ~removed[path] if path in removed else jnp.ones(leaf.shape, bool))
         for path, leaf in leaves.items()
-        if path in only - excluded and jnp.issubdtype(leaf.dtype, jnp.floating)
+        if path not in frozen and jnp.issubdtype(leaf.dtype, jnp.floating)
         if path in biases or isinstance(repair, Survivors)
     }
     if not free:
         what = "bias of a kernel" if isinstance(repair, Biases) else "parameter"
         raise ValueError(
-            f"the network has no {what} that could move with only={repair.only!r}; give its layers biases of zeros, or "
-            "let more of it move"
+            f"the network has no {what} that could move with frozen={repair.frozen!r}; give its layers biases of "
+            "zeros, or let more of it move"
         )
     return free
 
@@ -201,7 +208,7 @@ def go_on(
         targets: what the outputs should be.
         metric: of the run.
         weights: of samples or of their positions.
-        exclude: patterns of paths of leaves that do not move.
+        exclude: patterns of paths of leaves that keep every bit in pruning: their units are none that could go.
 
     Raises:
         ValueError: whatever of these can't be used, or an objective that overflows.
@@ -211,25 +218,23 @@ def go_on(
     at = _door.enter(network, state.params, jnp.asarray(inputs), **given, need="any")
     expected = as_outputs(at.targets, at.outputs.shape, metric)
     groups = _door.units(at.network, at.params, at.inputs, exclude=exclude)
-    free = movable(repair, at.layers, at.params, masks, exclude, groups)
+    free = movable(repair, at.layers, at.params, masks, groups)
     sizes = repair.products, repair.batch_size, repair.curvature_samples
     problem = Problem(in_loops(at.network), _batches.blocks(at.inputs), *map(int, sizes))
     given = metric, state._replace(params=at.params), free, at.inputs, expected, at.weights
     try:
         found = gauss_newton.take_steps(problem, *given, steps=int(repair.iterations))
-    except TypeError as error:
-        if "custom_vjp" not in str(error):
+    except (TypeError, ValueError) as error:
+        why = next((words for cause, words in _NOT_DIFFERENTIABLE.items() if cause in str(error)), None)
+        if why is None:
             raise
-        raise ValueError(
-            "repairs differentiate the network forwards, and it holds a function with jax.custom_vjp, which can't be; "
-            "write that one with jax.custom_jvp, or prune with repair=None"
-        ) from error
+        raise ValueError(why) from error
     _checks.require_finite(found.objective, "the objective of the repair")
     return found._replace(params=_trees.whole(found.params, at.static))
 
 
-def held(params: Params, masks: Kernels, moved: Params, exclude: Patterns, groups: Mapping[str, Group]) -> Params:
-    """What a repair of one's own gives, with removed weights and units at zero and excluded leaves as they were."""
+def held(params: Params, masks: Kernels, moved: Params, groups: Mapping[str, Group]) -> Params:
+    """What a repair of one's own gives, with removed weights and units at zero."""
     before, after = _trees.by_path(params), _trees.by_path(moved)
     kinds, found = (
         {path: (getattr(leaf, "shape", None), str(getattr(leaf, "dtype", ""))) for path, leaf in leaves.items()}
@@ -238,10 +243,9 @@ def held(params: Params, masks: Kernels, moved: Params, exclude: Patterns, group
     if jax.tree.structure(params) != jax.tree.structure(moved) or kinds != found:
         raise ValueError(f"the repair must give params like those it got, {kinds}; it gave {found}")
     _checks.require_finite(_trees.arrays(moved), "params of the repair")
-    excluded = chosen(exclude, list(before))
     zeros = of_removed_units(groups, _trees.by_path(_trees.arrays(params)), _trees.by_path(masks))
     back = {path: jnp.where(zero, 0, after[path]) for path, zero in zeros.items()}
-    return _trees.masked(_trees.replace(moved, back | {path: before[path] for path in excluded}), masks)
+    return _trees.masked(_trees.replace(moved, back), masks)
 
 
 def _alone(repair, network, params, masks, inputs, targets, weights) -> Params:

@@ -12,9 +12,10 @@ from ecjax.surgeon.fisher import (
     removal_cost,
 )
 from ecjax.surgeon.selection import combinatorial_selection
-from ecjax.surgeon.sparse_gpt import sparse_gpt
+from ecjax.surgeon.sparse_gpt import Kernel, sparse_gpt
 
 __all__ = [
+    "Kernel",
     "brain_surgeon_saliency",
     "brain_surgeon_saliency_from_gradients",
     "brain_surgeon_update",

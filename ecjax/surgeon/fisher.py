@@ -142,7 +142,7 @@ def combinatorial_update(params: Params, masks: Kernels, gradients: Kernels, *, 
 
     Args:
         params: trained parameters, not yet pruned.
-        masks: Kernels of booleans, True where the weight stays.
+        masks: Kernels of booleans, True where the weight stays. A kernel without a mask stays as it is.
         gradients: of ``loss_gradients``.
         damping: λ, above 0.
 
@@ -184,7 +184,7 @@ def brain_surgeon_update(params: Params, masks: Kernels, gradients: Kernels, *, 
 def _moved(params, masks, gradients, damping, update) -> Params:
     """Checks, and runs an update of flat weights in double precision."""
     require_gradients(params, gradients, damping)
-    require_masks(params, masks, gradients)
+    gradients = of_masked(params, masks, gradients)
     with jax.enable_x64(True):
         weights, rows = flatten_weights(params, gradients), flatten_gradients(gradients)
         moved = update(weights, flatten_masks(masks), rows, damping)
@@ -193,16 +193,15 @@ def _moved(params, masks, gradients, damping, update) -> Params:
     return _trees.replace(params, _trees.by_path(kernels))
 
 
-def require_masks(params: Params, masks: Kernels, gradients: Kernels) -> None:
-    """Raises a ValueError unless there is a mask for each kernel that has gradients, and no other."""
+def of_masked(params: Params, masks: Kernels, gradients: Kernels) -> Kernels:
+    """The gradients of the kernels that have masks; a ValueError if one of these has none."""
     _checks.require_masks(params, masks)
-    given, expected = set(_trees.by_path(masks)), set(_trees.by_path(gradients))
-    if given != expected:
-        path = min(given ^ expected)
-        lacking = "mask" if path in expected else "gradients"
-        raise ValueError(
-            f"masks and gradients are of different kernels: '{path}' has no {lacking}; give both the same exclude="
-        )
+    given, every = _trees.by_path(masks), _trees.by_path(gradients)
+    missing = [path for path in given if path not in every]
+    if missing or not given:
+        which = f"'{missing[0]}' has no gradients" if missing else "no kernel has a mask"
+        raise ValueError(f"masks and gradients are of different kernels: {which}; give both the same exclude=")
+    return _trees.as_kernels(params, {path: leaf for path, leaf in every.items() if path in given})
 
 
 def _require_solved(kernels: Kernels, name: str, damping: float | int) -> None:
@@ -233,7 +232,7 @@ def removal_cost(
         0.0
     """
     require_gradients(params, gradients, damping)
-    require_masks(params, masks, gradients)
+    gradients = of_masked(params, masks, gradients)
     removed = jnp.where(flatten_masks(masks), 0, flatten_weights(params, gradients))
     rows = flatten_gradients(gradients)
     cost = quadratic(removed, rows @ removed, damping)

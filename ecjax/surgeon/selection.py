@@ -2,23 +2,24 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
-from ecjax import _checks
-from ecjax._types import Kernels, Params
-from ecjax.prune import smallest
+from ecjax import _checks, _trees
+from ecjax._types import Kernels, Params, Sparsities
+from ecjax.prune import patterns, smallest
 from ecjax.surgeon.fisher import (
     flatten_gradients,
     flatten_masks,
     flatten_weights,
+    of_masked,
     quadratic,
     require_gradients,
-    require_masks,
     unflatten_weights,
 )
 
@@ -29,7 +30,7 @@ _DRAWS_AT_ONCE = 10
 def combinatorial_selection(
     params: Params,
     gradients: Kernels,
-    sparsity: float | int,
+    sparsity: Sparsities,
     *,
     start: str | Kernels = "rmp",
     key: PRNGKeyArray | None = None,
@@ -54,9 +55,11 @@ def combinatorial_selection(
     Args:
         params: trained parameters.
         gradients: of ``loss_gradients``.
-        sparsity: the fraction of weights to remove; exactly ``round(sparsity * weights)`` go.
-        start: "magnitude" for the smallest weights; "rmp" for the best of many draws of randomised magnitude pruning
-            (all weights shuffled into about √W chunks, the smallest of each chunk removed); or masks.
+        sparsity: the fraction of weights to remove; exactly ``round(sparsity * weights)`` go. Or one for each pattern
+            of paths, as in ``prune.one_shot``: weights are swapped with others of their pattern, and kernels that none
+            matches stay dense and get no mask.
+        start: of each pattern, "magnitude" for the smallest weights; "rmp" for the best of many draws of randomised
+            magnitude pruning (all weights shuffled into about √W chunks, the smallest of each chunk removed); or masks.
         key: for "rmp".
         damping: λ of the Fisher.
         draws: how many draws "rmp" makes.
@@ -77,20 +80,37 @@ def combinatorial_selection(
         >>> prune.sparsity(masks)
         0.5
     """
-    _checks.require_sparsity(sparsity)
+    patterns.require_sparsities(sparsity)
     require_gradients(params, gradients, damping)
     for value, name in ((draws, "draws"), (window, "window")):
         _checks.require_positive(value, name)
+    gradients, together, counts = _competing(params, gradients, sparsity)
     weights, rows = flatten_weights(params, gradients), flatten_gradients(gradients)
     _checks.require_finite(_most(weights, rows, damping), "the cost of removing all weights")
-    count = round(float(sparsity) * weights.size)
     if weights.size == 0:
         return unflatten_weights(params, gradients, jnp.ones(0, bool))
-    removed = _start(params, gradients, weights, rows, start, key, count=count, draws=draws, damping=damping)
-    removed = _search(
-        weights, rows, removed, count, damping, threshold, patience, passes, window=min(int(window), weights.size)
-    )
+    removed = _start(params, gradients, start, together, counts)
+    if removed is None:
+        removed = jnp.zeros(weights.size, bool)
+        for number, count in enumerate(counts):
+            own = slice(None) if len(counts) == 1 else np.flatnonzero(together == number)
+            found = _started(weights[own], rows[:, own], start, key, count=count, draws=draws, damping=damping)
+            removed = removed.at[own].set(found)
+    limits = sum(counts), damping, threshold, patience, passes
+    sizes = {"window": min(int(window), weights.size), "patterns": len(counts)}
+    removed = _search(weights, rows, removed, jnp.asarray(together), *limits, **sizes)
     return unflatten_weights(params, gradients, ~removed)
+
+
+def _competing(params: Params, gradients: Kernels, sparsity: Sparsities) -> tuple[Kernels, np.ndarray, list[int]]:
+    """The gradients of kernels that have a sparsity, which weights compete, as numbers, and how many of each go."""
+    leaves = _trees.by_path(gradients)
+    groups = patterns.groups(sparsity, leaves)
+    number_of = {path: number for number, (_, paths) in enumerate(groups) for path in paths}
+    sizes = {path: leaf[0].size for path, leaf in leaves.items() if path in number_of}
+    together = np.repeat([number_of[path] for path in sizes], list(sizes.values()))
+    counts = [round(sum(sizes[path] for path in paths) * float(own or 0)) for own, paths in groups]
+    return _trees.as_kernels(params, {path: leaves[path] for path in sizes}), together, counts
 
 
 @jax.jit
@@ -101,15 +121,25 @@ def _most(weights, rows, damping):
     return quadratic(largest, jnp.abs(rows) @ largest, damping) + jnp.sum(curvature)
 
 
-def _start(params, gradients, weights, rows, start, key, *, count, draws, damping) -> Bool[Array, " weights"]:
-    if not isinstance(start, str):
-        require_masks(params, start, gradients)
-        removed = ~flatten_masks(start)
-        if removed.sum() != count:
-            raise ValueError(f"the masks to start from remove {removed.sum()} weights, the sparsity asks for {count}")
-        return removed
-    if start not in STARTS:
-        raise ValueError(f"start is {start!r}; it must be masks or one of {', '.join(map(repr, STARTS))}")
+def _start(params, gradients, start: Any, together: np.ndarray, counts: list[int]) -> Bool[Array, " weights"] | None:
+    """What masks to start from remove; None if ``start`` is a name."""
+    if isinstance(start, str):
+        if start not in STARTS:
+            raise ValueError(f"start is {start!r}; it must be masks or one of {', '.join(map(repr, STARTS))}")
+        return None
+    given = of_masked(params, start, gradients)
+    missing = _trees.by_path(gradients).keys() - _trees.by_path(given).keys()
+    if missing:
+        raise ValueError(f"the masks to start from have none for '{min(missing)}', which is pruned")
+    removed = ~flatten_masks(start)
+    of_each = [int(removed[together == number].sum()) for number in range(len(counts))]
+    if of_each != counts:
+        asked, there = (", ".join(map(str, some)) for some in (counts, of_each))
+        raise ValueError(f"the masks to start from remove {there} weights, the sparsity asks for {asked}")
+    return removed
+
+
+def _started(weights, rows, start: str, key, *, count, draws, damping) -> Bool[Array, " weights"]:
     if start == "magnitude":
         return smallest(jnp.abs(weights), count)
     if key is None:
@@ -145,16 +175,18 @@ class _Pass(NamedTuple):
     removed: Bool[Array, " weights"]
     product: Float[Array, " samples"]  # G w_P
     position: Int[Array, ""]
-    swaps: Int[Array, ""]
+    swaps: Int[Array, " patterns"]
     misses: Int[Array, ""]
 
 
-@functools.partial(jax.jit, static_argnames=("window",))
-def _search(weights, rows, removed, count, damping, threshold, patience, passes, *, window):
-    """Local search: passes until one makes no swap."""
+@functools.partial(jax.jit, static_argnames=("window", "patterns"))
+def _search(weights, rows, removed, together, count, damping, threshold, patience, passes, *, window, patterns):
+    """Local search: passes until one makes no swap; of weights that compete, which ``together`` numbers alike."""
     columns = rows.T  # a weight's gradients side by side in memory
     samples = rows.shape[0]
     curvature = jnp.mean(rows**2, 0) + damping  # F_ii
+    sizes = jnp.bincount(together, length=patterns)
+    first = jnp.cumsum(sizes) - sizes  # where those of each pattern begin, sorted by it
 
     def one_pass(removed):
         product = rows @ jnp.where(removed, weights, 0)
@@ -162,25 +194,26 @@ def _search(weights, rows, removed, count, damping, threshold, patience, passes,
         alpha = weights * slope - curvature * weights**2 / 2
         beta = weights * slope + curvature * weights**2 / 2
         leaving = jnp.argsort(jnp.where(removed, -alpha, jnp.inf), stable=True)
-        entering = jnp.argsort(jnp.where(removed, jnp.inf, beta), stable=True)
+        entering = jnp.lexsort((jnp.where(removed, jnp.inf, beta), together))
 
         def more(state):
-            return (state.position < count) & (state.misses <= patience) & (state.swaps < weights.size - count)
+            return (state.position < count) & (state.misses <= patience) & (state.swaps.sum() < weights.size - count)
 
         def step(state):
             i = leaving[state.position]
-            j = lax.dynamic_slice_in_dim(entering, state.swaps, window)
+            own = together[i]
+            j = lax.dynamic_slice_in_dim(entering, first[own] + state.swaps[own], window)
             gradient, gradients = columns[i], columns[j]
             w_i, w_j = weights[i], weights[j]
             alpha = w_i * (gradient @ state.product / samples + damping * w_i) - curvature[i] * w_i**2 / 2
             beta = w_j * (gradients @ state.product / samples) + curvature[j] * w_j**2 / 2
             gamma = w_i * w_j * (gradients @ gradient / samples)
-            change = jnp.where(state.removed[j], jnp.inf, -alpha + beta - gamma)
+            change = jnp.where(state.removed[j] | (together[j] != own), jnp.inf, -alpha + beta - gamma)
             best = jnp.argmin(change)
             swapped = state._replace(
                 removed=state.removed.at[i].set(False).at[j[best]].set(True),
                 product=state.product - w_i * gradient + w_j[best] * gradients[best],
-                swaps=state.swaps + 1,
+                swaps=state.swaps.at[own].add(1),
                 misses=jnp.zeros_like(state.misses),
             )
             missed = state._replace(misses=state.misses + 1)
@@ -188,7 +221,7 @@ def _search(weights, rows, removed, count, damping, threshold, patience, passes,
             return state._replace(position=state.position + 1)
 
         zero = jnp.zeros((), int)
-        return lax.while_loop(more, step, _Pass(removed, product, zero, zero, zero))
+        return lax.while_loop(more, step, _Pass(removed, product, zero, jnp.zeros(patterns, int), zero))
 
     def not_finished(carry):
         _, swaps, done = carry
@@ -197,7 +230,7 @@ def _search(weights, rows, removed, count, damping, threshold, patience, passes,
     def next_pass(carry):
         removed, _, done = carry
         state = one_pass(removed)
-        return state.removed, state.swaps, done + 1
+        return state.removed, state.swaps.sum(), done + 1
 
     removed, _, _ = lax.while_loop(not_finished, next_pass, (removed, jnp.ones((), int), jnp.zeros((), int)))
     return removed

@@ -13,6 +13,7 @@ pruned in one-shot", arXiv:2301.00774, algorithm 1, and its authors' code.
 """
 
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -20,24 +21,46 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from ecjax import _checks, _door, _precision, _trees, graph
-from ecjax._types import Inputs, Network, Params, Patterns, Sparsity
+from ecjax import _checks, _door, _precision, _progress, _trees, graph
+from ecjax._types import Inputs, Network, Params, Patterns, Sparsities, Sparsity
+from ecjax.prune import patterns
 from ecjax.prune.masks import Pruned, require_scope
 from ecjax.prune.selection import smallest
 from ecjax.surgeon.dense import hessian, require_dense
+
+
+class Kernel(NamedTuple):
+    """What a progress callback is told after each kernel.
+
+    Attributes:
+        number: of the kernel, from 1.
+        kernels: how many there are.
+        path: of it.
+
+    Example:
+        >>> tell = lambda kernel: print(f"{kernel.number} of {kernel.kernels}: {kernel.path}")
+        >>> pruned = surgeon.sparse_gpt(network, params, inputs, sparsity=0.5, progress=tell)
+        1 of 2: Dense_0/kernel
+        2 of 2: Dense_1/kernel
+    """
+
+    number: int
+    kernels: int
+    path: str
 
 
 def sparse_gpt(
     network: Network,
     params: Params,
     inputs: Inputs,
-    sparsity: Sparsity | None = None,
+    sparsity: Sparsities | None = None,
     *,
     scope: str | tuple[int, int] = "layer",
     damping: float | int = 0.01,
     block: int = 128,
     batch_size: int = 1024,
     exclude: Patterns = (),
+    progress: bool | Callable[[Kernel], None] | None = None,
 ) -> Pruned:
     """Prunes every dense kernel and moves its survivors, so that its products change least.
 
@@ -48,12 +71,14 @@ def sparse_gpt(
 
     Args:
         sparsity: the fraction of weights to remove from each kernel, in [0, 1]: exactly ``round(sparsity * weights)``
-            go, of a stack from each member. May be traced. Left out for N:M.
+            go, of a stack from each member. May be traced. Or one for each pattern of paths, as in
+            ``prune.one_shot``: kernels that none matches stay as they are and get no mask. Left out for N:M.
         scope: where weights compete: "layer", the block of the kernel; or a pair (N, M): of every M consecutive inputs
             of a neuron N stay.
         damping: λ, added to the diagonal of H, as a multiple of its mean.
         block: how many inputs make a block; for (N, M) a multiple of M at least as large. Smaller blocks decide later,
             with more of the moves seen, but the fraction removed is the same in each.
+        progress: True for a bar, as for ``prune.staged``; or a function called after each kernel.
 
     Raises:
         ValueError: bad inputs, a sparsity outside [0, 1], an unknown scope, a kernel that is no dense one (convolved,
@@ -69,35 +94,35 @@ def sparse_gpt(
     """
     _require_scope(scope, sparsity)
     _checks.require_above_zero(damping, "damping")
+    _progress.require(progress)
     at = _door.enter(network, params, inputs, exclude=exclude, batch_size=batch_size, block=block)
     require_dense(at.network, at.layers, at.params, at.inputs)
     pruned, masks = at.params, {}
-    for layer in at.layers:
-        kernel = _trees.by_path(pruned)[layer.kernel]
-        if not layer.weights:
+    of_each = patterns.groups(sparsity, [layer.kernel for layer in at.layers])
+    sparsities = {path: number for number, paths in of_each for path in paths}
+    layers = [layer for layer in at.layers if layer.kernel in sparsities]
+    with _progress.told(progress, "kernel", len(layers), ("path",)) as tell:
+        for number, layer in enumerate(layers, start=1):
+            kernel = _trees.by_path(pruned)[layer.kernel]
             masks[layer.kernel] = jnp.ones(layer.shape, bool)
-            continue
-        of_inputs = hessian(at.network, layer, int(batch_size), pruned, at.inputs)
-        matrices = graph.as_matrices(kernel, layer.layout).astype(of_inputs.dtype)
-        steps = _steps(scope, int(block), layer.layout.sizes[1])
-        moved, kept = _of_stack(matrices, of_inputs, damping, _removed(sparsity, steps, matrices.shape[1:]), steps)
-        _require_solved(layer.kernel, moved, damping)
-        masks[layer.kernel] = graph.as_leaf(kept, layer.layout)
-        pruned = _trees.replace(pruned, {layer.kernel: graph.as_leaf(moved, layer.layout).astype(kernel.dtype)})
+            if layer.weights:
+                of_inputs = hessian(at.network, layer, int(batch_size), pruned, at.inputs)
+                matrices = graph.as_matrices(kernel, layer.layout).astype(of_inputs.dtype)
+                steps = _steps(scope, int(block), layer.layout.sizes[1])
+                removed = _removed(sparsities[layer.kernel], steps, matrices.shape[1:])
+                moved, kept = _of_stack(matrices, of_inputs, damping, removed, steps)
+                _require_solved(layer.kernel, moved, damping)
+                masks[layer.kernel] = graph.as_leaf(kept, layer.layout)
+                moved = graph.as_leaf(moved, layer.layout).astype(kernel.dtype)
+                pruned = _trees.replace(pruned, {layer.kernel: moved})
+            tell(Kernel(number, len(layers), layer.kernel))
     return Pruned(_trees.whole(pruned, at.static), _trees.as_kernels(params, masks))
 
 
-def _require_scope(scope: str | tuple[int, int], sparsity: Sparsity | None) -> None:
-    if isinstance(scope, tuple):
-        require_scope(scope)
-        if sparsity is not None:
-            raise ValueError(f"scope {scope} says itself how many weights stay; leave the sparsity out")
-    elif scope != "layer":
+def _require_scope(scope: str | tuple[int, int], sparsity: Sparsities | None) -> None:
+    if not isinstance(scope, tuple) and scope != "layer":
         raise ValueError(f"scope is {scope!r}; SparseGPT chooses within each kernel: 'layer', or a pair (N, M)")
-    elif sparsity is None:
-        raise ValueError("scope 'layer' needs a sparsity, the fraction of weights to remove")
-    else:
-        _checks.require_sparsity(sparsity)
+    require_scope(scope, sparsity)
 
 
 class _Steps(NamedTuple):

@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -11,13 +13,15 @@ import optax
 from jax import Array, lax
 from jaxtyping import Float, Int, Num, PRNGKeyArray
 
-from ecjax import _checks, _door, _trees, score
-from ecjax._types import Inputs, Kernels, Loss, Network, Params, Patterns, Sparsity, Targets
+from ecjax import _checks, _door, _progress, _trees, score
+from ecjax._types import Inputs, Kernels, Loss, Network, Params, Patterns, Sparsities, Targets
 from ecjax.graph.layers import chosen
+from ecjax.prune import patterns
 from ecjax.prune.further import further
-from ecjax.prune.masks import require_scope
+from ecjax.prune.masks import of_weights, require_scope
 from ecjax.score import Scores, criteria
 from ecjax.score.criteria import Criterion
+from ecjax.staged import Stage
 from ecjax.train.training import State, one_step, shuffled, start
 
 
@@ -46,7 +50,7 @@ def gradually(
     inputs: Inputs,
     targets: Targets,
     loss: Loss,
-    sparsity: Sparsity,
+    sparsity: Sparsities | None = None,
     *,
     optimizer: optax.GradientTransformation,
     key: PRNGKeyArray,
@@ -57,8 +61,9 @@ def gradually(
     end: float | int = 0.75,
     criterion: Criterion | str = "magnitude",
     calibration: Num[Array | np.ndarray, "_few *_features"] | None = None,
-    scope: str = "network",
+    scope: str | tuple[int, int] = "network",
     exclude: Patterns = (),
+    progress: bool | Callable[[Stage], None] | None = None,
 ) -> Gradual:
     """Trains a network with labels, and removes weights in stages while it does.
 
@@ -72,7 +77,8 @@ def gradually(
         params: where to start: of a trained network, or fresh ones with a ``begin`` above 0.
         targets: one for each sample, as ``fit`` takes them.
         loss: ``(outputs, targets) -> losses``, as optax's; its mean over a batch is minimised.
-        sparsity: r, the fraction of weights to remove in the end, in [0, 1].
+        sparsity: r, the fraction of weights to remove in the end, in [0, 1], or that of each pattern of paths, as in
+            ``prune.one_shot``. Left out for N:M.
         optimizer: any optax transformation; compiled once for each object, so make it once. Its learning rate decides
             how much is recovered between two stages: one that has decayed to 0 at the end recovers nothing there.
         key: shuffles the samples anew each epoch, and is what a criterion that draws draws with.
@@ -85,9 +91,11 @@ def gradually(
         criterion: ``(network, params, inputs) -> Scores``, by name (``score.CRITERIA``) or as a function; options of
             its own with ``functools.partial``.
         calibration: the inputs that the criterion sees at each stage; all inputs if None.
-        scope: where weights compete, as in ``prune.one_shot``; a pattern (N, M) has no stages.
+        scope: where weights compete, as in ``prune.staged``.
         exclude: patterns of paths of leaves that keep every bit. What is to be trained and not pruned is excluded from
             the criterion alone: ``functools.partial(score.magnitude, exclude="head/*")``.
+        progress: True for a bar, as for ``prune.staged``; or a function called after each stage. The objective is the
+            training loss, the mean over the steps since the stage before; the bar shows no more than the stages.
 
     Raises:
         ValueError: bad input, as ``fit``, ``prune.one_shot`` and the criterion say; fractions of the steps that are not
@@ -100,6 +108,7 @@ def gradually(
     """
     seen = inputs if calibration is None else calibration
     criterion = _checked(inputs, targets, key, sparsity, begin, end, criterion, scope)
+    _progress.require(progress)
     for count, name in ((epochs, "epochs"), (batch_size, "batch_size"), (stages, "stages")):
         _checks.require_positive(count, name)
     of_arrays, arrays, static = _trees.split(network, params)
@@ -112,14 +121,21 @@ def gradually(
     run = _first(start(arrays, optimizer, key), inputs.shape[0], int(batch_size), int(epochs))
     steps = run.losses.size * run.order.shape[0]
     stops = [round(steps * (begin + (end - begin) * number / int(stages))) for number in range(int(stages) + 1)]
-    for number, (before, stop) in enumerate(itertools.pairwise([0, *stops[1:]]), start=1):
-        run = _train(of_arrays, run, inputs, targets, masks, before, stop, **options)
-        params = _trees.whole(run.state.params, static)
-        draw = None if of_criterion is None else jax.random.fold_in(of_criterion, number)
-        scores = criteria.given(criterion, exclude=exclude, key=draw)(network, params, seen)
-        reached = sparsity * (1 - (1 - number / stages) ** 3)
-        params, masks = further(params, scores, masks, reached, scope=scope, exclude=exclude)
-        run = run._replace(state=run.state._replace(params=_trees.split(network, params)[1]))
+    began = time.monotonic()
+    with _progress.told(progress, "stage", int(stages), ("sparsity", "objective")) as tell:
+        for number, (before, stop) in enumerate(itertools.pairwise([0, *stops[1:]]), start=1):
+            earlier = run.losses.sum()
+            run = _train(of_arrays, run, inputs, targets, masks, before, stop, **options)
+            params = _trees.whole(run.state.params, static)
+            draw = None if of_criterion is None else jax.random.fold_in(of_criterion, number)
+            scores = criteria.given(criterion, exclude=exclude, key=draw)(network, params, seen)
+            reached = patterns.times(sparsity, 1 - (1 - number / stages) ** 3)
+            params, masks = further(params, scores, masks, reached, scope=scope, exclude=exclude)
+            run = run._replace(state=run.state._replace(params=_trees.split(network, params)[1]))
+            if progress:
+                mean = (run.losses.sum() - earlier) * run.order.shape[0] / max(stop - before, 1)
+                removed = of_weights(reached, scope)
+                tell(Stage(number, int(stages), removed, jax.block_until_ready(mean), time.monotonic() - began))
     run = _train(of_arrays, run, inputs, targets, masks, stops[-1], steps, **options)
     _checks.require_finite(run.state.params, "params of the training")
     return Gradual(_trees.whole(run.state.params, static), masks, run.losses)
@@ -130,14 +146,11 @@ def _checked(inputs, targets, key, sparsity, begin, end, criterion, scope) -> Cr
     _checks.require_inputs(inputs)
     _checks.require_targets(inputs, targets)
     _checks.require_key(key)
-    _checks.require_sparsity(sparsity)
     if not 0 <= begin < end <= 1:
         raise ValueError(
             f"begin is {begin} and end is {end}; they are fractions of the training steps, with 0 <= begin < end <= 1"
         )
-    require_scope(scope)
-    if isinstance(scope, tuple):
-        raise ValueError(f"scope {scope} is of one sparsity, without stages: prune.one_shot, then train.fit with masks")
+    require_scope(scope, sparsity)
     return criteria.giving(Scores, criteria.named(criterion, score.CRITERIA))
 
 

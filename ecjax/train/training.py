@@ -1,6 +1,7 @@
 """Supervised training with any optax optimiser, and fine-tuning that keeps pruned weights at zero."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import optax
 from jax import Array, lax
 from jaxtyping import Float, Int, PRNGKeyArray
 
-from ecjax import _checks, _door, _trees
+from ecjax import _checks, _door, _progress, _trees
 from ecjax._types import Inputs, Kernels, Loss, Network, Params, Targets
 from ecjax.graph.convolutions import in_loops
 from ecjax.graph.gone import of_removed_units
@@ -26,6 +27,26 @@ class State(NamedTuple):
     params: Params
     optimizer: optax.OptState
     key: PRNGKeyArray
+
+
+class Epoch(NamedTuple):
+    """What a progress callback is told after each epoch.
+
+    Attributes:
+        number: of the epoch, from 1.
+        epochs: how many there are.
+        loss: the mean training loss of the epoch.
+
+    Example:
+        >>> tell = lambda epoch: print(f"{epoch.number} of {epoch.epochs}")
+        >>> trained = train.fit(network, params, inputs, labels, epochs=2, progress=tell, **fit)
+        1 of 2
+        2 of 2
+    """
+
+    number: int
+    epochs: int
+    loss: Array
 
 
 class Trained(NamedTuple):
@@ -157,6 +178,7 @@ def fit(
     epochs: int,
     batch_size: int = 128,
     masks: Kernels | None = None,
+    progress: bool | Callable[[Epoch], None] | None = None,
 ) -> Trained:
     """Trains a network, or fine-tunes a pruned one.
 
@@ -172,6 +194,8 @@ def fit(
         batch_size: samples a step.
         masks: Kernels of booleans; weights where a mask is False stay exactly zero (``keep_pruned``), and with the last
             weights of a removed unit its biases and scales, as ``prune.neurons`` leaves them.
+        progress: True for a bar, as for ``prune.staged``; or a function called after each epoch. The epochs are then
+            compiled one by one, not all as one loop.
 
     Raises:
         ValueError: bad inputs, not one target for each sample, epochs or batch size below 1, masks unlike the params.
@@ -186,13 +210,19 @@ def fit(
     _checks.require_key(key)
     _checks.require_positive(epochs, "epochs")
     _checks.require_positive(batch_size, "batch_size")
+    _progress.require(progress)
     if masks is not None:
         _checks.require_masks(params, masks)
 
     network, params, static = _trees.split(network, params)
     masks = None if masks is None else _with_units(network, params, inputs, masks)
-    options = {"loss": loss, "optimizer": optimizer, "epochs": int(epochs), "batch_size": int(batch_size)}
-    state, losses = _epochs(network, start(params, optimizer, key), inputs, targets, masks, **options)
+    options = {"loss": loss, "optimizer": optimizer, "batch_size": int(batch_size)}
+    given = inputs, targets, masks, int(epochs)
+    state = start(params, optimizer, key)
+    if progress:
+        state, losses = _shown(network, state, *given, progress, **options)
+    else:
+        state, losses = _epochs(network, state, *given, **options)
     return Trained(_trees.whole(state.params, static), losses)
 
 
@@ -207,8 +237,19 @@ def _with_units(network: Network, params: Params, inputs: Inputs, masks: Kernels
     return _trees.as_kernels(params, kept | {path: ~entries for path, entries in zeros.items()})
 
 
+def _shown(network, state, inputs, targets, masks, epochs, progress, *, loss, **options):
+    """All epochs one by one, and their losses, which are told."""
+    losses = []
+    with _progress.told(progress, "epoch", epochs, ("loss",)) as tell:
+        for number in range(1, epochs + 1):
+            state, value = epoch(network, state, inputs, targets, loss, masks=masks, **options)
+            losses.append(jax.block_until_ready(value))
+            tell(Epoch(number, epochs, value))
+    return state, jnp.stack(losses)
+
+
 @functools.partial(jax.jit, static_argnames=("network", "loss", "optimizer", "epochs", "batch_size"))
-def _epochs(network, state, inputs, targets, masks, *, loss, optimizer, epochs, batch_size):
+def _epochs(network, state, inputs, targets, masks, epochs, *, loss, optimizer, batch_size):
     def one_epoch(state, _):
         options = {"optimizer": optimizer, "batch_size": batch_size, "masks": masks}
         return epoch(network, state, inputs, targets, loss, **options)
