@@ -68,13 +68,13 @@ class Table:
     kept: Folder | None = None
     name: str = ""  # at the progress bar, before each method's
 
-    def left(self, methods: Iterable[str], sparsities, seeds: int, phase: str = PRUNED) -> list[Case]:
+    def left(self, methods: Iterable[str], sparsities, seeds, phase: str = PRUNED) -> list[Case]:
         """The cases without a finished row of a phase, or a saved network if it is to be; all go to the bar.
 
-        The sparsities are those of all methods, or by method those of each.
+        The sparsities, and how many seeds, are those of all methods, or by method those of each.
         """
-        of_each = sparsities if isinstance(sparsities, Mapping) else dict.fromkeys(methods, sparsities)
-        cases = [case for method in methods for case in itertools.product([method], of_each[method], range(seeds))]
+        levels, numbers = (x if isinstance(x, Mapping) else dict.fromkeys(methods, x) for x in (sparsities, seeds))
+        cases = [case for m in methods for case in itertools.product([m], levels[m], range(numbers[m]))]
         left = [case for case in cases if not self.has(*case, phase)]
         self.step = self.bar.add_task(self.name, total=len(cases), completed=len(cases) - len(left))
         return left
@@ -105,12 +105,17 @@ def decaying_adam(task: Task, learning_rate: float, epochs: int) -> optax.Gradie
 
 def train_seeds(task: Task, mlp: networks.MLP, seeds: int, optimizer, epochs: Iterable[int]) -> Params:
     """Trains one network for each seed, side by side; the params come stacked along a leading axis."""
+    return train_keys(task, mlp, _keys(seeds), optimizer, epochs)
+
+
+def train_keys(task: Task, mlp: networks.MLP, keys: jax.Array, optimizer, epochs: Iterable[int]) -> Params:
+    """The same for a random key of each."""
     first = jnp.asarray(task.data.train_inputs[:1])
 
     def start(key):
         return train.start(mlp.init(key, first)["params"], optimizer, jax.random.fold_in(key, 1))
 
-    return _fit(task, jax.vmap(start)(_keys(seeds)), None, optimizer, epochs)
+    return _fit(task, jax.vmap(start)(keys), None, optimizer, epochs)
 
 
 def fine_tune(task: Task, pruned: prune.Pruned, optimizer: optax.GradientTransformation, epochs: int) -> Params:

@@ -19,7 +19,9 @@ RUNS = {
     "--surrogate-epochs 1",
     "language": "--text README.md --characters 3000 --layers 1 --width 8 --heads 2 --positions 8 --epochs 1 "
     "--calibration 8 --sparsities 0.5 0.8 --costly-sparsities 0.8 --seeds 2",
-    "neurons": f"{_TWO} --epochs 1 --fractions 0.5 --calibration 50",
+    "convnet": f"{_TWO} --channels 2 3 --epochs 1 --calibration 16 --stages 1 --iterations 1 --curvature 8 "
+    "--gradual-epochs 1 --sparsities 0.5 0.8 --costly-sparsities 0.8",
+    "neurons": f"{_TWO} --networks mlp --epochs 1 --fractions 0.5 --widths 0.5 --stages 1 --iterations 1",
     "diffusion_sorption": "--architectures 4 --noise 0 0.05 --seeds 2 --epochs 1 --fine-tuning-epochs 1 --cells 16 "
     "--times 10 --methods magnitude random --sparsities 0.5 --small-network-sparsities 0.5 "
     "--staged-sparsities 0.5 --stages 1 --batch-size 32",
@@ -28,7 +30,7 @@ _FEW = {
     "brain_surgeon": ("magnitude", "CBS-S (RMP)", "EC (Fisher)"),
     "frontier": ("magnitude", "EC"),
     "language": ("magnitude", "SparseGPT"),
-    "neurons": ("weight norm", "structured EC"),
+    "convnet": ("magnitude", "EC, batch statistics"),
 }
 
 
@@ -40,7 +42,8 @@ def module(name: str, replace=setattr) -> types.ModuleType:
         few = functools.wraps(every)(lambda *given: {method: every(*given)[method] for method in _FEW[name]})
         replace(experiment, "methods", few)
     if name == "neurons":
-        replace(experiment, "NETWORKS", {"relu": (8,), "tanh": (6,)})
+        few = {method: experiment.CRITERIA[method] for method in ("norm, staged", "random, staged")}
+        replace(experiment, "CRITERIA", few)
     if name == "frontier":
         load, grid = experiment.diffusion_sorption.load, {"cells": 16, "times": 10, "initial_concentration": 0.1}
         replace(experiment, "diffusion_sorption", types.SimpleNamespace(load=lambda **_: load(noise=0.0, **grid)))

@@ -13,6 +13,7 @@ import pytest
 from ecjax import compact, networks
 from experiments import (
     brain_surgeon,
+    convnet,
     diffusion_sorption,
     frontier,
     language,
@@ -109,7 +110,7 @@ def test_figures_are_pictures(run, name):
     assert len(np.unique(picture[..., :3].reshape(-1, 3), axis=0)) > 50
 
 
-@pytest.mark.parametrize("experiment", [brain_surgeon, diffusion_sorption, frontier, language, mnist, neurons])
+@pytest.mark.parametrize("experiment", [brain_surgeon, convnet, diffusion_sorption, frontier, language, mnist, neurons])
 def test_help_explains_every_flag(experiment, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["experiment", "--help"])
     with pytest.raises(SystemExit):
@@ -230,14 +231,37 @@ def test_the_frontier_saves_what_it_prunes(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_neurons_of_two_networks(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(neurons, "NETWORKS", {"relu": (60, 30), "tanh": (50, 30)})
-    size = {"seeds": 1, "epochs": 30, "fractions": (0.5,), "stages": 3}
+def test_units_of_an_mlp_against_small_dense_networks(tmp_path, capsys):
+    size = {"networks": ("mlp",), "epochs": 20, "fractions": (0.7, 0.95), "widths": (0.25,), "stages": 2}
     neurons.main(neurons.Config(data="digits", output=tmp_path, **size))
-    frame = pd.read_csv(tmp_path / "results.csv")
-    accuracy = frame.groupby(["layers", "method"])["test_accuracy"].mean()
-    for layers in ("64-60-30-10", "64-50-30-10"):
-        assert accuracy[layers, "structured EC, staged"] > accuracy[layers, DENSE] - 0.05
-        assert accuracy[layers, "weight norm"] < accuracy[layers, DENSE] - 0.05
-    assert "digits, MLP 64-50-30-10, tanh, 1 seeds" in capsys.readouterr().out
-    assert (tmp_path / "accuracy.png").stat().st_size > 10_000
+    frame = pd.read_csv(tmp_path / "results.csv").set_index(["method", "sparsity"])
+    assert len(frame) == 1 + 1 + 4 * 2
+    accuracy, dense = frame["test_accuracy"], frame.loc["dense", 0.0]
+    assert accuracy["EC, staged", 0.7] > dense["test_accuracy"] - 0.02
+    assert accuracy["EC, staged", 0.95] < accuracy["EC, staged", 0.7]
+    for fraction in (0.7, 0.95):
+        np.testing.assert_allclose(frame.loc["EC, staged", fraction]["parameters"], 1 - fraction, atol=0.01)
+    assert frame.loc["small dense", 0.75]["operations"] < 0.2
+    assert (frame["time"] > 0).all()
+    assert "digits, 64-300-100-10" in capsys.readouterr().out
+    assert (tmp_path / "units.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["surrogate", "convnet", "gpt"])
+def test_units_of_every_network(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(neurons, "CRITERIA", {"EC, staged": neurons.CRITERIA["EC, staged"]})
+    net = convnet.Config(channels=(4, 6), calibration=16, curvature=8)
+    monkeypatch.setattr(neurons.convnet, "Config", lambda: net)
+    toy = {"layers": 1, "width": 8, "heads": 2, "positions": 8, "calibration": 64, "curvature": 8, "epochs": 1}
+    gpt = language.Config(**toy)
+    monkeypatch.setattr(neurons.language, "Config", lambda: gpt)
+    (tmp_path / "verses.txt").write_text("the quick brown fox jumps over the lazy dog; " * 60)
+    size = {"networks": (name,), "epochs": 1, "fractions": (0.3,), "widths": (0.5,), "stages": 1, "iterations": 1}
+    config = neurons.Config(data="digits", text=tmp_path / "verses.txt", output=tmp_path / "results", **size)
+    neurons.main(config)
+    frame = pd.read_csv(tmp_path / "results/results.csv").set_index("method")
+    assert frame.loc["EC, staged"]["parameters"] <= 0.7
+    assert frame.loc["small dense"]["operations"] < 0.7
+    columns = ["test_accuracy"] if name == "convnet" else ["test_loss"]
+    assert np.isfinite(frame[columns]).all(None)
