@@ -2,11 +2,13 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -56,6 +58,7 @@ def test_every_recipe_is_among_those_below():
         "A loop of optax: schedules, weight decay, gradient accumulation",
         "An exponential moving average of the params",
         "Saving, restoring and going on with Orbax",
+        "A staged run that is stopped, and goes on",
         "Dropout keys and auxiliary outputs",
         "Haiku",
     ]
@@ -105,6 +108,51 @@ def test_orbax_in_another_process_with_other_devices(given, tmp_path, monkeypatc
     here = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **here)
     assert done.stdout.split() == ["1", str(prune.sparsity(given["pruned"].masks))], done.stderr
+
+
+STOPPED = "A staged run that is stopped, and goes on"
+PROCESS = """
+import os, signal, sys
+import jax.flatten_util
+import numpy as np
+import orbax.checkpoint as ocp
+from pathlib import Path
+from ecjax import staged
+exec(sys.argv[2])
+step, done = staged.step, []
+def step_or_die(*given, **options):
+    if len(done) == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    done.append(1)
+    return step(*given, **options)
+staged.step = step_or_die
+exec(sys.argv[3])
+print(jax.device_count(), len(done))
+np.save("params", jax.flatten_util.ravel_pytree(in_stages.params)[0])
+"""
+
+
+def in_process(folder, *, killed_after=-1, devices=1):
+    """A process that runs the recipe and leaves its params in a file; or is killed after so many stages."""
+    flags = {"PYTHONPATH": str(ROOT), "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    command = [sys.executable, "-c", PROCESS, str(killed_after), *blocks("Recipes"), *blocks(STOPPED)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=os.environ | flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_killed_staged_run_goes_on(given, devices, tmp_path):
+    killed = in_process(tmp_path, killed_after=3)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kept = {path.name for path in (tmp_path / "stages").iterdir() if path.name.isdigit()}
+    assert kept == {"1", "2", "3"}
+    again = in_process(tmp_path, devices=devices)
+    assert again.stdout.split() == [str(devices), "1"], again.stderr
+    whole = prune.staged(given["network"], given["params"], given["inputs"], 0.8, stages=4, metric="fisher")
+    found, expected = np.load(tmp_path / "params.npy"), jax.flatten_util.ravel_pytree(whole.params)[0]
+    if devices == 1:
+        np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_and_auxiliary_outputs(given):

@@ -304,3 +304,14 @@ def test_a_kernel_of_no_pattern_stays_as_it_is():
     asked = {"Dense_0/*": 10 / 42, "Dense_1/*": 4 / 18}
     with pytest.raises(ValueError, match="the masks to start from remove 21, 9 weights, the sparsity asks for 10, 4"):
         surgeon.combinatorial_selection(problem.params, problem.gradients, asked, start=whole, damping=DAMPING)
+
+
+def test_the_search_goes_on_from_masks():
+    problem = Problem(widths=(6, 5, 3), features=7)
+    options = {"damping": DAMPING, "patience": 3}
+    given = problem.params, problem.gradients, 0.5
+    whole = surgeon.combinatorial_selection(*given, start="magnitude", passes=3, **options)
+    first = surgeon.combinatorial_selection(*given, start="magnitude", passes=1, **options)
+    found = surgeon.combinatorial_selection(*given, start=first, passes=2, **options)
+    jax.tree.map(np.testing.assert_array_equal, found, whole)
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(whole), strict=True))
