@@ -185,7 +185,7 @@ def _facts(network, params, inputs, *, exclude, need, each_alone) -> _Facts:
             + (f"; {held}" if held else "")
         )
     for layer in facts.layers:
-        if (need == "moments" and layer.reason) or (need != "any" and layer.layout is None):
+        if (need == "moments" and layer.reason) or (need != "any" and layer.of_kernel is None):
             raise ValueError(
                 f"kernel '{layer.kernel}' can't be scored: it {layer.reason}. Leave it out with "
                 f"exclude=('{layer.kernel}',); networks.layers shows all kernels"

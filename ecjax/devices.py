@@ -93,7 +93,7 @@ def shard_params(network: Network, params: Params, inputs: Inputs | jax.ShapeDty
     network, params, static = _trees.split(network, params)
     parts, specs = mesh.shape[MODEL], {}
     for layer in _door.layers(network, params, inputs, need="any", each_alone=False):
-        for path, layout in ((layer.kernel, layer.layout), (layer.bias, layer.bias_layout)):
+        for path, layout in ((layer.kernel, layer.of_kernel), (layer.bias, layer.of_bias)):
             sizes = zip(layout.axes, layout.shape, strict=True) if path and layout else ()
             shared = [place for place, (axis, size) in enumerate(sizes) if axis == "out" and size % parts == 0]
             if shared:

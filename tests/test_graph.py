@@ -278,6 +278,17 @@ def test_every_layout_of_a_kernel(name):
     np.testing.assert_array_equal(graph.as_leaf(matrices, layer.layout), params["bias"])
 
 
+def test_what_a_layer_or_a_product_lacks_is_said_by_name():
+    (layer,) = networks.layers(lambda w, x: x @ w @ w.T, array(4, 4), inputs())
+    with pytest.raises(ValueError, match="kernel '' is no matrix of inputs and neurons: it is used 2 times, not as"):
+        graph.as_matrices(array(4, 4), layer.layout)
+    with pytest.raises(ValueError, match="kernel '' has no bias"):
+        graph.as_matrices(array(4), layer.bias_layout)
+    (product,) = graph.read(lambda w, x: (x - x.mean(0)) @ w, array(4, 6), inputs()).products[""]
+    with pytest.raises(ValueError, match="the samples can't be followed through the product of ''"):
+        _ = product.rows
+
+
 BIASES = {
     "(out,)": ((6,), lambda z, b: z + b),
     "first": ((6,), lambda z, b: b + z),

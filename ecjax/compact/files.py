@@ -249,7 +249,7 @@ def _widths(network: Network, params: Params, inputs: Inputs) -> tuple[int, ...]
         graph.chain(layers)
     except ValueError:  # not one of those that can be compacted; the examples tell it all the same
         return None
-    return tuple(layer.layout.sizes[2] for layer in layers) if all(layer.layout for layer in layers) else None
+    return tuple(layer.layout.sizes[2] for layer in layers)
 
 
 def _assembled(described: Any, tensors: dict[str, np.ndarray], most_bytes: int) -> Saved:

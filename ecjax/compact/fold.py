@@ -143,15 +143,15 @@ def _finding(coupled: Coupled, folds: Iterable[_Site]) -> Callable[[Params, Inpu
     return lambda params, samples: jax.tree.map(np.asarray, found([*_trees.by_path(params).values()], samples))
 
 
-def _folding(reading: Reading) -> dict[_Site, Layer]:
-    """The layers whose bias can take constants over, by the site of their only product."""
+def _folding(reading: Reading) -> dict[_Site, tuple[Layer, str]]:
+    """The layers whose bias can take constants over, and the path of this bias, by the site of their only product."""
     found = {}
     for layer in reading.layers:
-        if layer.bias is None or layer.layout is None or layer.layout.stacked or layer.bias_layout is None:
+        if layer.bias is None or layer.of_kernel is None or layer.of_kernel.stacked:
             continue
         (product, *others), (added, *also) = reading.products[layer.kernel], reading.biases[layer.bias]
         if not (others or also or added.turns) and _takes_constants(reading, product.site):
-            found[product.site] = layer
+            found[product.site] = layer, layer.bias
     return found
 
 
@@ -172,21 +172,23 @@ def _takes_constants(reading: Reading, site: _Site) -> bool:
     return not padded and options["feature_group_count"] == options["batch_group_count"] == 1
 
 
-def _without(full: Params, groups: Groups, removed: Removed, folds: dict[_Site, Layer], seen: Found) -> Params:
+def _without(
+    full: Params, groups: Groups, removed: Removed, folds: dict[_Site, tuple[Layer, str]], seen: Found
+) -> Params:
     """The params with zeros in place of some units, and with biases that have taken their constants over."""
     leaves = _trees.by_path(full)
     zeros = graph.zeroed(full, groups, removed)
     shifted, after = {}, _trees.by_path(zeros)
-    for site, layer in folds.items():
-        kernel, bias = leaves[layer.kernel], leaves[layer.bias]
+    for site, (layer, path) in folds.items():
+        kernel, bias = leaves[layer.kernel], leaves[path]
         if after[layer.kernel] is kernel or site not in seen.constants:
             continue
         gone = chains.entries(kernel, layer.layout) * (chains.entries(after[layer.kernel], layer.layout) == 0)
-        shift = _shift(seen.constants[site], gone)
+        shift = _shift(np.asarray(seen.constants[site]), gone)
         if shift.any():
             row = chains.entries(bias, layer.bias_layout)[0].astype(np.float64) + shift
             moved = chains.with_entries(bias, layer.bias_layout, row[None])
-            shifted[layer.bias] = chains.like(bias, moved)
+            shifted[path] = chains.like(bias, moved)
     _checks.require_finite(shifted, "folded biases")
     return graph.zeroed(_trees.replace(zeros, shifted), groups, removed)
 

@@ -59,13 +59,13 @@ def gated(
         if site in by_site:
             read = by_site[site]
             value, reference = operands[read.side], None
-            if tap is not None and tap.reference is not None:
-                reference = _in_place(tap.reference, product.reads, value.shape)
+            if product is not None and tap.reference is not None:
+                reference = _in_place(tap.reference, product.rows[0], value.shape)
             operands[read.side] = _through(value, read, gates, reference)
         results = channels_last(equation, operands)
         if product is not None:
-            (result,) = results
-            results = [result + spread(tap.shift, product.gives, result.shape).astype(result.dtype)]
+            (result,), (_, gives) = results, product.rows
+            results = [result + spread(tap.shift, gives, result.shape).astype(result.dtype)]
         return results, {}
 
     given = {product.site: taps[path] for path, product in zip(taps, products.values(), strict=True)}
@@ -95,13 +95,13 @@ def means(
 
     def hook(equation, operands, site, _):
         product = products[site]
-        value = promoted(operands[1 - product.side])
-        order = (*product.reads.stacked, *(product.reads.features or (_channels(equation),)))
+        value, (reads, _) = promoted(operands[1 - product.side]), product.rows
+        order = (*reads.stacked, *(reads.features or (_channels(equation),)))
         others = tuple(axis for axis in range(value.ndim) if axis not in order)
         mean = value.mean(others).transpose(np.argsort(np.argsort(order)))
-        if not product.reads.features:  # the groups of a convolution have the same channels
+        if not reads.features:  # the groups of a convolution have the same channels
             mean = mean.reshape(equation.params["feature_group_count"], -1).mean(0)
-        stack = math.prod(value.shape[axis] for axis in product.reads.stacked)
+        stack = math.prod(value.shape[axis] for axis in reads.stacked)
         return run(equation, operands), {product.path: mean.reshape(stack, -1)}
 
     arguments = [*_trees.by_path(params).values(), inputs]

@@ -37,10 +37,11 @@ def ignored(
         inputs: a few samples.
         factor: of the metric: the Fisher metric of logits does not see what is added to all of them.
     """
-    layers = [layer for layer in reading.layers if layer.bias is not None and not layer.outer]
-    if not layers:
+    biased = [(layer, layer.bias) for layer in reading.layers if layer.bias is not None and not layer.outer]
+    if not biased:
         return {}
-    sites = {site.path: site for layer in layers for site in reading.biases[layer.bias]}
+    biases = [bias for _, bias in biased]
+    sites = {site.path: site for bias in biases for site in reading.biases[bias]}
     given = _trees.by_path(params)
     floating = [leaf.dtype for leaf in (*given.values(), inputs) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     widest = jnp.result_type(jnp.float32, *floating)
@@ -50,17 +51,17 @@ def ignored(
     def of_draw(draw):
         key, scale = draw
         drawn = dict(leaves)
-        for number, layer in enumerate(layers):
+        for number, (layer, bias) in enumerate(biased):
             own = jax.random.split(jax.random.fold_in(key, number))
             drawn[layer.kernel] = _drawn(own[0], layer, drawn[layer.kernel], scale)
-            drawn[layer.bias] = jax.random.normal(own[1], drawn[layer.bias].shape, drawn[layer.bias].dtype) / 4
+            drawn[bias] = jax.random.normal(own[1], drawn[bias].shape, drawn[bias].dtype) / 4
         in_widest = functools.partial(in_full, least=widest)
-        return _sums(reading, layers, sites, drawn, inputs, key, factor, in_widest)
+        return _sums(reading, biases, sites, drawn, inputs, key, factor, in_widest)
 
     keys = jax.random.split(jax.random.key(0), len(_SCALES))
     found, result = lax.map(of_draw, (keys, jnp.asarray(_SCALES))), {}
-    for layer in layers:
-        sums, terms = found[layer.bias]
+    for layer, bias in biased:
+        sums, terms = found[bias]
         small = (sums <= _ROUNDINGS * jnp.finfo(sums.dtype).eps * terms) & (terms > 0)
         result[layer.kernel] = as_matrices(small.sum(0) > 1, layer.bias_layout)[:, 0]
     return result
@@ -89,7 +90,9 @@ def _drawn(key, layer: Layer, kernel: Array, scale: Array) -> Array:
     return as_leaf(matrices * (scale / jnp.sqrt(max(layer.layout.sizes[1], 1))).astype(kernel.dtype), layer.layout)
 
 
-def _sums(reading: Reading, layers, sites, leaves: dict[str, Array], inputs: Array, key, factor, in_full) -> dict:
+def _sums(
+    reading: Reading, biases: list[str], sites, leaves: dict[str, Array], inputs: Array, key, factor, in_full
+) -> dict:
     """By the bias's path, the sum of its gradients over samples and positions, and the sum of their sizes."""
     at = frozenset(sites)
 
@@ -115,17 +118,17 @@ def _sums(reading: Reading, layers, sites, leaves: dict[str, Array], inputs: Arr
     def gathered(slopes):
         """What the biases' own gradients would be, were these those of the sums that they enter."""
 
-        def weighed(biases):
+        def weighed(moving):
             def of_bias(equation, operands, site, slope):
                 bias = operands[sites[site].side]
                 result = in_full(equation, lax.stop_gradient(operands))
                 return result, {str(site): (jnp.broadcast_to(bias, slope.shape) * slope).sum()}
 
-            arguments = [*(leaves | biases).values(), inputs]
+            arguments = [*(leaves | moving).values(), inputs]
             terms = evaluate(reading.jaxpr, arguments, at, of_bias, slopes, in_full)[1]
             return sum(term.sum() for term in terms.values())
 
-        return jax.grad(weighed)({layer.bias: leaves[layer.bias] for layer in layers})
+        return jax.grad(weighed)({bias: leaves[bias] for bias in biases})
 
     sums, terms = gathered(slopes), gathered(jax.tree.map(jnp.abs, slopes))
-    return {layer.bias: (jnp.abs(sums[layer.bias]), terms[layer.bias]) for layer in layers}
+    return {bias: (jnp.abs(sums[bias]), terms[bias]) for bias in biases}

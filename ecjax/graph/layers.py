@@ -15,6 +15,9 @@ from ecjax.graph.layout import Layout
 class Layer(NamedTuple):
     """A kernel, and what there is to know about its place in the network.
 
+    ``layout`` and ``bias_layout`` are ``of_kernel`` and ``of_bias`` of a layer that must have them, as those that are
+    scored have; of another they raise a ValueError.
+
     Attributes:
         kernel: the path of the kernel.
         bias: the path of the leaf that is added to its product alone, one number for each neuron; None without one.
@@ -27,8 +30,9 @@ class Layer(NamedTuple):
         outer: whether each sample's gradient is one outer product: of its one row of inputs, and of one of neurons.
         once: whether its product is the only one, and each sample's rows can be told apart there.
         follows: the path of the kernel whose units, entry by entry and used for nothing else, are what this one reads.
-        layout: how the entries of the kernel are those of a matrix ``(in, out)``.
-        bias_layout: how the entries of the bias are those of a row of neurons.
+        of_kernel: how the entries of the kernel are those of a matrix ``(in, out)``; None where they don't enter the
+            product one by one.
+        of_bias: how the entries of the bias are those of a row of neurons; None without one.
         window: how many of the inputs are the same channel, at the places of a convolution's window; 1 without one.
 
     Example:
@@ -47,9 +51,31 @@ class Layer(NamedTuple):
     outer: bool
     once: bool
     follows: str | None
-    layout: Layout | None
-    bias_layout: Layout | None
+    of_kernel: Layout | None
+    of_bias: Layout | None
     window: int = 1
+
+    @property
+    def layout(self) -> Layout:
+        """How the entries of the kernel are those of a matrix ``(in, out)``.
+
+        Raises:
+            ValueError: a kernel whose entries don't enter the product one by one.
+        """
+        if self.of_kernel is None:
+            raise ValueError(f"kernel '{self.kernel}' is no matrix of inputs and neurons: it {self.reason}")
+        return self.of_kernel
+
+    @property
+    def bias_layout(self) -> Layout:
+        """How the entries of the bias are those of a row of neurons.
+
+        Raises:
+            ValueError: a kernel without a bias.
+        """
+        if self.of_bias is None:
+            raise ValueError(f"kernel '{self.kernel}' has no bias")
+        return self.of_bias
 
 
 class Layers(tuple[Layer, ...]):

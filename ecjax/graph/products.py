@@ -21,23 +21,23 @@ def multiplied(equation, operands, result: Value, found: Found, within: Within, 
         return None
     side = sides[0]
     kernel, other = operands[side], operands[1 - side]
-    is_product = equation.primitive.name == "dot_general"
+    leaf, is_product = kernel.leaf, equation.primitive.name == "dot_general"
     what = ""
     if kernel.changed:
         what = CHANGED
-    elif kernel.leaf is None:
+    elif leaf is None:
         what = "enters a product only in part, or put together with other leaves"
     elif not (is_product or side == 1):
         what = "is what another value is convolved with"
     elif not all(map(is_float, (equation.invars[side], *equation.outvars))):
         what = "enters a product of whole or complex numbers"
-    if what:
+    if leaf is None or what:
         for path in sorted(of_kernel[side]):
             found.products.append(Product(path, site, None, 1, what, False, side))
         found.consume(other.units)
         return result
     describe_product = _matrix_product if is_product else _convolution
-    return describe_product(equation, side, kernel.leaf, other, result, found, within, site)
+    return describe_product(equation, side, leaf, other, result, found, within, site)
 
 
 def _matrix_product(equation, side, leaf: Leaf, other: Value, result: Value, found: Found, within, site) -> Value:
@@ -75,7 +75,8 @@ def _matrix_product(equation, side, leaf: Leaf, other: Value, result: Value, fou
         what,
         outer,
         side,
-        kernel=None if repeats or not is_float(equation.invars[1 - side]) else (tuple(stacked), own[0], tuple(free)),
+        kernel=(tuple(stacked), own[0], tuple(free)),
+        plain=not repeats and is_float(equation.invars[1 - side]),
         reads=reads,
         gives=samples,
         turns=within.turns,
@@ -164,6 +165,7 @@ def _convolution(equation, side, leaf: Leaf, other: Value, result: Value, found:
         False,
         side,
         kernel=((), tuple(inputs), (outputs,)),
+        plain=True,
         reads=other.place and Rows(other.place, (), ()),
         gives=result.place and Rows(result.place, (), (channel,)),
         turns=within.turns,
@@ -185,7 +187,7 @@ def summed(equation, operands, result: Value, found: Found, within: Within, site
     if name == "neg" or name in ("mul", "div"):
         return _scaled(name, operands, result)
     units = [operand.units for operand in operands]
-    together = _of_both(name, *units, result, found) if all(units) else None
+    together = _of_both(name, units[0], units[1], result, found) if all(units) else None
     if together is not None:
         return together
     (side, *others) = [i for i in (0, 1) if units[i] is not None and units[i].bare] or [None]

@@ -16,11 +16,13 @@ class Reader(NamedTuple):
 
     Attributes:
         layer: its kernel is used once.
+        bias: the path of its bias.
         values: for each unit, which of the layer's inputs are its own: their numbers in ``(stack, channels)``,
             flattened. One for a neuron, the features of a head, one for each turn of a scan.
     """
 
     layer: Layer
+    bias: str
     values: Int[np.ndarray, "units values"]
 
 
@@ -33,18 +35,19 @@ def readers(layers: Layers, group: Group) -> list[Reader]:
     """
     found = []
     for layer in layers:
-        takes = layer.bias is not None and (layer.once or layer.outer) and layer.layout and layer.bias_layout
-        for place in group.places if takes else ():
+        if layer.bias is None or layer.of_kernel is None or not (layer.once or layer.outer):
+            continue
+        for place in group.places:
             if place.path == layer.kernel:
                 values = _values(layer, place, group.length)
                 if values is not None:
-                    found.append(Reader(layer, values))
+                    found.append(Reader(layer, layer.bias, values))
     return found
 
 
 def made_in(layers: Layers, group: Group) -> list[Place]:
     """The places of a group in the leaves that make its units: in kernels that also read them, those along neurons."""
-    by_kernel = {layer.kernel: layer for layer in layers if layer.layout}
+    by_kernel = {layer.kernel: layer for layer in layers if layer.of_kernel is not None}
 
     def reads(place: Place) -> bool:
         layer = by_kernel.get(place.path)

@@ -151,9 +151,9 @@ def _layer(path: str, number: int, found: Found, leaves: dict[str, Any], left_al
     bias = added[0][0] if added[0] and not unclear else None
     if bias and not jnp.issubdtype(leaves[bias.path].dtype, jnp.floating):
         bias = None
-    follows = found.products[first.follows] if first.follows is not None and len(uses) == 1 else None
-    if follows is not None and found.read.get(first.follows) != [number]:
-        follows = None
+    follows = None
+    if first.follows is not None and len(uses) == 1 and found.read.get(first.follows) == [number]:
+        follows = found.products[first.follows].path
     of_kernel = None if unclear else first.layout
     alone = len(uses) == 1 and not unclear and path not in found.others and (bias is None or bias.as_it_is)
     return Layer(
@@ -166,9 +166,9 @@ def _layer(path: str, number: int, found: Found, leaves: dict[str, Any], left_al
         reason=unclear or next((use.what for use in uses if use.what), ""),
         outer=alone and first.outer,
         once=alone and first.once,
-        follows=follows.path if follows else None,
-        layout=of_kernel,
-        bias_layout=bias.layout if bias else None,
+        follows=follows,
+        of_kernel=of_kernel,
+        of_bias=bias.layout if bias else None,
         window=first.window,
     )
 
@@ -198,12 +198,13 @@ def _unclear(path: str, uses: list[Product], added: list[list[Added | None]], fo
             with_both = f"with different biases, {', '.join(map(repr, paths))}"
             both = f"both with and without its bias '{paths[0]}'" if None in biases else with_both
             return f"has a product that is used {both}"
-    paths = [bias[0].path if bias else None for bias in added]
+    own = [biases[0] if biases else None for biases in added]
+    paths = [bias.path if bias else None for bias in own]
     if len(set(paths)) > 1:
         return (
             f"is used with different biases: {', '.join(repr(one) if one else 'none' for one in dict.fromkeys(paths))}"
         )
-    for bias in (bias[0] for bias in added if bias):
+    for bias in filter(None, own):
         elsewhere = len(found.biases[bias.path]) > len(uses) or bias.path in found.others
         if elsewhere or any(product.path == bias.path for product in found.products):
             return f"has a bias, '{bias.path}', that is also used elsewhere"

@@ -52,11 +52,11 @@ def tapped(
         found = at[site]
         if found.path in others:
             return [others[found.path][0](equation, found, operands, of_site)], {}
-        (product,) = run(equation, operands)
-        seen = {found.path: _rows(operands[1 - found.side], (found.reads.samples.axis, *found.reads.features))}
+        (product,), (reads, gives) = run(equation, operands), found.rows
+        seen = {found.path: _rows(operands[1 - found.side], (reads.samples.axis, *reads.features))}
         if found.path not in taps:
             return [product], seen
-        order = _order(product.ndim, (found.gives.samples.axis, *found.gives.features))
+        order = _order(product.ndim, (gives.samples.axis, *gives.features))
         shape = [product.shape[axis] for axis in order]
         tap = jnp.reshape(taps[found.path], shape).transpose(np.argsort(order))
         return [product + tap.astype(product.dtype)], seen

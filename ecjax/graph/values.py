@@ -77,6 +77,8 @@ class Rows(NamedTuple):
 class Product(NamedTuple):
     """One product of a kernel with something that depends on the inputs.
 
+    ``rows`` is ``reads`` and ``gives`` of a product that must have them, as those of layers that are scored have.
+
     Attributes:
         path: of the kernel.
         site: which equation it is: its index in the jaxpr, after the indices of the calls that it is in.
@@ -85,10 +87,11 @@ class Product(NamedTuple):
         what: why it can't be scored; "" if it can.
         outer: whether it is one product of matrices with one row for each sample.
         side: which operand the kernel is.
-        kernel: which axes of this operand are members of a stack, inputs and neurons, in the order of the layout; None
-            where some repeat its entries, or where it multiplies whole numbers.
-        reads: where the samples lie in the other operand, and which of its axes are members and inputs.
-        gives: where they lie in the product, and which of its axes are members and neurons.
+        kernel: which axes of this operand are members of a stack, inputs and neurons, in the order of the layout.
+        plain: whether no axis of it repeats the kernel's entries, and it multiplies no whole numbers.
+        reads: where the samples lie in the other operand, and which of its axes are members and inputs; None where they
+            can't be followed.
+        gives: where they lie in the product, and which of its axes are members and neurons; likewise.
         turns: the lengths of the scans that it is in, the outer ones first.
         sliced: how many of the kernel's matrices these scans tell apart.
         follows: the product whose units are exactly what this one reads.
@@ -102,9 +105,10 @@ class Product(NamedTuple):
     what: str
     outer: bool
     side: int
-    kernel: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
-    reads: "Rows | None" = None
-    gives: "Rows | None" = None
+    kernel: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] = ((), (), ())
+    plain: bool = False
+    reads: Rows | None = None
+    gives: Rows | None = None
     turns: tuple[int, ...] = ()
     sliced: int = 1
     follows: int | None = None
@@ -113,7 +117,18 @@ class Product(NamedTuple):
     @property
     def once(self) -> bool:
         """Whether each turn has matrices of its own, which no axis repeats, and where samples can be told apart."""
-        return bool(self.kernel and self.reads and self.gives) and math.prod(self.turns) == self.sliced
+        return bool(self.plain and self.reads and self.gives) and math.prod(self.turns) == self.sliced
+
+    @property
+    def rows(self) -> tuple[Rows, Rows]:
+        """Where the rows of the other operand lie, and those of the product.
+
+        Raises:
+            ValueError: a product in which the samples can't be followed.
+        """
+        if self.reads is None or self.gives is None:
+            raise ValueError(f"the samples can't be followed through the product of '{self.path}'")
+        return self.reads, self.gives
 
 
 class Added(NamedTuple):
@@ -168,9 +183,11 @@ class Found:
 
     def use(self, units: Units | None) -> None:
         """Notes that an operation takes units: products without a bias of their own, or those that just got one."""
-        if units and units.bias:
+        if units is None:
+            return
+        if units.bias:
             self.biased[units.products] = self.biased.get(units.products, 0) + 1
-        for product in units.products if units and units.bare else ():
+        for product in units.products if units.bare else ():
             added = self.added.setdefault(product, [])
             if units.shared is None or units.shared not in added:
                 added.append(units.shared)

@@ -64,18 +64,17 @@ def with_moments(equation, product: Product, operands: list[Array], given: tuple
 
 def _moments(of_kernel, product: Product, other: Array, shape, slope: Array, moves: Array) -> LayerMoments:
     """The moments of one batch, with the gradient of a sample by ``of_kernel`` where it has several rows."""
-    stack, inputs, neurons = product.kernel
-    order = (*stack, *inputs, *neurons)
-    sizes = tuple(math.prod(shape[axis] for axis in axes) for axes in product.kernel)
-    moves = moves.reshape(sizes[::2])
-    slopes, others = _by_sample(slope, product.gives.samples), _by_sample(other, product.reads.samples)
-    if product.reads.features and slopes[0].size == sizes[0] * sizes[2]:
-        rows = _rows(others, product.reads, sizes[:2]), _rows(slopes, product.gives, sizes[::2])
+    order = [axis for part in product.kernel for axis in part]
+    stack, inputs, neurons = sizes = tuple(math.prod(shape[axis] for axis in part) for part in product.kernel)
+    moves, (reads, gives) = moves.reshape(stack, neurons), product.rows
+    slopes, others = _by_sample(slope, gives.samples), _by_sample(other, reads.samples)
+    if reads.features and slopes[0].size == stack * neurons:
+        rows = _rows(others, reads, (stack, inputs)), _rows(slopes, gives, (stack, neurons))
         return jax.vmap(_of_one_row, in_axes=(1, 1, 0))(*rows, moves)
 
     def of_sample(seen: LayerMoments, sample) -> tuple[LayerMoments, None]:
         other, slope = sample
-        of_bias = _neurons_first(slope, product.gives, sizes[::2]).sum(-1)
+        of_bias = _neurons_first(slope, gives, (stack, neurons)).sum(-1)
         gradient = of_kernel(other, slope).transpose(order).reshape(sizes)
         return updated(seen, gradient, jnp.where(moves, of_bias, 0)), None
 

@@ -140,7 +140,7 @@ def _left(kernels: dict[str, Array], excluded: frozenset[str]) -> dict[str, Arra
 def _known(layers: Layers, kernels: dict[str, Array], scope: str | tuple[int, int]) -> dict[str, Layer]:
     """The layers by path; where weights compete within a neuron, all kernels must be among them."""
     known = {layer.kernel: layer for layer in layers}
-    missing = [path for path in kernels if path not in known or known[path].layout is None]
+    missing = [path for path in kernels if path not in known or known[path].of_kernel is None]
     if missing and scope not in ("network", "layer"):
         raise ValueError(
             f"which axes of kernel '{missing[0]}' are its inputs is not known; give the scores their layers: "
@@ -220,7 +220,7 @@ def _masks(
     sparsity: Sparsity | None,
     scope: str | tuple[int, int],
 ) -> dict[str, Array]:
-    stacks = any(layer.layout and layer.layout.stacked for path, layer in layers.items() if path in importance)
+    stacks = any(layer.of_kernel and layer.of_kernel.stacked for path, layer in layers.items() if path in importance)
     if scope == "network" or (scope == "layer" and not stacks):
         return keep_in_each(importance, sparsity, together=scope == "network")
     if isinstance(scope, tuple):
@@ -228,7 +228,7 @@ def _masks(
     choose = functools.partial(_keep_in_matrix if scope == "layer" else _keep_in_columns, sparsity=sparsity)
     found = {}
     for path, leaf in importance.items():
-        if path not in layers or layers[path].layout is None:  # of one that nothing is known of, all compete
+        if path not in layers or layers[path].of_kernel is None:  # of one that nothing is known of, all compete
             found[path] = _keep_in_matrix(leaf, sparsity=sparsity)
             continue
         matrices = jax.vmap(choose)(graph.as_matrices(leaf, layers[path].layout))

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 
 from ecjax import _checks, _door, _trees, graph
 from ecjax._types import Inputs, Kernels, Network, Params, Patterns, Sparsities
-from ecjax.graph import Group, Layers
+from ecjax.graph import Group, Layer, Layers
 from ecjax.graph.costs import COSTS
 from ecjax.graph.gone import entries_of, gone
 from ecjax.graph.groups import atoms_by_name, couple
@@ -120,24 +120,24 @@ def _shifted(
     constant: Mapping[str, Float[Array, "units *values"]],
 ) -> dict[str, Array]:
     """The biases with the constants of removed units; what two groups have in common, as a head has features, once."""
-    constants: dict[str, tuple] = {}
+    constants: dict[str, tuple[Layer, str, Array, Array]] = {}
     for name, group in groups.items():
         values, start = jnp.reshape(jnp.asarray(constant[name]), (group.length, -1)), 0
-        for layer, places in readers(layers, group):
+        for layer, bias, places in readers(layers, group):
             stack, inputs, _ = layer.layout.sizes
             nothing = jnp.zeros(stack * inputs // layer.window, values.dtype)
-            here, done = constants.get(layer.kernel, (layer, nothing, nothing > 0))[1:]
+            _, _, here, done = constants.get(layer.kernel, (layer, bias, nothing, nothing > 0))
             goes = removed[name][:, None] & ~done[places]
             own = values[:, start : start + places.shape[1]]
             here = here.at[places].set(jnp.where(goes, own, here[places]))
-            constants[layer.kernel] = layer, here, done.at[places].max(goes)
+            constants[layer.kernel] = layer, bias, here, done.at[places].max(goes)
             start += places.shape[1]
     shifted: dict[str, Array] = {}
-    for path, (layer, here, _) in constants.items():
+    for path, (layer, bias, here, _) in constants.items():
         weights = of_channels(jnp.asarray(leaves[path]), layer)
         shift = jnp.einsum("sj,sjo->so", here.reshape(weights.shape[:2]), weights, precision="highest")
-        bias = shifted.get(layer.bias, leaves[layer.bias])
-        shifted[layer.bias] = bias + graph.as_leaf(shift[:, None], layer.bias_layout).astype(bias.dtype)
+        before = shifted.get(bias, leaves[bias])
+        shifted[bias] = before + graph.as_leaf(shift[:, None], layer.bias_layout).astype(before.dtype)
     return shifted
 
 

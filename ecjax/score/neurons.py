@@ -182,26 +182,34 @@ def neuron_elimination_compensation_by_definition(
         {'Dense_0/kernel': True}
     """
     at = _door.enter(network, params, inputs, exclude=exclude, metric=metric)
-    for _, layer in _pairs(at.layers):
-        if layer.bias is None:
+    pairs = _with_biases(at.layers)
+    return checked(NeuronScores(*_all_neurons(at.network, pairs, at.params, at.inputs, at.metric)))
+
+
+def _with_biases(layers: Layers) -> tuple[tuple[Layer, Layer, str], ...]:
+    """Each layer with hidden neurons, the one that reads them, and the bias of this one; a ValueError without it."""
+    found = []
+    for own, following in _pairs(layers):
+        if following.bias is None:
             raise ValueError(
-                f"kernel '{layer.kernel}' has no bias, so nothing can take the place of a neuron that it reads; give "
-                "the layer a bias of zeros, or use score.neuron_elimination_compensation"
+                f"kernel '{following.kernel}' has no bias, so nothing can take the place of a neuron that it reads; "
+                "give the layer a bias of zeros, or use score.neuron_elimination_compensation"
             )
-    return checked(NeuronScores(*_all_neurons(at.network, at.layers, at.params, at.inputs, at.metric)))
+        found.append((own, following, following.bias))
+    return tuple(found)
 
 
-@_precision.compiled("network", "layers")
-def _all_neurons(network, layers, params, inputs, metric):
+@_precision.compiled("network", "pairs")
+def _all_neurons(network, pairs: tuple[tuple[Layer, Layer, str], ...], params, inputs, metric):
     leaves = _trees.by_path(params)
     outputs = network(params, inputs)
     importance, constant = {}, {}
-    for own, following in _pairs(layers):
-        kernel, bias = leaves[following.kernel], leaves[following.bias]
+    for own, following, path in pairs:
+        kernel, bias = leaves[following.kernel], leaves[path]
         weights = graph.as_matrices(kernel, following.layout)[0]
 
-        def layer(kernel, bias, following=following):
-            return network(_trees.replace(params, {following.kernel: kernel, following.bias: bias}), inputs)
+        def layer(kernel, bias, following=following, path=path):
+            return network(_trees.replace(params, {following.kernel: kernel, path: bias}), inputs)
 
         def of_neuron(neuron, layer=layer, kernel=kernel, bias=bias, weights=weights, following=following):
             removed = graph.as_leaf(jnp.zeros_like(weights).at[neuron].set(-weights[neuron])[None], following.layout)

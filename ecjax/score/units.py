@@ -191,7 +191,8 @@ def _references(seen: Seen, params: Params, few: Inputs, ignored: dict[str, Arra
         names = [name for name, atom in seen.atoms.items() if atom in read.units]
         for path in seen.layers:
             product = seen.reading.products[path][0]
-            here = product.site == read.site and read.side == 1 - product.side and product.reads.features
+            rows, _ = product.rows
+            here = product.site == read.site and read.side == 1 - product.side and rows.features
             if here and all(path in [reader.layer.kernel for reader in seen.readers[name]] for name in names):
                 paths.append(path)
     found = means(seen.reading, paths, params, few) if paths else {}
