@@ -18,6 +18,7 @@ from jaxtyping import PyTree
 
 from ecjax.graph.evaluate import evaluate, run
 from ecjax.graph.roles import CALLS
+from ecjax.graph.samples import shape_of
 
 CONVOLUTION = "conv_general_dilated"
 _MOST_PATCHES = 64  # each is a slice of its own; a window of more is convolved
@@ -65,7 +66,7 @@ def has_patches(equation) -> bool:
     if equation.primitive.name != CONVOLUTION or equation.params["batch_group_count"] > 1:
         return False
     window = equation.params["dimension_numbers"].rhs_spec[2:]
-    return math.prod(equation.invars[1].aval.shape[axis] for axis in window) <= _MOST_PATCHES
+    return math.prod(shape_of(equation.invars[1])[axis] for axis in window) <= _MOST_PATCHES
 
 
 def kernel_gradient(equation, inputs: Array, slopes: Array, shape: tuple[int, ...]) -> Array:
@@ -124,7 +125,7 @@ def _by_patches(equation, operands: list[Array], *_) -> tuple[list[Array], dict]
     inputs, kernel = operands
     numbers, (result,) = equation.params["dimension_numbers"], equation.outvars
     order = _last(numbers.out_spec)
-    places = tuple(result.aval.shape[axis] for axis in order[1:-1])
+    places = tuple(shape_of(result)[axis] for axis in order[1:-1])
     patches = _patches(equation, inputs, places, kernel.shape)
     matrices = kernel.transpose(_neurons_last(numbers.rhs_spec))
     matrices = matrices.reshape(*patches.shape[-2:], patches.shape[-3], -1)

@@ -17,6 +17,7 @@ from ecjax.graph.atoms import Atoms, Axes
 from ecjax.graph.evaluate import run
 from ecjax.graph.roles import CALLS
 from ecjax.graph.rules import describe, results_of, unknown
+from ecjax.graph.samples import shape_of
 
 CUSTOM_JVP, CUSTOM_VJP = ("custom_jvp_call",), ("custom_vjp_call", "custom_vjp_call_jaxpr")
 
@@ -44,7 +45,7 @@ class Walked(NamedTuple):
 
 
 def _read(known: dict, variable) -> Axes:
-    return ((),) * len(variable.aval.shape) if isinstance(variable, core.Literal) else known[variable]
+    return ((),) * len(shape_of(variable)) if isinstance(variable, core.Literal) else known[variable]
 
 
 def walk(closed: Any, arguments: Sequence[Axes], atoms: Atoms, *, derivatives: bool = True) -> Walked:
@@ -57,7 +58,7 @@ def walk(closed: Any, arguments: Sequence[Axes], atoms: Atoms, *, derivatives: b
         derivatives: whether the derivatives that functions have of their own are followed, too.
     """
     jaxpr = getattr(closed, "jaxpr", closed)
-    axes = {variable: atoms.axes(variable.aval.shape) for variable in jaxpr.constvars}
+    axes = {variable: atoms.axes(shape_of(variable)) for variable in jaxpr.constvars}
     axes |= dict(zip(jaxpr.invars, arguments, strict=True))
     inside = {}
     for index, equation in enumerate(jaxpr.eqns):
@@ -72,7 +73,7 @@ def walk(closed: Any, arguments: Sequence[Axes], atoms: Atoms, *, derivatives: b
 
 def _operand(known: dict, variable, atoms: Atoms) -> Axes:
     if isinstance(variable, core.Literal):
-        return atoms.axes(variable.aval.shape, "is that of a number in the code")
+        return atoms.axes(shape_of(variable), "is that of a number in the code")
     return known[variable]
 
 
@@ -150,7 +151,7 @@ def is_inexact(variable) -> bool:
 
 def _derivative(equation, forwards: bool) -> core.ClosedJaxpr:
     """The derivative of a function: of its arguments and their tangents, or of its arguments and cotangents."""
-    primals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
+    primals = [jax.ShapeDtypeStruct(shape_of(v), v.aval.dtype) for v in equation.invars]
     places = [index for index, variable in enumerate(equation.invars) if is_inexact(variable)]
     kept = [index for index, variable in enumerate(equation.outvars) if is_inexact(variable)]
 
@@ -174,5 +175,5 @@ def _derivative(equation, forwards: bool) -> core.ClosedJaxpr:
 
     given = [primals[place] for place in places]
     if not forwards:
-        given = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in map(equation.outvars.__getitem__, kept)]
+        given = [jax.ShapeDtypeStruct(shape_of(v), v.aval.dtype) for v in map(equation.outvars.__getitem__, kept)]
     return jax.make_jaxpr(tangents if forwards else cotangents)(primals, given)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from ecjax.graph import layout as layouts
 from ecjax.graph.layout import Axes, Axis, Factor, Layout
-from ecjax.graph.samples import shapes, whole_numbers
+from ecjax.graph.samples import shape_of, shapes, whole_numbers
 from ecjax.graph.values import Added, Found, Leaf, Product, Rows, Site, Units, Value, Within, is_float, leaves_of
 
 CHANGED = "goes through arithmetic before its product"
@@ -43,7 +43,7 @@ def multiplied(equation, operands, result: Value, found: Found, within: Within, 
 def _matrix_product(equation, side, leaf: Leaf, other: Value, result: Value, found: Found, within, site) -> Value:
     contracted, batched = (tuple(map(whole_numbers, pair)) for pair in equation.params["dimension_numbers"])
     own, others = (contracted[side], batched[side]), (contracted[1 - side], batched[1 - side])
-    axes, shape = leaf.axes, equation.invars[1 - side].aval.shape
+    axes, shape = leaf.axes, shape_of(equation.invars[1 - side])
     free = [axis for axis in range(len(axes)) if axis not in (*own[0], *own[1])]
     free_others = [axis for axis in range(len(shape)) if axis not in (*others[0], *others[1])]
     stacked = [axis for axis in own[1] if not layouts.is_repeated(axes[axis])]
@@ -170,7 +170,7 @@ def _convolution(equation, side, leaf: Leaf, other: Value, result: Value, found:
         gives=result.place and Rows(result.place, (), (channel,)),
         turns=within.turns,
         sliced=_size(leaf.stacked),
-        window=math.prod(equation.invars[side].aval.shape[axis] for axis in window),
+        window=math.prod(shape_of(equation.invars[side])[axis] for axis in window),
     )
     found.products.append(product)
     found.consume(other.units)

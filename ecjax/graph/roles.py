@@ -19,6 +19,7 @@ from ecjax.graph.samples import (
     Place,
     UnknownOperationError,
     places,
+    shape_of,
     shapes,
     whole_numbers,
 )
@@ -68,7 +69,7 @@ def walk(
         site: the equations that it is called from.
     """
     jaxpr = getattr(closed, "jaxpr", closed)
-    known = {var: Value(uniform=math.prod(var.aval.shape) == 1) for var in jaxpr.constvars}
+    known = {var: Value(uniform=math.prod(shape_of(var)) == 1) for var in jaxpr.constvars}
     known |= dict(zip(jaxpr.invars, arguments, strict=True))
 
     def read(var) -> Value:
@@ -224,7 +225,7 @@ def _changed(equation, operands: list[Value]) -> frozenset[str]:
     """The leaves that the result of an entrywise operation is made of: those of its own shape."""
     (shape,), found = shapes(equation.outvars), frozenset()
     for var, operand in zip(equation.invars, operands, strict=True):
-        if tuple(var.aval.shape) == shape and math.prod(shape) > 1 and not _is_repeated(operand):
+        if shape_of(var) == shape and math.prod(shape) > 1 and not _is_repeated(operand):
             found |= leaves_of(operand) | operand.changed
     return found
 

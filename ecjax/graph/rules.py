@@ -96,7 +96,7 @@ def _over_axes(equation, operands, atoms: Atoms) -> list[Axes]:
 
 def _along_axis(equation, operands, atoms: Atoms) -> list[Axes]:
     along = whole_numbers(equation.params[_ALONG_AXIS[equation.primitive.name]])
-    axes = together(operands, equation.invars[0].aval.shape, atoms, describe(equation))
+    axes = together(operands, shape_of(equation.invars[0]), atoms, describe(equation))
     for index in along:
         atoms.pin(axes[index], f"has an order in {describe(equation)}")
     return [axes] * len(equation.outvars)
@@ -192,7 +192,7 @@ def _split(equation, operands, atoms: Atoms) -> list[Axes]:
 
 def _stack(equation, operands, atoms: Atoms) -> list[Axes]:
     along = int(equation.params["axis"])
-    axes = together(operands, equation.invars[0].aval.shape, atoms, describe(equation))
+    axes = together(operands, shape_of(equation.invars[0]), atoms, describe(equation))
     new = atoms.axes((len(operands),), f"is what {describe(equation)} stacks")
     return [(*axes[:along], *new, *axes[along:])]
 
@@ -213,7 +213,7 @@ def _tile(equation, operands, atoms: Atoms) -> list[Axes]:
 
 def _part(equation, operands, atoms: Atoms) -> list[Axes]:
     """A part that starts where other values say: the axes that it takes whole stay."""
-    (shape,), before = shapes(equation.outvars), equation.invars[0].aval.shape
+    (shape,), before = shapes(equation.outvars), shape_of(equation.invars[0])
     kept = [index for index, (length, size) in enumerate(zip(before, shape, strict=True)) if length == size]
     return [_kept(kept, operands[0], shape, atoms, f"is cut in {describe(equation)}")]
 
@@ -259,13 +259,13 @@ def _conv_general_dilated(equation, operands, atoms: Atoms) -> list[Axes]:
     atoms.unify((*group, *of_kernel), channels, apart)
     if groups > 1:
         atoms.unify((*group, *atoms.axes((atoms.length(out) // groups,))[0]), out, apart)
-    found = list(atoms.axes(equation.outvars[0].aval.shape, reason))
+    found = list(atoms.axes(shape_of(equation.outvars[0]), reason))
     found[numbers.out_spec[0]], found[numbers.out_spec[1]] = inputs[numbers.lhs_spec[0]], out
     return [tuple(found)]
 
 
 def _window(equation, operands, atoms: Atoms) -> list[Axes]:
-    shape, rank = equation.outvars[0].aval.shape, len(operands[0])
+    shape, rank = shape_of(equation.outvars[0]), len(operands[0])
     plain = {"window_dimensions": 1, "window_strides": 1, "padding": (0, 0), "base_dilation": 1, "window_dilation": 1}
     kept = [
         axis
@@ -273,7 +273,7 @@ def _window(equation, operands, atoms: Atoms) -> list[Axes]:
         if all(_at(equation.params.get(name), axis, usual) == usual for name, usual in plain.items())
     ]
     values = [axes for axes in operands if len(axes) == rank]
-    axes = together(values, equation.invars[0].aval.shape, atoms, describe(equation))
+    axes = together(values, shape_of(equation.invars[0]), atoms, describe(equation))
     found = _kept(kept, axes, shape, atoms, f"has a window slide along it in {describe(equation)}")
     return [found] * len(equation.outvars)
 
@@ -316,7 +316,7 @@ def _fft(equation, operands, atoms: Atoms) -> list[Axes]:
 
 
 def _top_k(equation, operands, atoms: Atoms) -> list[Axes]:
-    shape, rank = equation.outvars[0].aval.shape, len(operands[0])
+    shape, rank = shape_of(equation.outvars[0]), len(operands[0])
     along = int(equation.params.get("axis", -1)) % rank
     kept = [axis for axis in range(rank) if axis != along]
     return [_kept(kept, operands[0], shape, atoms, f"has an order in {describe(equation)}")] * len(equation.outvars)

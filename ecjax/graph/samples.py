@@ -6,7 +6,7 @@ together (a mean over the batch, a product over it) mixes them; one that is not 
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 
 class Place(NamedTuple):
@@ -78,9 +78,14 @@ _WINDOWS = frozenset(
 )
 
 
-def shapes(variables: Sequence) -> list[tuple[int, ...]]:
+def shape_of(variable: Any) -> tuple[int, ...]:
+    """The shape of an operand or a result of an equation, which is an array: a variable, or a number in the code."""
+    return tuple(variable.aval.shape)
+
+
+def shapes(variables: Iterable) -> list[tuple[int, ...]]:
     """The shapes of an equation's operands or results."""
-    return [tuple(variable.aval.shape) for variable in variables]
+    return [shape_of(variable) for variable in variables]
 
 
 def whole_numbers(axes: Iterable | SupportsIndex) -> tuple[int, ...]:
@@ -150,19 +155,19 @@ def _along(place: Place, axes: Sequence[int]) -> Place:
 
 def _matrices(equation, operands, _samples) -> list[Place]:
     place = _one(operands)
-    rank = len(equation.invars[0].aval.shape)
+    rank = len(shape_of(equation.invars[0]))
     if place.axis >= rank - 2 or any(len(shape) <= place.axis for shape in shapes(equation.outvars)):
         raise MixedSamplesError
     return [place] * len(equation.outvars)
 
 
 def _fft(equation, operands, _samples) -> Place:
-    rank = len(equation.invars[0].aval.shape)
+    rank = len(shape_of(equation.invars[0]))
     return _along(operands[0], range(rank - len(equation.params["fft_lengths"]), rank))
 
 
 def _top_k(equation, operands, _samples) -> list[Place]:
-    rank = len(equation.invars[0].aval.shape)
+    rank = len(shape_of(equation.invars[0]))
     return [_along(operands[0], whole_numbers(equation.params.get("axis", rank - 1) % rank))] * 2
 
 
@@ -176,7 +181,7 @@ def _window(equation, operands, _samples) -> Place:
 
 
 def _is_of_axes(value, equation) -> bool:
-    return isinstance(value, tuple | list) and len(value) == len(equation.invars[0].aval.shape)
+    return isinstance(value, tuple | list) and len(value) == len(shape_of(equation.invars[0]))
 
 
 def _broadcast_in_dim(equation, operands, _samples) -> Place:
@@ -223,7 +228,7 @@ def _unstack(equation, operands, _samples) -> Place:
 
 def _tile(equation, operands, _samples) -> Place:
     repeats = whole_numbers(equation.params["reps"])
-    if len(repeats) != len(equation.invars[0].aval.shape) or repeats[operands[0].axis] != 1:
+    if len(repeats) != len(shape_of(equation.invars[0])) or repeats[operands[0].axis] != 1:
         raise UnknownOperationError
     return operands[0]
 
@@ -238,7 +243,7 @@ def _pad(equation, operands, _samples) -> Place:
 def _same_length(equation, operands, _samples) -> Place:
     """A part of the other axes: slices and their like, of a value and of indices without samples."""
     place, *others = operands
-    before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+    before, after = shape_of(equation.invars[0]), shape_of(equation.outvars[0])
     if place is None or any(others) or before[place.axis] != after[place.axis]:
         raise UnknownOperationError
     return place
@@ -265,8 +270,8 @@ def _dot_general(equation, operands, _samples) -> Place:
             found.add(place._replace(axis=list(batched[side]).index(place.axis)))
         else:
             taken = (*contracted[side], *batched[side])
-            free = [axis for axis in range(len(equation.invars[side].aval.shape)) if axis not in taken]
-            other = len(equation.invars[0].aval.shape) - len(contracted[0]) if side else len(batched[0])
+            free = [axis for axis in range(len(shape_of(equation.invars[side]))) if axis not in taken]
+            other = len(shape_of(equation.invars[0])) - len(contracted[0]) if side else len(batched[0])
             found.add(place._replace(axis=other + free.index(place.axis)))
     return _one(list(found))
 
@@ -283,7 +288,7 @@ def _gather(equation, operands, _samples) -> Place:
     """Look-ups: a table's rows for each sample, or the same entries of every sample."""
     of_table, of_indices = operands
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
-    rank = len(equation.outvars[0].aval.shape)
+    rank = len(shape_of(equation.outvars[0]))
     offset = tuple(numbers.offset_dims)
     others = [axis for axis in range(rank) if axis not in offset]
     batching = tuple(numbers.operand_batching_dims)
@@ -296,7 +301,7 @@ def _gather(equation, operands, _samples) -> Place:
             return found
         raise MixedSamplesError
     axis = of_table.axis
-    if axis in batching or axis in numbers.collapsed_slice_dims or sizes[axis] != equation.invars[0].aval.shape[axis]:
+    if axis in batching or axis in numbers.collapsed_slice_dims or sizes[axis] != shape_of(equation.invars[0])[axis]:
         raise UnknownOperationError
     kept = [a for a in range(len(sizes)) if a not in (*numbers.collapsed_slice_dims, *batching)]
     return of_table._replace(axis=offset[kept.index(axis)])

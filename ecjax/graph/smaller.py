@@ -24,6 +24,7 @@ from ecjax.graph.couple import CUSTOM_JVP, CUSTOM_VJP, Walked, is_inexact
 from ecjax.graph.evaluate import run
 from ecjax.graph.groups import Coupled, Groups, couple, units_along
 
+from ecjax.graph.samples import shape_of
 Kept = dict[str, tuple[Bool[np.ndarray, " _"], ...]]
 Removed = Mapping[int, Sequence[int] | Int[np.ndarray, " _"]]
 
@@ -292,7 +293,7 @@ def _dynamic_slice(_equation, _axes, results, units: Cut) -> dict[str, Any]:
 
 
 def _gather(equation, axes, _results, units: Cut) -> dict[str, Any]:
-    sizes, lengths = equation.params["slice_sizes"], equation.invars[0].aval.shape
+    sizes, lengths = equation.params["slice_sizes"], shape_of(equation.invars[0])
     whole = [size == length for size, length in zip(sizes, lengths, strict=True)]
     found = [units.length(axis) if all_of else n for axis, all_of, n in zip(axes[0], whole, sizes, strict=True)]
     return {"slice_sizes": tuple(found)}

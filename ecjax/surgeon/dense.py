@@ -14,6 +14,7 @@ from ecjax.graph import Layer, Layers, Reading
 from ecjax.graph.evaluate import evaluate, run
 from ecjax.graph.reading import shape_of_two
 from ecjax.graph.roles import CALLS
+from ecjax.graph.samples import shape_of
 from ecjax.graph.taps import tap_dtype
 
 
@@ -42,7 +43,7 @@ def _not_dense(layer: Layer, reading: Reading) -> str:
     if equations[-1].primitive.name != "dot_general":
         return "is convolved"
     _, batched = equations[-1].params["dimension_numbers"]
-    shape = equations[-1].invars[uses[0].side].aval.shape
+    shape = shape_of(equations[-1].invars[uses[0].side])
     if layer.layout.sizes[0] not in (1, math.prod(shape[axis] for axis in batched[uses[0].side])):
         return "is a stack that is repeated along an axis of its product"
     return ""
