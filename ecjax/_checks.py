@@ -4,9 +4,7 @@ Values can only be looked at when they are there: under ``jit`` or ``vmap`` the 
 of shapes remain.
 """
 
-import types
-import typing
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +15,8 @@ from jaxtyping import PyTree
 
 from ecjax import _trees
 from ecjax._types import Inputs, Kernels, Params
+
+Kind = TypeVar("Kind")
 
 
 def are_known(tree: PyTree) -> bool:
@@ -176,12 +176,12 @@ def require_above_zero(value: float | int | Array, name: str) -> None:
         raise ValueError(f"{name} is {value}; it must be above 0, and finite")
 
 
-def require_scores(scores: Any, kind: type | types.UnionType, what: str) -> None:
-    """Raises a ValueError unless these are scores of that kind."""
-    if not isinstance(scores, kind):
-        kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+def of_kind(scores: Any, kinds: tuple[type[Kind], ...], what: str) -> Kind:
+    """The scores, if they are of one of these kinds; a ValueError says what came instead."""
+    if not isinstance(scores, kinds):
         names = " or ".join(f"score.{expected.__name__}" for expected in kinds)
         raise ValueError(f"{what} {type(scores).__name__}; {names} is needed here")
+    return scores
 
 
 def require_key(key: Any) -> None:

@@ -99,7 +99,7 @@ def importances(scores: Scores | NeuronScores, *, sparsity: float | int | None =
         >>> ax.get_xlabel(), ax.get_xscale()
         ('importance', 'log')
     """
-    _checks.require_scores(scores, Scores | NeuronScores, "scores are")
+    scores = _checks.of_kind(scores, (Scores, NeuronScores), "scores are")
     _checks.require_no_nan(scores.importance, "importances")
     values = np.sort(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(scores.importance)]).astype(np.float64))
     on_axis = values[(values > 0) & (values < np.inf)]

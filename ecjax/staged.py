@@ -161,7 +161,7 @@ def staged(
         0.75
     """
     require_scope(scope, sparsity)
-    criterion = criteria.giving(Scores, criteria.named(criterion, score.CRITERIA))
+    criterion = criteria.giving(criteria.named(criterion, score.CRITERIA), Scores)
     given, of_run = (network, params, inputs, sparsity, stages), (repair, metric, targets, weights)
     return _in_stages(criterion, *given, *of_run, {"scope": scope}, exclude, key, progress)
 
@@ -214,7 +214,7 @@ def staged_neurons(
     how = as_how(fraction, scope, by, multiple_of)
     _door.enter(network, params, inputs, exclude=exclude, need="any")
     require_reachable(network, params, inputs, fraction, how, exclude)
-    criterion = criteria.giving(NeuronScores, criteria.named(criterion, score.NEURON_CRITERIA))
+    criterion = criteria.giving(criteria.named(criterion, score.NEURON_CRITERIA), NeuronScores)
     given, of_run = (network, params, inputs, fraction, stages), (repair, metric, targets, weights)
     return _in_stages(criterion, *given, *of_run, how._asdict(), exclude, key, progress)
 
@@ -334,18 +334,18 @@ def step(
     """
     repair = repairs.named(repair)
     criterion = criteria.named(criterion, score.CRITERIA | score.NEURON_CRITERIA)
-    criterion = criteria.giving(Scores | NeuronScores, criterion)
+    criterion = criteria.giving(criterion, Scores, NeuronScores)
     criteria.require_drawn(criterion, state.key)
     key, now = (None, None) if state.key is None else jax.random.split(state.key)
     of_run = {"metric": state.metric, "weights": state.weights, "exclude": state.exclude}
     drawn = {"key": now, "probes": 1 if now is not None and state.many_rows else None}
     scores = criteria.given(criterion, **of_run, **drawn)(network, state.params, inputs)
-    given = scores, state.masks, sparsity
     if isinstance(scores, NeuronScores):
         how = as_how(sparsity, scope, by, multiple_of)
-        params, masks = fewer_units(network, state.params, inputs, *given, how, state.exclude)
+        given = scores, state.masks, sparsity, how, state.exclude
+        params, masks = fewer_units(network, state.params, inputs, *given)
     else:
-        params, masks = further(state.params, *given, scope=scope, exclude=state.exclude)
+        params, masks = further(state.params, scores, state.masks, sparsity, scope=scope, exclude=state.exclude)
     state = dataclasses.replace(state, params=params, masks=masks, key=key)
     if repair is None:
         return state

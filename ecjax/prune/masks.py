@@ -111,7 +111,7 @@ def least_important(
         scope: where weights, or for (N, M) groups of them, compete.
         exclude: patterns of paths of leaves that keep every bit.
     """
-    _checks.require_scores(scores, Scores, "scores are")
+    scores = _checks.of_kind(scores, (Scores,), "scores are")
     _checks.require_kernels(params, scores.importance, "importances")
     excluded = chosen(exclude, list(_trees.by_path(params)))
     importance = _left(_trees.by_path(scores.importance), excluded)

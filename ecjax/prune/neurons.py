@@ -79,7 +79,7 @@ def neurons(
         4
     """
     how = as_how(fraction, scope, by, multiple_of)
-    criterion = criteria.giving(NeuronScores, criteria.named(criterion, score.NEURON_CRITERIA))
+    criterion = criteria.giving(criteria.named(criterion, score.NEURON_CRITERIA), NeuronScores)
     given = {"metric": metric, "weights": weights, "exclude": exclude}
     outputs = _door.enter(network, params, inputs, **given, need="any").outputs
     criteria.require_read(criterion, metric, weights, key, outputs)

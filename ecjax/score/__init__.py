@@ -16,13 +16,12 @@ from ecjax.score.linear import (
 )
 from ecjax.score.neuron_baselines import neuron_group_norm, neuron_norm, neuron_random, neuron_variance
 from ecjax.score.neurons import (
-    NeuronScores,
     neuron_elimination_compensation,
     neuron_elimination_compensation_by_definition,
     neuron_elimination_compensation_from_moments,
 )
 from ecjax.score.nonlinear import nonlinear_elimination_compensation
-from ecjax.score.scores import Scores
+from ecjax.score.scores import NeuronScores, Scores
 from ecjax.score.wanda import wanda
 
 __all__ = [

@@ -2,32 +2,31 @@
 
 import functools
 import inspect
-import types
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from ecjax import _checks, metrics
-from ecjax._types import Inputs, Network, Params
 from ecjax.moments.stream import has_many_rows
 from ecjax.score.baselines import magnitude, random
 from ecjax.score.definition import elimination_compensation_by_definition
 from ecjax.score.linear import elimination_compensation, optimal_brain_damage
 from ecjax.score.neuron_baselines import neuron_group_norm, neuron_norm, neuron_random, neuron_variance
 from ecjax.score.neurons import (
-    NeuronScores,
     neuron_elimination_compensation,
     neuron_elimination_compensation_by_definition,
 )
 from ecjax.score.nonlinear import nonlinear_elimination_compensation
-from ecjax.score.scores import Scores
+from ecjax.score.scores import AnyScores, NeuronScores, Scores
 from ecjax.score.wanda import wanda
 
-Criterion = Callable[[Network, Params, Inputs], Scores | NeuronScores]
+# (network, params, inputs, **options) -> scores: which options of a run it takes is read from its signature.
+Criterion = Callable[..., Scores | NeuronScores]
+Result = TypeVar("Result")
 
 # By name, those that need no more than a key; others as functools.partial(score.gradient_magnitude, targets=..., ...).
-CRITERIA = {
+CRITERIA: dict[str, Callable[..., Scores]] = {
     function.__name__: function
     for function in (
         elimination_compensation,
@@ -39,7 +38,7 @@ CRITERIA = {
         wanda,
     )
 }
-NEURON_CRITERIA = {
+NEURON_CRITERIA: dict[str, Callable[..., NeuronScores]] = {
     function.__name__: function
     for function in (
         neuron_elimination_compensation,
@@ -61,7 +60,7 @@ def named(criterion: Any, names: Mapping[str, Criterion]) -> Criterion:
     if criterion is None:
         return next(iter(names.values()))
     found = names.get(criterion) if isinstance(criterion, str) else criterion
-    if not callable(found):
+    if not isinstance(found, Callable):
         raise ValueError(
             f"criterion is {criterion!r}; it must be one of {', '.join(map(repr, names))}, or a function "
             "(network, params, inputs) -> scores, such as functools.partial(score.random, key=key)"
@@ -69,34 +68,32 @@ def named(criterion: Any, names: Mapping[str, Criterion]) -> Criterion:
     return found
 
 
-def giving(kind: type | types.UnionType, criterion: Criterion) -> Criterion:
-    """The criterion, whose scores must be of this kind; a ValueError says what came instead."""
+def giving(criterion: Criterion, *kinds: type[AnyScores]) -> Callable[..., AnyScores]:
+    """The criterion, whose scores must be of one of these kinds; a ValueError says what came instead."""
 
     @functools.wraps(criterion)
     def checked(*arguments, **options):
-        scores = criterion(*arguments, **options)
-        _checks.require_scores(scores, kind, "the criterion gave")
-        return scores
+        return _checks.of_kind(criterion(*arguments, **options), kinds, "the criterion gave")
 
     return checked
 
 
-def _keywords(criterion: Criterion) -> dict[str, Any]:
-    """What ``functools.partial`` has given a criterion already."""
-    inner = inspect.unwrap(criterion, stop=lambda function: isinstance(function, functools.partial))
+def _keywords(function: Callable) -> dict[str, Any]:
+    """What ``functools.partial`` has given a function already."""
+    inner = inspect.unwrap(function, stop=lambda function: isinstance(function, functools.partial))
     return inner.keywords if isinstance(inner, functools.partial) else {}
 
 
-def _parameters(criterion: Criterion) -> Mapping[str, inspect.Parameter]:
+def _parameters(function: Callable) -> Mapping[str, inspect.Parameter]:
     try:
-        return inspect.signature(criterion).parameters
+        return inspect.signature(function).parameters
     except ValueError:  # of some builtins there is no signature
         return {}
 
 
-def reads(criterion: Criterion, name: str) -> bool:
-    """Whether a criterion takes an argument that it was not given yet."""
-    return name in _parameters(criterion) and name not in _keywords(criterion)
+def reads(function: Callable, name: str) -> bool:
+    """Whether a criterion, or a repair, takes an argument that it was not given yet."""
+    return name in _parameters(function) and name not in _keywords(function)
 
 
 def draws(criterion: Criterion, *, always: bool = False) -> bool:
@@ -150,7 +147,7 @@ def require_drawn(criterion: Criterion, key: Any) -> None:
         raise ValueError("this criterion draws at random: give key=, such as jax.random.key(0)")
 
 
-def given(criterion: Criterion, **options: Any) -> Criterion:
-    """The criterion with what it takes of these; what it does not take, it is not given."""
-    taken = {name: option for name, option in options.items() if option is not None and reads(criterion, name)}
-    return functools.partial(criterion, **taken)
+def given(function: Callable[..., Result], **options: Any) -> Callable[..., Result]:
+    """The criterion, or the repair, with what it takes of these; what it does not take, it is not given."""
+    taken = {name: option for name, option in options.items() if option is not None and reads(function, name)}
+    return functools.partial(function, **taken)

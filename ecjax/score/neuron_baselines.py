@@ -15,8 +15,8 @@ from ecjax.graph import Group, Layers, Place
 from ecjax.graph.gates import means, variances
 from ecjax.graph.layers import as_patterns
 from ecjax.graph.readers import made_in
-from ecjax.score.neurons import NeuronScores
-from ecjax.score.scores import checked
+from ecjax.graph.reading import shape_of_two
+from ecjax.score.scores import NeuronScores, checked
 from ecjax.score.units import Asked, Seen, as_constants, of_readers, require_in_sight, see
 
 
@@ -120,7 +120,7 @@ def neuron_variance(network: Network, params: Params, inputs: Inputs, *, exclude
     at = _door.enter(network, params, inputs, exclude=exclude, need="any")
     groups = _door.units(at.network, at.params, at.inputs, exclude=exclude)
     asked = Asked(at.network, tuple(groups.items()), as_patterns(exclude))
-    require_in_sight(asked, see(asked, at.params, graph.at_least_two(at.inputs)))
+    require_in_sight(asked, see(asked, at.params, shape_of_two(at.inputs)))
     return checked(NeuronScores(*_variances(asked, at.params, at.inputs)))
 
 

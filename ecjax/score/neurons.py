@@ -1,12 +1,10 @@
 """Structured elimination-compensation: of whole neurons, channels, heads and their features, in any network."""
 
-import dataclasses
-import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import PRNGKeyArray
 
 from ecjax import _batches, _door, _precision, _trees, graph, metrics, moments
 from ecjax._types import Inputs, Metric, Network, Params, Patterns, Weights
@@ -17,30 +15,7 @@ from ecjax.moments import Moments
 from ecjax.moments.additive import require
 from ecjax.moments.stream import require_key, require_probes
 from ecjax.score import units
-from ecjax.score.scores import checked, least, of_each
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["importance", "constant"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class NeuronScores:
-    """What removing each unit costs, and what to put in its place: a neuron, a channel, an attention head.
-
-    Attributes:
-        importance: by the name of a group (``networks.groups(...).named``), one number for each of its units, of shape
-            (units,); the smallest go first. Groups that are not there stay whole.
-        constant: likewise, the constants that take the place of a removed unit: the biases of those that read it gain
-            ``constant · W``. Of shape (units,), or (units, values) where each unit has several values that biases can
-            make up for, as a head has features. None for a criterion that compensates nothing.
-
-    Example:
-        >>> scores = score.NeuronScores({"Dense_0/kernel": jnp.arange(8.0)})  # a criterion of one's own gives these
-        >>> pruned = prune.neurons(network, params, inputs, fraction=0.25, criterion=lambda *_: scores)
-        >>> pruned.masks["Dense_0"]["kernel"].any(0).tolist()
-        [False, False, True, True, True, True, True, True]
-    """
-
-    importance: PyTree  # not checked here: a pytree is also mapped to what is no array
-    constant: PyTree | None = None
+from ecjax.score.scores import NeuronScores, checked, least, of_each
 
 
 def neuron_elimination_compensation(

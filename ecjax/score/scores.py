@@ -9,15 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from ecjax import _checks, _trees, graph
 from ecjax._types import Kernels, Params
 from ecjax.graph import Layers
 from ecjax.graph.layers import NO_LAYERS
 from ecjax.graph.taps import tap_dtype
-
-AnyScores = TypeVar("AnyScores")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["importance", "bias_shift"], meta_fields=["layers"])
@@ -42,6 +40,32 @@ class Scores:
     importance: Kernels
     bias_shift: Kernels | None = None
     layers: Layers = NO_LAYERS
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["importance", "constant"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class NeuronScores:
+    """What removing each unit costs, and what to put in its place: a neuron, a channel, an attention head.
+
+    Attributes:
+        importance: by the name of a group (``networks.groups(...).named``), one number for each of its units, of shape
+            (units,); the smallest go first. Groups that are not there stay whole.
+        constant: likewise, the constants that take the place of a removed unit: the biases of those that read it gain
+            ``constant · W``. Of shape (units,), or (units, values) where each unit has several values that biases can
+            make up for, as a head has features. None for a criterion that compensates nothing.
+
+    Example:
+        >>> scores = score.NeuronScores({"Dense_0/kernel": jnp.arange(8.0)})  # a criterion of one's own gives these
+        >>> pruned = prune.neurons(network, params, inputs, fraction=0.25, criterion=lambda *_: scores)
+        >>> pruned.masks["Dense_0"]["kernel"].any(0).tolist()
+        [False, False, True, True, True, True, True, True]
+    """
+
+    importance: PyTree  # not checked here: a pytree is also mapped to what is no array
+    constant: PyTree | None = None
+
+
+AnyScores = TypeVar("AnyScores", bound=Scores | NeuronScores)
 
 
 def checked(scores: AnyScores) -> AnyScores:

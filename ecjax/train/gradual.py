@@ -141,7 +141,7 @@ def gradually(
     return Gradual(_trees.whole(run.state.params, static), masks, run.losses)
 
 
-def _checked(inputs, targets, key, sparsity, begin, end, criterion, scope) -> Criterion:
+def _checked(inputs, targets, key, sparsity, begin, end, criterion, scope) -> Callable[..., Scores]:
     """The criterion, after a look at all that can be wrong; errors are those of ``gradually``."""
     _checks.require_inputs(inputs)
     _checks.require_targets(inputs, targets)
@@ -151,7 +151,7 @@ def _checked(inputs, targets, key, sparsity, begin, end, criterion, scope) -> Cr
             f"begin is {begin} and end is {end}; they are fractions of the training steps, with 0 <= begin < end <= 1"
         )
     require_scope(scope, sparsity)
-    return criteria.giving(Scores, criteria.named(criterion, score.CRITERIA))
+    return criteria.giving(criteria.named(criterion, score.CRITERIA), Scores)
 
 
 class _Run(NamedTuple):
