@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 
 from ecjax import _batches, _checks, _precision, _trees, metrics
 from ecjax._trees import WithStatic
-from ecjax._types import Metric, Network, Params, Patterns, Targets, Weights
+from ecjax._types import Inputs, Metric, Network, Params, Patterns, Targets, Weights
 from ecjax.graph import Group, Groups, Layers, read
 from ecjax.graph.groups import couple, of_coupled
 from ecjax.graph.layers import as_patterns, chosen
@@ -45,18 +45,16 @@ class Entered(NamedTuple):
         layers: that are not excluded.
         outputs: the shape and dtype of what the network gives for the inputs.
         metric: a metric, no name.
-        targets: placed like the inputs.
-        weights: likewise.
+        weights: placed like the inputs.
         static: the leaves of the params that are no arrays.
     """
 
     network: Network
     params: Params
-    inputs: Array
+    inputs: Inputs
     layers: Layers
     outputs: jax.ShapeDtypeStruct
-    metric: metrics.Metric | None
-    targets: Targets | None
+    metric: metrics.Metric
     weights: Weights | None
     static: tuple
 
@@ -67,7 +65,7 @@ def enter(
     inputs: Any,
     *,
     exclude: Patterns = (),
-    metric: Metric | None = None,
+    metric: Metric = "euclidean",
     targets: Targets | None = None,
     weights: Weights | None = None,
     need: str = "moments",
@@ -78,8 +76,8 @@ def enter(
     Args:
         params: its parameters, any pytree.
         exclude: patterns of paths, which are left alone.
-        metric: of the outputs, or its name; None where there is none.
-        targets: one for each sample; None where there are none.
+        metric: of the outputs, or its name; any outputs suit the Euclidean one.
+        targets: one for each sample, which is all that is asked of them here; None where there are none.
         weights: of samples, or of their positions; None where all count the same.
         need: of every kernel, as ``layers`` says.
         **counts: arguments that must be whole numbers of at least 1; None is one that was not given.
@@ -90,19 +88,18 @@ def enter(
     _checks.require_inputs(inputs)
     if targets is not None:
         _checks.require_targets(inputs, targets)
-    metric = None if metric is None else metrics.named(metric)
+    metric = metrics.named(metric)
     for name, count in counts.items():
         if count is not None:
             _checks.require_positive(count, name)
     network, params, static = _trees.split(network, params)
-    inputs, targets, weights = _batches.placed((inputs, targets, weights))
+    inputs, weights = _batches.placed((inputs, weights))
     facts = _facts(network, params, inputs, exclude=exclude, need=need, each_alone=True)
     outputs = jax.ShapeDtypeStruct((inputs.shape[0], *facts.row[0]), facts.row[1])
     if weights is not None:
         _checks.require_weights(weights, outputs.shape)
-    if metric is not None:
-        metrics.require_outputs(metric, outputs, _few_outputs(network, params, inputs, metric))
-    return Entered(network, params, inputs, facts.layers, outputs, metric, targets, weights, static)
+    metrics.require_outputs(metric, outputs, _few_outputs(network, params, inputs, metric))
+    return Entered(network, params, inputs, facts.layers, outputs, metric, weights, static)
 
 
 def layers(

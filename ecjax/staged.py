@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int, PRNGKeyArray
 
@@ -69,8 +70,8 @@ class State:
     params: Params
     masks: Kernels
     metric: metrics.Metric
-    targets: Array | None
-    weights: Array | None
+    targets: Array | np.ndarray | None
+    weights: Array | np.ndarray | None
     damping: Float[Array, ""]
     steps: Int[Array, ""]
     objective: Float[Array, ""]
@@ -288,14 +289,15 @@ def start(
         _checks.require_key(key)
     given = {"metric": metric, "targets": targets, "weights": weights}
     at = _door.enter(network, params, inputs, exclude=exclude, **given, need="any")
+    targets = _batches.placed(targets)
     if targets is None and repair is not None:
         # Samples that are spread over devices are few on each; together they stay where they are.
-        at = at._replace(targets=_outputs(at.network, _batches.blocks(at.inputs) > 1, at.params, at.inputs))
+        targets = _outputs(at.network, _batches.blocks(at.inputs) > 1, at.params, at.inputs)
     masks = _trees.as_kernels(params, {layer.kernel: jnp.ones(layer.shape, bool) for layer in at.layers})
     beginning = gauss_newton.start(params, getattr(repair, "damping", 0.0))
     steps = {"damping": beginning.damping, "steps": beginning.steps, "objective": beginning.objective}
     static = {"exclude": as_patterns(exclude), "many_rows": has_many_rows(at.outputs)}
-    return State(params, masks, at.metric, at.targets, at.weights, **steps, key=key, **static)
+    return State(params, masks, at.metric, targets, at.weights, **steps, key=key, **static)
 
 
 def step(

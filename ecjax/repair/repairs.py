@@ -216,7 +216,7 @@ def go_on(
     metric = metric_of(repair, metrics.named(metric))
     given = {"metric": metric, "targets": targets, "weights": weights}
     at = _door.enter(network, state.params, jnp.asarray(inputs), **given, need="any")
-    expected = as_outputs(at.targets, at.outputs.shape, metric)
+    expected = as_outputs(_batches.placed(targets), at.outputs.shape, metric)
     groups = _door.units(at.network, at.params, at.inputs, exclude=exclude)
     free = movable(repair, at.layers, at.params, masks, groups)
     sizes = repair.products, repair.batch_size, repair.curvature_samples

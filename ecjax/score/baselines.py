@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from ecjax import _checks, _door, _precision, _trees
+from ecjax import _batches, _checks, _door, _precision, _trees
 from ecjax._types import Inputs, Loss, Network, Params, Patterns, Targets
 from ecjax.graph.layers import kernels
 from ecjax.score.scores import Scores, checked, scores_of
@@ -53,7 +53,7 @@ def gradient_magnitude(
     """
     at = _door.enter(network, params, inputs, exclude=exclude, targets=targets, need="weights")
     weights = kernels(at.layers, at.params)
-    slopes = _loss_gradient(at.network, loss, at.params, weights, at.inputs, at.targets)
+    slopes = _loss_gradient(at.network, loss, at.params, weights, at.inputs, _batches.placed(targets))
     return checked(scores_of(at.params, at.layers, {path: jnp.abs(w * slopes[path]) for path, w in weights.items()}))
 
 

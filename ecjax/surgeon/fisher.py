@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Shaped
 
-from ecjax import _checks, _door, _precision, _trees
+from ecjax import _batches, _checks, _door, _precision, _trees
 from ecjax._types import Inputs, Kernels, Loss, Network, Params, Patterns, Targets
 from ecjax.graph.layers import kernels
 from ecjax.score import Scores
@@ -54,7 +54,8 @@ def loss_gradients(
     """
     at = _door.enter(network, params, inputs, exclude=exclude, targets=targets, need="weights")
     weights = kernels(at.layers, at.params)
-    return _trees.as_kernels(at.params, _loss_gradients(at.network, loss, at.params, weights, at.inputs, at.targets))
+    found = _loss_gradients(at.network, loss, at.params, weights, at.inputs, _batches.placed(targets))
+    return _trees.as_kernels(at.params, found)
 
 
 @_precision.compiled("network", "loss")
