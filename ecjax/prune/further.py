@@ -17,7 +17,7 @@ def further(
     params: Params,
     scores: Scores,
     masks: Kernels,
-    sparsity: Sparsities | None,
+    sparsity: Sparsities,
     *,
     scope: str | tuple[int, int] = "network",
     exclude: Patterns = (),

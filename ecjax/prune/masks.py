@@ -91,13 +91,14 @@ def one_shot(
         ValueError: sparsity is 75; it must be in [0, 1], the fraction of weights to remove
     """
     require_scope(scope, sparsity)
-    return least_important(params, scores, sparsity, scope=scope, exclude=exclude)
+    fraction = 1 if sparsity is None else sparsity  # every group gets the pattern N:M
+    return least_important(params, scores, fraction, scope=scope, exclude=exclude)
 
 
 def least_important(
     params: Params,
     scores: Scores,
-    sparsity: Sparsities | None,
+    sparsity: Sparsities,
     *,
     scope: str | tuple[int, int],
     exclude: Patterns,
@@ -107,7 +108,7 @@ def least_important(
     Args:
         scores: of a criterion.
         sparsity: the fraction of weights to remove; for (N, M), of the groups that get the pattern, those that lose
-            least of their importance first, and all of them for None.
+            least of their importance first.
         scope: where weights, or for (N, M) groups of them, compete.
         exclude: patterns of paths of leaves that keep every bit.
     """
@@ -177,7 +178,7 @@ def require_scope(scope: Any, sparsity: Any) -> None:
 
 def of_weights(sparsity: Sparsities, scope: str | tuple[int, int]) -> Sparsities:
     """The fraction of weights removed; for (N, M), the fraction of groups that have the pattern says it."""
-    return sparsity * (1 - scope[0] / scope[1]) if isinstance(scope, tuple) else sparsity
+    return patterns.times(sparsity, 1 - scope[0] / scope[1]) if isinstance(scope, tuple) else sparsity
 
 
 def apply_masks(params: Params, masks: Kernels) -> Params:
@@ -217,7 +218,7 @@ def sparsity(masks: Kernels) -> float:
 def _masks(
     importance: dict[str, Array],
     layers: dict[str, Layer],
-    sparsity: Sparsity | None,
+    sparsity: Sparsity,
     scope: str | tuple[int, int],
 ) -> dict[str, Array]:
     stacks = any(layer.of_kernel and layer.of_kernel.stacked for path, layer in layers.items() if path in importance)
@@ -260,12 +261,12 @@ def _keep_in_columns(importance: Float[Array, "in out"], *, sparsity: Sparsity) 
 
 
 def _keep_of_every(
-    importance: dict[str, Array], layers: dict[str, Layer], sparsity: Sparsity | None, stay: int, group: int
+    importance: dict[str, Array], layers: dict[str, Layer], sparsity: Sparsity, stay: int, group: int
 ) -> dict[str, Array]:
     """True for the ``stay`` largest of every ``group`` consecutive inputs of a neuron, in a fraction of the groups."""
     matrices = {path: graph.as_matrices(leaf, layers[path].layout) for path, leaf in importance.items()}
     found = {path: jax.vmap(lambda own: _largest(own, stay, group))(own) for path, own in matrices.items()}
-    if sparsity is not None:
+    if not _checks.are_known(sparsity) or float(sparsity) < 1:  # else every group gets the pattern
         lost = [jax.vmap(lambda own: _lost(own, stay, group))(own) for own in matrices.values()]
         for (path, matrix), waits in zip(matrices.items(), keep(lost, sparsity), strict=True):
             found[path] |= jnp.repeat(waits, group, axis=1)[:, : matrix.shape[1]]
@@ -295,11 +296,11 @@ def _lost(importance: Float[Array, "in out"], stay: int, group: int) -> Float[Ar
 def keep(importance: Sequence[Float[Array, "..."]], sparsity: Sparsity) -> list[Bool[Array, "..."]]:
     """False for the ``round(sparsity * weights)`` smallest of several arrays, the earlier ones first among equals."""
     weights = sum(leaf.size for leaf in importance)
-    if isinstance(sparsity, jax.core.Tracer):
-        sparsity = sparsity.astype(jnp.promote_types(sparsity.dtype, jnp.float32))
-        removed = jnp.round(sparsity * float(weights))
-    else:
+    if _checks.are_known(sparsity):
         removed = round(float(sparsity) * weights)
+    else:
+        fraction = jnp.asarray(sparsity)
+        removed = jnp.round(fraction.astype(jnp.promote_types(fraction.dtype, jnp.float32)) * float(weights))
     return [~there for there in smallest_of(importance, removed)]
 
 

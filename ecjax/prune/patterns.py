@@ -32,11 +32,11 @@ def times(sparsity: Sparsities | None, factor: float) -> Sparsities:
     return sparsity * factor
 
 
-def groups(sparsity: Sparsities | None, kernels: Iterable[str]) -> list[tuple[Sparsity | None, list[str]]]:
+def groups(sparsity: Sparsities, kernels: Iterable[str]) -> list[tuple[Sparsity, list[str]]]:
     """The kernels that are pruned together, and to which sparsity: those of each pattern, of which the first counts.
 
     Args:
-        sparsity: one for all kernels, or one for each pattern, as in ``fnmatch``; or none, for N:M.
+        sparsity: one for all kernels, or one for each pattern, as in ``fnmatch``.
         kernels: their paths.
 
     Raises:

@@ -109,7 +109,7 @@ def _competing(params: Params, gradients: Kernels, sparsity: Sparsities) -> tupl
     number_of = {path: number for number, (_, paths) in enumerate(groups) for path in paths}
     sizes = {path: leaf[0].size for path, leaf in leaves.items() if path in number_of}
     together = np.repeat([number_of[path] for path in sizes], list(sizes.values()))
-    counts = [round(sum(sizes[path] for path in paths) * float(own or 0)) for own, paths in groups]
+    counts = [round(sum(sizes[path] for path in paths) * float(own)) for own, paths in groups]
     return _trees.as_kernels(params, {path: leaves[path] for path in sizes}), together, counts
 
 

@@ -98,7 +98,8 @@ def sparse_gpt(
     at = _door.enter(network, params, inputs, exclude=exclude, batch_size=batch_size, block=block)
     require_dense(at.network, at.layers, at.params, at.inputs)
     pruned, masks = at.params, {}
-    of_each = patterns.groups(sparsity, [layer.kernel for layer in at.layers])
+    fraction = 1 if sparsity is None else sparsity  # every group gets the pattern N:M
+    of_each = patterns.groups(fraction, [layer.kernel for layer in at.layers])
     sparsities = {path: number for number, paths in of_each for path in paths}
     layers = [layer for layer in at.layers if layer.kernel in sparsities]
     with _progress.told(progress, "kernel", len(layers), ("path",)) as tell:
@@ -109,7 +110,7 @@ def sparse_gpt(
                 of_inputs = hessian(at.network, layer, int(batch_size), pruned, at.inputs)
                 matrices = graph.as_matrices(kernel, layer.layout).astype(of_inputs.dtype)
                 steps = _steps(scope, int(block), layer.layout.sizes[1])
-                removed = _removed(sparsities[layer.kernel], steps, matrices.shape[1:])
+                removed = _removed(sparsities[layer.kernel], steps, layer.layout.sizes[1:])
                 moved, kept = _of_stack(matrices, of_inputs, damping, removed, steps)
                 _require_solved(layer.kernel, moved, damping)
                 masks[layer.kernel] = graph.as_leaf(kept, layer.layout)
@@ -143,9 +144,9 @@ def _steps(scope: str | tuple[int, int], block: int, inputs: int) -> _Steps:
     return _Steps(block, group, -(-inputs // block), stay)
 
 
-def _removed(sparsity: Sparsity | None, steps: _Steps, shape: tuple[int, int]) -> Int[Array, " blocks"]:
+def _removed(sparsity: Sparsity, steps: _Steps, shape: tuple[int, int]) -> Int[Array, " blocks"]:
     """How many weights go in each block, so that at the end of each the fraction is right to one weight."""
-    if sparsity is None:
+    if steps.stay is not None:  # so many of each group stay, whatever the sparsity
         return jnp.zeros(steps.blocks, int)
     inputs, neurons = shape
     ends = [min(number * steps.block, inputs) * neurons for number in range(steps.blocks + 1)]
