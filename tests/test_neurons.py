@@ -1,3 +1,5 @@
+import types
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -131,6 +133,7 @@ def test_every_neuron_but_one_of_each_layer_may_go():
         ({"by": "bytes"}, "by is 'bytes'; it must be one of 'units', 'parameters', 'flops'"),
         ({"by": "flops", "scope": "layer"}, "by='flops' is a fraction of the whole network: give one number"),
         ({"by": "parameters", "fraction": {"*": 0.5}}, "by='parameters' is a fraction of the whole network"),
+        ({"by": "flops", "fraction": types.MappingProxyType({"*": 0.5})}, "by='flops' is a fraction of the whole"),
         ({"by": "parameters", "fraction": 0.99}, "fraction=0.99 of the parameters can't go: .* 0.8"),
         ({"multiple_of": 0}, "multiple_of is 0; it must be a whole number of at least 1"),
         ({"multiple_of": 8}, r"can go: the 7 made by Dense_0/kernel \(are 7, of which a multiple of 8 is kept\)"),

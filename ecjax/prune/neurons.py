@@ -1,5 +1,6 @@
 """Removing whole units of any network: neurons, channels, attention heads."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from jaxtyping import PRNGKeyArray
@@ -100,7 +101,7 @@ def as_how(fraction: Any, scope: Any, by: Any, multiple_of: Any) -> How:
         raise ValueError(f"scope is {scope!r}; for neurons it must be one of {', '.join(map(repr, NEURON_SCOPES))}")
     if by not in BY:
         raise ValueError(f"by is {by!r}; it must be one of {', '.join(map(repr, BY))}")
-    if by != "units" and (scope != "network" or isinstance(fraction, dict)):
+    if by != "units" and (scope != "network" or isinstance(fraction, Mapping)):
         raise ValueError(
             f"by={by!r} is a fraction of the whole network: give one number as the fraction, and scope='network'; with "
             "several fractions, or scope='layer', by='units' counts units"

@@ -200,7 +200,7 @@ def require_reachable(
     able = {name: units.sizes_of(group.length, how.multiple_of).sum() for name, group in groups.items()}
     if not any(able.values()):
         raise ValueError(f"no unit of this network can go: {_why_none(inner, arrays, inputs, how, exclude)}")
-    if how.by == "units":
+    if how.by == "units" or isinstance(fraction, Mapping):
         patterns.groups(fraction, groups)
         return
     cost = _cost(inner, arrays, inputs, list(groups), how.by)
