@@ -18,7 +18,7 @@ def packed(leaf: np.ndarray) -> dict[str, np.ndarray]:
     sizes = {width: _sparse_bytes(bits, entries, width) for width in _widths(bits.shape)}
     if entries > _MOST or not sizes or min(sizes.values()) >= bits.nbytes:
         return {"dense": bits}
-    width = min(sizes, key=sizes.get)
+    width = min(sizes, key=sizes.__getitem__)
     matrix = bits.reshape(-1, width).T
     column, row = np.nonzero(matrix)
     starts = np.concatenate([[0], np.cumsum(np.bincount(column, minlength=width))]).astype(np.uint32)

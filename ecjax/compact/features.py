@@ -72,9 +72,10 @@ def _two_samples(samples: Array) -> tuple[Num[np.ndarray, "*features"], Num[np.n
     generator, shape = np.random.default_rng(0), samples.shape[1:]
     if np.issubdtype(samples.dtype, np.integer):
         low = generator.integers(0, 50, shape)
-        return low.astype(samples.dtype), (low + 50).astype(samples.dtype)
-    ends = generator.uniform(0.25, 0.45, shape), generator.uniform(0.55, 0.75, shape)
-    return tuple(end.astype(samples.dtype) for end in ends)
+        high = low + 50
+    else:
+        low, high = generator.uniform(0.25, 0.45, shape), generator.uniform(0.55, 0.75, shape)
+    return low.astype(samples.dtype), high.astype(samples.dtype)
 
 
 def _one_by_one(network: Network, params: Params, chain: Chain, low: np.ndarray, high: np.ndarray) -> bool:

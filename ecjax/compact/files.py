@@ -127,7 +127,9 @@ def save(
         raise ValueError(f"params hold no array to save; they hold {', '.join(names) or 'nothing'}")
     if not _checks.are_known(arrays):
         raise ValueError("params hold no values to save: they are shapes, or traced; call this outside of jit and vmap")
-    examples, widths = (None, None) if network is None else (_examples(network, params, inputs), None)
+    examples, widths = None, None
+    if network is not None and inputs is not None:
+        examples, widths = _examples(network, params, inputs), _widths(network, params, inputs)
     tensors, described = {}, []
     for steps, leaf in arrays.items():
         array, more = _numbers(leaf)
@@ -135,7 +137,6 @@ def save(
         tensors |= {f"{part}:{_name(steps)}": np.asarray(packed[part], order="C") for part in packed}
         described.append({"path": steps, **_facts(array), **more})
     if examples is not None:
-        widths = _widths(network, params, inputs)
         tensors |= {f"example:{name}": bits.as_bits(array) for name, array in examples._asdict().items()}
         examples = {name: _facts(array) for name, array in examples._asdict().items()}
     content = json.dumps({"leaves": described, "widths": widths, "examples": examples})
@@ -228,9 +229,9 @@ def _leaf(facts: dict[str, Any], array: np.ndarray) -> np.ndarray | Array:
     kind = facts.get("random_keys")
     if kind is None:
         return array
-    if type(kind) is not str:
-        raise ValueError(f"{kind!r} are no random keys")
-    return jax.random.wrap_key_data(array, impl=kind)
+    if type(kind) is not str or array.dtype != np.uint32:
+        raise ValueError(f"{array.dtype} of {kind!r} are no random keys")
+    return jax.random.wrap_key_data(jnp.asarray(array), impl=kind)
 
 
 def _examples(network: Network, params: Params, inputs: Inputs) -> Examples:

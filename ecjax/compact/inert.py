@@ -8,7 +8,7 @@ or if it adds a constant that a bias can take over. Units that are inert everywh
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ class Found(NamedTuple):
             its first position.
     """
 
-    inert: dict[int, Bool[Array | np.ndarray, " _"]]
+    inert: Mapping[int, Bool[Array | np.ndarray, " _"]]
     constants: dict[tuple[int, ...], Num[Array | np.ndarray, "..."]]
 
     def joined(self, other: "Found") -> "Found":
@@ -139,16 +139,15 @@ class Evaluation(NamedTuple):
 
     def _product(self, equation, operands: list[Seen], axes: list[Axes], site) -> Found:
         summed = _summed(equation, operands)
-        folds = site in self.folding
         read = next((side for side in (0, 1) if operands[side].varies is not None), 0)
-        parts, constant = [], _constant(operands[read], summed[read].axes) if folds else None
+        parts, constant = [], _constant(operands[read], summed[read].axes) if site in self.folding else None
         for number, (own, other) in enumerate(zip(summed[0].axes, summed[1].axes, strict=True)):
             dead = summed[0].zero(own) | summed[1].zero(other)
-            if folds:
+            if constant is not None:
                 dead |= _all_but(constant, number)
             parts.append((axes[1][other], dead))
         found = self._inert(parts)
-        if not folds:
+        if constant is None:
             return found
         value, kept = operands[read].value, summed[read].axes
         first = value[tuple(slice(None) if axis in kept else 0 for axis in range(value.ndim))]
@@ -171,13 +170,13 @@ class Evaluation(NamedTuple):
         start = [(jnp.asarray(o.value, kind), o.moves) for o, kind in zip(carry, kinds, strict=True)]
         given = [(operand.value, operand.moves) for operand in stacked]
         carry, (results, inert) = lax.scan(turn, start, given, **options)
-        found = Found({atom: units.all(0) for atom, units in inert.items()}, {})
+        found = Found({atom: jnp.all(units, 0) for atom, units in inert.items()}, {})
         return [Seen(*pair) for pair in (*carry, *results)], found
 
 
-def _all_but(array: Bool[Array | np.ndarray, "..."], axis: int) -> Bool[Array | np.ndarray, " _"]:
+def _all_but(array: Bool[Array | np.ndarray, "..."], axis: int) -> Bool[Array, " _"]:
     """For each place along an axis, whether all entries are True."""
-    return array.all(tuple(other for other in range(array.ndim) if other != axis))
+    return jnp.all(array, tuple(other for other in range(array.ndim) if other != axis))
 
 
 class _Summed(NamedTuple):
@@ -187,15 +186,15 @@ class _Summed(NamedTuple):
     axes: tuple[int, ...]
     groups: int = 1
 
-    def zero(self, axis: int) -> Bool[Array | np.ndarray, " _"]:
+    def zero(self, axis: int) -> Bool[Array, " _"]:
         """For each place along an axis, in each group of it, whether all entries are zero."""
         return _all_but(~self.operand.counts, axis).reshape(self.groups, -1).all(0)
 
 
 def _summed(equation, operands: Sequence[Seen]) -> tuple[_Summed, _Summed]:
     if equation.primitive.name == "dot_general":
-        contracted, _ = equation.params["dimension_numbers"]
-        return tuple(_Summed(o, tuple(map(int, axes))) for o, axes in zip(operands, contracted, strict=True))
+        (first, second), _ = equation.params["dimension_numbers"]
+        return _Summed(operands[0], whole_numbers(first)), _Summed(operands[1], whole_numbers(second))
     numbers, groups = equation.params["dimension_numbers"], equation.params["feature_group_count"]
     return _Summed(operands[0], (numbers.lhs_spec[1],), groups), _Summed(operands[1], (numbers.rhs_spec[1],))
 

@@ -234,7 +234,8 @@ class Atoms:
 
     def reshaped(self, axes: Axes, shape: Sequence[int], reason: str) -> Axes:
         """The axes after a reshape: each block of axes that splits or merges by itself is done by itself."""
-        before, found = [self.length(axis) for axis in axes], [()] * len(shape)
+        before = [self.length(axis) for axis in axes]
+        found: list[Axis] = [()] * len(shape)
         if 0 in before:
             for axis in axes:
                 self.pin(axis, reason)

@@ -15,6 +15,7 @@ from jax import Array, lax
 from jaxtyping import Bool, PyTree
 
 from ecjax import _batches, _trees
+from ecjax._types import Inputs
 from ecjax.graph.evaluate import evaluate, in_full, promoted
 from ecjax.graph.layers import Layer, Layers
 from ecjax.graph.layout import as_leaf, as_matrices
@@ -68,7 +69,7 @@ def ignored(
 
 
 def ignored_in(
-    network: Callable, layers: Layers, params: PyTree, inputs: Array, factor: Callable[[Array, Array], Array]
+    network: Callable, layers: Layers, params: PyTree, inputs: Inputs, factor: Callable[[Array, Array], Array]
 ) -> dict[str, Array]:
     """``ignored`` of a network, seen with a few of its inputs.
 

@@ -114,7 +114,7 @@ _COLUMNS = ("kernel", "shape", "axes", "bias", "positions", "weights", "pruned")
 
 
 def _cells(layers: Layers) -> list[tuple[str, ...]]:
-    rows = [_COLUMNS]
+    rows: list[tuple[str, ...]] = [_COLUMNS]
     for layer in layers:
         shape = " × ".join(map(str, layer.shape))
         facts = (shape, ", ".join(layer.axes), layer.bias or "none", f"{layer.positions:,}", f"{layer.weights:,}")
@@ -133,8 +133,9 @@ def as_patterns(exclude: Iterable[str] | str) -> tuple[str, ...]:
         return (exclude,)
     if isinstance(exclude, Iterator):
         raise ValueError(f"{exclude!r} must be one or several patterns of paths; an iterator can be read only once")
-    found = tuple(exclude) if isinstance(exclude, Iterable) and not isinstance(exclude, bytes) else (exclude,)
-    if not all(isinstance(pattern, str) for pattern in found):
+    given = [*exclude] if isinstance(exclude, Iterable) and not isinstance(exclude, bytes) else [exclude]
+    found = tuple(pattern for pattern in given if isinstance(pattern, str))
+    if len(found) < len(given):
         raise ValueError(f"{exclude!r} must be one or several patterns of paths, such as 'head/*'")
     return found
 

@@ -136,7 +136,9 @@ class Layout(NamedTuple):
     @property
     def sizes(self) -> tuple[int, int, int]:
         """How many members, inputs and neurons."""
-        return tuple(math.prod(self.split[i] for i in part) for part in (self.stacked, self.inputs, self.outputs))
+        parts = self.stacked, self.inputs, self.outputs
+        stack, inputs, outputs = (math.prod(self.split[i] for i in part) for part in parts)
+        return stack, inputs, outputs
 
     @property
     def axes(self) -> tuple[str, ...]:

@@ -47,14 +47,14 @@ class Reading(NamedTuple):
     looked_up: frozenset[str]
 
 
-def at_least_two(inputs: Array) -> Array:
+def at_least_two(inputs: Array | np.ndarray) -> Array:
     """The inputs, one sample twice: an axis of length 1 can't be told from others, and no weighted mean changes.
 
     Example:
         >>> graph.at_least_two(jnp.ones((1, 4))).shape, graph.at_least_two(jnp.ones((3, 4))).shape
         ((2, 4), (3, 4))
     """
-    return jnp.repeat(inputs, 2, 0) if inputs.shape[0] == 1 else inputs
+    return jnp.repeat(inputs, 2, 0) if inputs.shape[0] == 1 else jnp.asarray(inputs)
 
 
 def shape_of_two(inputs: Any) -> jax.ShapeDtypeStruct:

@@ -348,10 +348,10 @@ def _decided(decision: Value, value: Value) -> Value:
 
 
 def _cond(equation, operands: list[Value], found: Found, within: Within, site) -> list[Value]:
-    results = None
+    results: list[Value] = []
     for number, branch in enumerate(equation.params["branches"]):
         inside = within._replace(reason=within.reason or "is used inside a branch")
         found_here = walk(branch, operands[1:], found, within=inside, site=(*site, number))
         found_here = [_carried(result, found) for result in found_here]
-        results = found_here if results is None else [_joint(*p) for p in zip(results, found_here, strict=True)]
+        results = [_joint(*p) for p in zip(results, found_here, strict=True)] if number else found_here
     return [_decided(operands[0], value) for value in results]

@@ -5,8 +5,8 @@ A primitive that has no rule here pins all axes that it touches: it can cost a g
 
 from collections.abc import Callable, Sequence
 
-from ecjax.graph.atoms import Atoms, Axes
-from ecjax.graph.samples import ELEMENTWISE, shapes, whole_numbers
+from ecjax.graph.atoms import Atoms, Axes, Axis
+from ecjax.graph.samples import ELEMENTWISE, shape_of, shapes, whole_numbers
 
 Rule = Callable[..., list[Axes]]
 
@@ -287,8 +287,9 @@ def _gather(equation, operands, atoms: Atoms) -> list[Axes]:
     """Look-ups: what is looked up is whole along the axes that no index moves along."""
     table, indices = operands
     numbers, sizes = equation.params["dimension_numbers"], whole_numbers(equation.params["slice_sizes"])
-    shape, lengths = equation.outvars[0].aval.shape, equation.invars[0].aval.shape
-    found, reason = [()] * len(shape), f"is looked up in {describe(equation)}"
+    shape, lengths = shape_of(equation.outvars[0]), shape_of(equation.invars[0])
+    found: list[Axis] = [()] * len(shape)
+    reason = f"is looked up in {describe(equation)}"
     others = [axis for axis in range(len(shape)) if axis not in numbers.offset_dims]
     for place, axis in zip(others, indices[:-1], strict=True):
         found[place] = axis

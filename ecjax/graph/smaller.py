@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 from jax.extend import core
 from jaxtyping import Bool, Int, PyTree
 
@@ -23,8 +24,8 @@ from ecjax.graph.atoms import Atoms, Axes, Axis
 from ecjax.graph.couple import CUSTOM_JVP, CUSTOM_VJP, Walked, is_inexact
 from ecjax.graph.evaluate import run
 from ecjax.graph.groups import Coupled, Groups, couple, units_along
-
 from ecjax.graph.samples import shape_of
+
 Kept = dict[str, tuple[Bool[np.ndarray, " _"], ...]]
 Removed = Mapping[int, Sequence[int] | Int[np.ndarray, " _"]]
 
@@ -109,7 +110,7 @@ def _with_zeros(array: Any, kept: Sequence[Bool[np.ndarray, " _"]]) -> Any:
     if all(here.all() for here in kept):
         return array
     mask = functools.reduce(np.multiply.outer, kept, np.True_)
-    if isinstance(array, jax.core.Tracer):
+    if isinstance(array, Tracer):
         return jnp.where(mask, array, jnp.zeros((), array.dtype))
     return _like(array, np.where(mask, np.asarray(array), np.zeros((), array.dtype)))
 
@@ -122,7 +123,7 @@ def _like(array: Any, values: np.ndarray) -> Any:
 def _taken(array: Any, kept: Sequence[Bool[np.ndarray, " _"]]) -> Any:
     if all(here.all() for here in kept):
         return array
-    if isinstance(array, jax.core.Tracer):
+    if isinstance(array, Tracer):
         for axis, here in enumerate(kept):
             array = jnp.take(array, np.flatnonzero(here), axis)
         return array

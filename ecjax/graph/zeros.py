@@ -123,7 +123,7 @@ def _of_shape(step: Step) -> Zero:
         return step.values[0].zero
     if name in ("max", "min"):  # numbers that zeros win against do not count
         wins = operator.le if name == "max" else operator.ge
-        sides = [side for side in sides if numbers[side] is None or not wins(numbers[side], 0)] or sides
+        sides = [side for side, number in enumerate(numbers) if number is None or not wins(number, 0)] or sides
     elif name == "clamp":
         low, _, high = numbers
         sides = [1] if low is not None and high is not None and low <= 0 <= high else []

@@ -95,8 +95,11 @@ def _by_turns(layer: Layer, product: Product, found: LayerMoments) -> LayerMomen
     """Moments with an axis for each scan that a product is in, and then those of its own matrices."""
     stack, inputs, neurons = layer.layout.sizes
     shape = (*product.turns, stack // math.prod(product.turns))
-    shapes = LayerMoments((*shape, neurons), (*shape, inputs, neurons), (*shape, inputs, neurons))
-    return LayerMoments(*map(jnp.reshape, found, shapes))
+    return LayerMoments(
+        sensitivity=found.sensitivity.reshape(*shape, neurons),
+        mean=found.mean.reshape(*shape, inputs, neurons),
+        scatter=found.scatter.reshape(*shape, inputs, neurons),
+    )
 
 
 def _moves(layer: Layer, ignored: dict[str, Array]) -> Bool[Array, "stack out"]:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -69,8 +68,8 @@ def kept(
     order = backend.append(0, backend.argsort(values, stable=True) + 1)
     removed = backend.cumsum(backend.asarray(of_each)[order], 0)  # of each group, after no block, one, two, ...
     if cost is None:
-        is_number = not isinstance(fraction, jax.core.Tracer)
-        target = round(float(fraction) * sum(units)) if is_number else jnp.round(fraction * float(sum(units)))
+        known = _checks.are_known(fraction)
+        target = round(float(fraction) * sum(units)) if known else jnp.round(fraction * float(sum(units)))
         blocks_gone = (removed.sum(1) < target).sum()
     else:
         whole, costs = cost([*units.astype(float)]), cost([*(units.astype(float) - removed).T])

@@ -14,7 +14,7 @@ derivative at the outputs is M. The objective and its gradient are of all sample
 is of a part of them, another one each step (Martens, "Deep learning via Hessian-free optimization", 2010).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -118,10 +118,11 @@ def _step(problem: Problem, metric: Metric, state: State, free: Free, data: Data
 
     before, gradient = _value_and_gradient(problem, metric, moved, at_rest, data)
     inputs, _, weights = data
-    seen = jax.tree.map(
+    some, of_some = jax.tree.map(
         lambda array: _batches.every(array, problem.curvature_samples, state.steps, problem.blocks), (inputs, weights)
     )
-    curvature, diagonal = _curvature(problem.network, metric, moved, at_rest, *seen, jax.random.key(state.steps))
+    key = jax.random.key(state.steps)
+    curvature, diagonal = _curvature(problem.network, metric, moved, at_rest, some, of_some, key)
     damping = state.damping * _mean(diagonal, free)
     scales = jax.tree.map(lambda d: d + damping + _TINY, diagonal)
 
@@ -247,12 +248,16 @@ def _adapted(damping: Array, length: Array, gained: Array) -> Array:
 
 
 def _dot(first: _Step, second: _Step) -> Array:
-    return sum(jnp.vdot(leaf, second[path]) for path, leaf in first.items())
+    return _sum(jnp.vdot(leaf, second[path]) for path, leaf in first.items())
 
 
 def _mean(diagonal: _Step, free: Free) -> Array:
     """The mean over all entries that may move."""
-    return _ratio(sum(leaf.sum() for leaf in diagonal.values()), sum(jnp.sum(leaf) for leaf in free.values()))
+    return _ratio(_sum(leaf.sum() for leaf in diagonal.values()), _sum(jnp.sum(leaf) for leaf in free.values()))
+
+
+def _sum(numbers: Iterable[Array]) -> Array:
+    return jnp.asarray(sum(numbers))
 
 
 def _ratio(numerator: Array, denominator: Array) -> Array:

@@ -130,7 +130,7 @@ def _variances(asked: Asked, params, inputs):
     return _spreads(asked, see(asked, params, inputs), params, inputs)
 
 
-def _spreads(asked: Asked, seen: Seen, params: Params, inputs: Inputs) -> tuple[dict[str, Array], dict[str, Array]]:
+def _spreads(asked: Asked, seen: Seen, params: Params, inputs: Array) -> tuple[dict[str, Array], dict[str, Array]]:
     """By the group's name, the variance of each unit's values where products read them, and their means.
 
     Args:
@@ -188,4 +188,4 @@ def neuron_random(
     _checks.require_key(key)
     keys = jax.random.split(key, max(len(groups), 1))
     draws = zip(keys, groups.items(), strict=False)
-    return NeuronScores({name: jax.random.uniform(own, group.length) for own, (name, group) in draws})
+    return NeuronScores({name: jax.random.uniform(own, (group.length,)) for own, (name, group) in draws})

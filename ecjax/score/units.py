@@ -181,7 +181,7 @@ def importance_and_constants(
     return importance, constants
 
 
-def _references(seen: Seen, params: Params, few: Inputs, ignored: dict[str, Array]) -> dict[str, Array]:
+def _references(seen: Seen, params: Params, few: Array, ignored: dict[str, Array]) -> dict[str, Array]:
     """By the path of a kernel, the means of what it reads, where a constant is the same as a shift of its bias.
 
     These are products of matrices that sum over no other units than those that they can make up for.
