@@ -138,7 +138,12 @@ def trained(folder: Path, problem: Problem, width: float, seed: int, bar, config
 def panels(frame: pd.DataFrame, column: str, measure: sweep.Measure, name: str) -> list[report.Panel]:
     """A measure against what the smaller networks do without: parameters, operations and time."""
     return [
-        (name, frame.assign(sparsity=(1 - frame[cost]).round(2)), column, measure._replace(axis=f"fewer {words}"))
+        (
+            name,
+            frame.assign(sparsity=(1 - frame[cost]).round(2)),
+            column,
+            measure._replace(axis=f"fraction saved of the {words}"),
+        )
         for cost, words in COSTS.items()
     ]
 

@@ -101,8 +101,8 @@ def figure(grid: list[list[Panel]], title: str, path: Path) -> None:
             curves(axis, *panel, styles)
         for axis in row[len(panels_of_row) :]:
             axis.axis("off")
-    for axis in axes[:-1].ravel():
-        axis.set_xlabel("")
+    for above, below in zip(axes[:-1].ravel(), axes[1:].ravel(), strict=True):
+        above.set_xlabel("" if below.axison else above.get_xlabel())
     for before, axis in (pair for row in axes for pair in itertools.pairwise(row[::-1])):
         before.set_ylabel("" if before.get_ylabel() == axis.get_ylabel() else before.get_ylabel())
     canvas.suptitle(title)

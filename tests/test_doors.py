@@ -156,10 +156,10 @@ def test_a_criterion_for_neurons_that_scores_what_is_excluded():
     assert pruned.masks["Dense_2"]["kernel"] is None
 
 
-@pytest.mark.parametrize("repair", [None, *repair.REPAIRS])
-def test_what_is_excluded_keeps_every_bit_through_stages_and_repairs(repair):
-    example = examples.mlp()
-    pruned = prune.staged(*example, 0.5, stages=2, repair=repair, exclude=("Dense_1/*", "Dense_2/bias"))
+@pytest.mark.parametrize("kind", [None, repair.Biases, repair.Survivors])
+def test_what_is_excluded_and_frozen_keeps_every_bit_through_stages_and_repairs(kind):
+    example, left = examples.mlp(), ("Dense_1/*", "Dense_2/bias")
+    pruned = prune.staged(*example, 0.5, stages=2, repair=kind and kind(frozen=left), exclude=left)
     jax.tree.map(np.testing.assert_array_equal, pruned.params["Dense_1"], example.params["Dense_1"])
     np.testing.assert_array_equal(pruned.params["Dense_2"]["bias"], example.params["Dense_2"]["bias"])
     assert pruned.masks["Dense_1"]["kernel"] is None
