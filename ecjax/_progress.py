@@ -36,18 +36,24 @@ def told(progress: Progress, unit: str, total: int | None, shown: tuple[str, ...
     elif callable(progress):
         yield progress
     else:
-        with _bar(unit, total) if _can_draw() else contextlib.nullcontext(_lines(unit, total)) as show:
+        with _bar(unit, total) if can_draw() else contextlib.nullcontext(_lines(unit, total)) as show:
             yield lambda step: show("".join(f", {name} {_text(getattr(step, name))}" for name in shown))
 
 
-def _can_draw() -> bool:
+def can_draw() -> bool:
     """Whether there is rich, and a terminal or a notebook that it can draw in."""
     if importlib.util.find_spec("rich") is None:
         return False
     from rich.console import Console  # here, as importing ecjax must not wait for it
 
     console = Console(stderr=True)
-    return console.is_terminal or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)
+    if not console.is_jupyter:
+        return console.is_terminal
+    from IPython.core.getipython import get_ipython
+
+    # Under %%capture, IPython shows things by an object that the widget rich draws in can't use.
+    shows = getattr(get_ipython(), "display_pub", None)
+    return importlib.util.find_spec("ipywidgets") is not None and hasattr(shows, "set_parent")
 
 
 @contextlib.contextmanager

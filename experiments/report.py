@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from ecjax._progress import can_draw
 from experiments.methods import METHODS, label
 from experiments.results import Folder
 from experiments.sweep import DENSE, FINE_TUNED, PRUNED, SMALL, STAGED, TRAINED, Measure
@@ -26,8 +27,8 @@ _PHASES = {PRUNED: "after pruning", FINE_TUNED: "after pruning and fine-tuning"}
 
 def progress() -> Progress:
     """A progress bar on stderr with an estimate of the time left."""
-    times = (TimeElapsedColumn(), "elapsed,", TimeRemainingColumn(), "left")
-    return Progress("{task.description}", BarColumn(), MofNCompleteColumn(), *times, console=Console(stderr=True))
+    shown = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "elapsed,", TimeRemainingColumn(), "left"
+    return Progress("{task.description}", *shown, console=Console(stderr=True), disable=not can_draw())
 
 
 def console() -> Console:

@@ -2,8 +2,12 @@
 
 import builtins
 import importlib.util
+import os
+from pathlib import Path
 
 import jax
+import nbclient
+import nbformat
 import numpy as np
 import optax
 import pytest
@@ -11,6 +15,7 @@ import pytest
 from ecjax import _progress, moments, prune, surgeon, train
 from tests import examples
 
+ROOT = Path(__file__).parent.parent
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 NAMES = ("staged", "staged_neurons", "afford", "gradually", "fit", "of_batches", "sparse_gpt")
 
@@ -111,3 +116,15 @@ def test_under_jit_values_are_not_looked_at(capsys):
 def test_what_is_no_progress(name):
     with pytest.raises(ValueError, match="progress is 'yes'; it must be True, for a bar, or a function"):
         run(name, progress="yes")
+
+
+def test_a_cell_of_a_notebook_that_captures_what_it_shows(monkeypatch):
+    """Rich's bar for notebooks fails there, and ``%%capture`` hides that it did."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    run_it = "from tests.test_progress import NAMES, run\nfor name in NAMES:\n    run(name, progress=True)"
+    bar = "from experiments import report\nwith report.progress() as bar:\n    done = list(bar.track(range(3)))"
+    cells = f"%%capture shown\n{run_it}", f"%%capture\n{bar}", "shown.stderr.count('s left'), done", bar
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nbclient.NotebookClient(notebook, timeout=300).execute()
+    counted, *_ = notebook.cells[2].outputs
+    assert counted["data"]["text/plain"] == "(22, [0, 1, 2])"
