@@ -79,8 +79,8 @@ class Saved(NamedTuple):
             found = answers.of(network, params, inputs)
         except ValueError as error:
             raise ValueError(
-                f"{error}. The params are in nested dicts unless compact.load is given like=, params of the network "
-                "in its own containers"
+                f"{error}. The params are in nested dicts unless compact.load is given like=: params of the network "
+                "in its own containers, with what else it holds as it was saved, such as dropout in inference mode"
             ) from error
         name = "the params were saved from another network (of another activation?)"
         answers.require_same(name, found, self.examples.outputs, (network, params, inputs))
@@ -152,8 +152,8 @@ def load(
     Args:
         path: of the file.
         network: that is to be used with the params; it must answer the examples in the file as the one that was saved.
-        like: params of the network, for their containers and leaves that are no arrays; the values of its arrays do
-            not matter, nor do their shapes.
+        like: params of the network, for their containers and all that is no array, such as the inference mode of an
+            Equinox module; the values of its arrays do not matter, nor do their shapes.
         most_bytes: what the params may take in memory; a small file of sparse kernels can ask for any amount.
 
     Raises:
