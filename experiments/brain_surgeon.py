@@ -112,9 +112,7 @@ def main(config: Config) -> None:
             table.add(*found)
 
     title = f"{data.name}, MLP {layers} without biases, {config.seeds} samples of gradients"
-    for column, measure in sweep.CLASSIFIER_MEASURES.items():
-        panels = report.panels(rows.frame(), column, measure)
-        report.figure([panels], title, folder / f"{column.removeprefix('test_')}.png")
+    report.figures(rows.frame(), sweep.CLASSIFIER_MEASURES, title, folder)
     note = f"results.csv, config.json, accuracy.png and loss.png are in {folder}/"
     report.console().print(report.table(rows.frame(), sweep.CLASSIFIER_MEASURES | sweep.SECONDS, title), note)
 

@@ -4,7 +4,7 @@ It shows the test accuracy of a small residual network on handwritten digits, pr
 statistics taken anew, with all biases moved, in stages with all survivors moved, and by gradual magnitude pruning,
 which alone sees labels and trains. Half an hour on two cores, three minutes on the digits, one with --quick. It writes
 results.csv, config.json, accuracy.png and loss.png, and prints the table; a gradient pass is one over the calibration
-inputs.
+inputs, and scores take one random probe of the logits.
 """
 
 import functools
@@ -35,19 +35,21 @@ MEASURES = sweep.CLASSIFIER_MEASURES | {
 class Config(flags.Digits):
     """Train a residual convnet on handwritten digits, prune it by several methods, and compare the test accuracies."""
 
-    channels: tuple[int, ...] = (16, 32, 64, 64)  # Of each residual block; every change of width halves the image.
+    channels: tuple[int, ...] = (32, 64, 64)
+    """Of each residual block; every change of width halves the image. A convolution of half the first comes before."""
     norm: Literal["batch", "layer"] = "batch"  # Normalisation after each convolution.
-    epochs: int | None = None  # Epochs of training. Default: 3, or 40 on fewer than 10,000 images.
+    epochs: int | None = None  # Epochs of training. Default: 5, or 40 on fewer than 10,000 images.
     learning_rate: float = 2e-3  # Adam's, at the start; it falls to zero along a cosine.
-    batch_size: int = 128  # Samples a training step.
+    batch_size: int = 128  # Samples a training step, and at a time in scores and repairs.
     sparsities: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)  # Fractions of the weights to remove.
-    costly_sparsities: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98)  # The same for methods that repair or train.
-    calibration: int = 2_000  # Training images, without labels, that scores and repairs see.
+    costly_sparsities: tuple[float, ...] = (0.9, 0.95)  # The same for methods that repair or train.
+    calibration: int = 10_000  # Training images, without labels, that scores and repairs see.
     stages: int = 6  # Stages of the staged methods.
-    iterations: int = 3  # Steps of a repair in each stage.
+    iterations: int = 8  # Steps of a repair, in each stage.
+    products: int = 15  # Products with the curvature in each step.
     curvature: int = 250  # Calibration inputs that the curvature of a step is of.
-    temperature: float = 2.0  # Of the Fisher metric that the repair of survivors minimises.
-    gradual_epochs: int = 3  # Epochs of gradual pruning.
+    temperature: float = 4.0  # Of the Fisher metric in stages.
+    gradual_epochs: int = 8  # Epochs of gradual pruning: about as many gradients as the repairs in stages.
     quick: bool = False  # A narrow network, one seed, two sparsities.
 
 
@@ -63,7 +65,7 @@ class ConvNet(nn.Module):
         """The logits of square images, which come as rows of pixels."""
         normed = nn.LayerNorm if self.norm == "layer" else functools.partial(nn.BatchNorm, not train, momentum=0.9)
         side = math.isqrt(inputs.shape[-1])
-        stream = nn.Conv(self.channels[0], (3, 3), strides=2)(inputs.reshape(-1, side, side, 1))
+        stream = nn.Conv((self.channels[0] + 1) // 2, (3, 3), strides=2)(inputs.reshape(-1, side, side, 1))
         stream = nn.relu(normed()(stream))
         for channels in self.channels:
             strides = 1 if channels == stream.shape[-1] else 2
@@ -75,13 +77,12 @@ class ConvNet(nn.Module):
 
 
 def methods(
-    module: ConvNet, variables: Params, data: Dataset, config: Config, seed: int
+    task: sweep.Task, module: ConvNet, variables: Params, config: Config, seed: int
 ) -> dict[str, Callable[[float], tuple[Network, Any]]]:
     """By name: from a sparsity to a network and what is pruned."""
-    network, params = networks.from_linen(module, variables=variables, train=False), variables["params"]
-    inputs, labels = map(jnp.asarray, data[1:3])
-    seen = inputs[: config.calibration]
-    dense, sizes = network(params, seen), {"curvature_samples": config.curvature, "products": 10}
+    network, params, (inputs, labels) = task.network, variables["params"], map(jnp.asarray, task.data[1:3])
+    seen, key, at_a_time = inputs[: config.calibration], jax.random.key(seed), {"batch_size": config.batch_size}
+    steps = {"iterations": config.iterations, "products": config.products, "curvature_samples": config.curvature}
 
     def one_shot(sparsity, criterion):
         return network, prune.one_shot(params, criterion(network, params, seen), sparsity)
@@ -94,22 +95,25 @@ def methods(
 
     def all_biases(sparsity):
         pruned = prune.one_shot(params, ec(network, params, seen), sparsity)
-        how = repair.Biases(iterations=config.stages * config.iterations, metric="fisher", **sizes)
-        return network, pruned._replace(params=how(network, pruned.params, pruned.masks, seen, dense))
+        how = repair.Biases(metric="fisher", **steps, **at_a_time)
+        moved = how(network, pruned.params, pruned.masks, seen, network(params, seen))
+        return network, pruned._replace(params=moved)
 
     def staged(sparsity):
         metric = metrics.Fisher(config.temperature)
-        how = repair.Survivors(iterations=config.iterations, metric=metric, **sizes)
-        options = {"stages": config.stages, "repair": how, "metric": "fisher"}
+        drawn = functools.partial(score.elimination_compensation, metric=metric, probes=1, **at_a_time)
+        survivors = repair.Survivors(metric=metric, **steps, **at_a_time)
+        options = {"stages": config.stages, "criterion": drawn, "repair": survivors, "key": key}
         return network, prune.staged(network, params, seen, sparsity, **options)
 
     def gradual(sparsity):
-        options = {"epochs": config.gradual_epochs, "batch_size": config.batch_size, "key": jax.random.key(seed)}
-        given = network, params, inputs, labels, sweep.cross_entropy, sparsity
-        return network, train.gradually(*given, optimizer=adam(data, config, config.gradual_epochs), **options)
+        optimizer = sweep.decaying_adam(task, config.learning_rate, config.gradual_epochs)
+        options = {"optimizer": optimizer, "epochs": config.gradual_epochs, "key": key, **at_a_time}
+        return network, train.gradually(network, params, inputs, labels, task.loss, sparsity, **options)
 
-    ec = functools.partial(score.elimination_compensation, metric="fisher")
-    damage = functools.partial(score.optimal_brain_damage, metric="fisher")
+    how = {"metric": "fisher", "probes": 1, "key": key, **at_a_time}
+    ec = functools.partial(score.elimination_compensation, **how)
+    damage = functools.partial(score.optimal_brain_damage, **how)
     found = {
         "magnitude": functools.partial(one_shot, criterion=score.magnitude),
         "optimal brain damage": functools.partial(one_shot, criterion=damage),
@@ -133,7 +137,7 @@ def main(config: Config) -> None:
     if config.quick:
         small = {"channels": (8, 16), "epochs": 20, "stages": 2, "gradual_epochs": 1}
         config = replace(config, seeds=1, sparsities=(0.5, 0.8), costly_sparsities=(0.8,), **small)
-    config = replace(config, epochs=config.epochs or (3 if len(data.train_inputs) >= 10_000 else 40))
+    config = replace(config, epochs=config.epochs or (5 if len(data.train_inputs) >= 10_000 else 40))
     module = ConvNet(config.channels, int(data.train_targets.max()) + 1, config.norm)
     folder = config.output or Path("results") / f"convnet-{config.norm}-{data.name.lower()}"
     with results.opened(folder, config, data) as rows, report.progress() as bar:
@@ -142,44 +146,38 @@ def main(config: Config) -> None:
             passes = bar.track(range(config.epochs), description=f"training {seed + 1} of {config.seeds}")
             variables = results.trained(folder, f"dense-{seed}", train_on, module, data, config, seed, passes)
             network = networks.from_linen(module, variables=variables, train=False)
-            compared = methods(module, variables, data, config, seed)
+            task = sweep.Task(network, data, sweep.cross_entropy, sweep.CLASSIFIER_MEASURES, config.batch_size)
+            compared = methods(task, module, variables, config, seed)
             every = {name: config.costly_sparsities if name in COSTLY else config.sparsities for name in compared}
             left = left or table.left(compared, every, config.seeds)
 
-            task = sweep.Task(network, data, sweep.cross_entropy, sweep.CLASSIFIER_MEASURES)
-            seen = [jnp.asarray(array[: config.calibration]) for array in data[1:3]]
-            _, of_gradient = sweep.clocked(sweep.gradient_pass, network, variables["params"], *seen)
+            few = [jnp.asarray(array[: config.batch_size]) for array in data[1:3]]
+            _, of_batch = sweep.clocked(sweep.gradient_pass, network, variables["params"], *few)
+            of_gradient = of_batch * min(config.calibration, len(data.train_inputs)) / len(few[0])
             keys = {"seed": seed, "seconds": of_gradient, "gradient_passes": 1.0}
             table.add(*sweep.one(task, variables["params"], sweep.DENSE, 0.0, sweep.TRAINED, **keys))
             compiled = set()
             for method, sparsity, _ in (case for case in left if case[2] == seed):
-                call = compared[method]
                 # To compile is a small part of what the costly ones take, so they run once.
-                found, seconds = sweep.clocked(call, sparsity, compiled=method in (*COSTLY, *compiled))
-                network, pruned = found
+                once = method in (*COSTLY, *compiled)
+                (judged, pruned), seconds = sweep.clocked(compared[method], sparsity, compiled=once)
                 compiled.add(method)
                 keys = {"seed": seed, "seconds": seconds, "gradient_passes": seconds / of_gradient}
-                judged = task._replace(network=network)
+                judged = task._replace(network=judged)
                 table.add(*sweep.one(judged, pruned.params, method, sparsity, sweep.PRUNED, **keys))
 
     title = f"{data.name}, residual convnet of {config.channels} channels, {config.norm} norm, {config.seeds} seeds"
-    for column, measure in sweep.CLASSIFIER_MEASURES.items():
-        panels = report.panels(rows.frame(), column, measure)
-        report.figure([panels], title, folder / f"{column.removeprefix('test_')}.png")
+    report.figures(rows.frame(), sweep.CLASSIFIER_MEASURES, title, folder)
     note = f"results.csv, config.json, accuracy.png and loss.png are in {folder}/"
     report.console().print(report.table(rows.frame(), MEASURES, title), note)
-
-
-def adam(data: Dataset, config: Config, epochs: int) -> optax.GradientTransformation:
-    """Adam whose learning rate falls to zero over so many epochs along half a cosine."""
-    steps = epochs * train.steps_per_epoch(len(data.train_inputs), config.batch_size)
-    return optax.adam(optax.cosine_decay_schedule(config.learning_rate, steps))
 
 
 def train_on(module: ConvNet, data: Dataset, config: Config, seed: int, passes: Iterable[int]) -> Params:
     """Trains in training mode, where batch statistics move; gives all variables."""
     inputs, labels = map(jnp.asarray, data[1:3])
-    optimizer, (first, shuffle) = adam(data, config, config.epochs), jax.random.split(jax.random.key(seed))
+    task = sweep.Task(networks.from_linen(module, train=False), data, sweep.cross_entropy, {}, config.batch_size)
+    optimizer = sweep.decaying_adam(task, config.learning_rate, config.epochs)
+    first, shuffle = jax.random.split(jax.random.key(seed))
     variables = module.init(first, inputs[:1], train=False)
     state = optimizer.init(variables["params"])
 

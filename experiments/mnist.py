@@ -66,9 +66,7 @@ def main(config: Config) -> None:
             table.add(*found)
 
     title = f"{data.name}, MLP {layers}, {config.activation}, {config.seeds} seeds"
-    for column, measure in sweep.CLASSIFIER_MEASURES.items():
-        panels = report.panels(rows.frame(), column, measure)
-        report.figure([panels], title, folder / f"{column.removeprefix('test_')}.png")
+    report.figures(rows.frame(), sweep.CLASSIFIER_MEASURES, title, folder)
     tables = [report.table(rows.frame(), sweep.CLASSIFIER_MEASURES, title)] + ([report.sizes(kept)] if kept else [])
     report.console().print(*tables, f"results.csv, config.json, loss.png and accuracy.png are in {folder}/")
 

@@ -110,6 +110,12 @@ def figure(grid: list[list[Panel]], title: str, path: Path) -> None:
     save(canvas, path, ncols=3 if columns == 1 else 4)
 
 
+def figures(frame: pd.DataFrame, measures: dict[str, Measure], title: str, folder: Path) -> None:
+    """A figure of each measure, in a file of its name."""
+    for column, measure in measures.items():
+        figure([panels(frame, column, measure)], title, folder / f"{column.removeprefix('test_')}.png")
+
+
 def save(canvas: plt.Figure, path: Path, ncols: int = 4) -> None:
     """Writes a figure with one legend of all panels that have none of their own: in an empty panel, or below."""
     panels = [axis.get_legend_handles_labels() for axis in canvas.axes if not axis.get_legend()]
