@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Int, PyTree, Shaped
 
 DATA = "data"  # the axis of a mesh along which samples are spread
@@ -112,6 +112,20 @@ def take(
         return lax.dynamic_slice_in_dim(blocked, start, share, 1).reshape(blocks * share, *array.shape[1:])
 
     return jax.tree.map(of_array, arrays), jnp.tile(counted, blocks)
+
+
+def by_block(array: Shaped[Array, "samples ..."], placement: Placement) -> Shaped[Array, "blocks block ..."]:
+    """The samples of each block along an axis of their own, on the device where they lie.
+
+    Args:
+        array: samples, block after block.
+        placement: how they lie on devices.
+    """
+    split = array.reshape(placement.blocks, -1, *array.shape[1:])
+    if placement.mesh is None:
+        return split
+    spec = PartitionSpec(placement.axes, *[PartitionSpec.UNCONSTRAINED] * (split.ndim - 1))
+    return lax.with_sharding_constraint(split, NamedSharding(placement.mesh, spec))
 
 
 def spread(inputs: Shaped[Array | np.ndarray, "samples ..."], count: int) -> Shaped[Array | np.ndarray, "few ..."]:

@@ -24,7 +24,7 @@ _MOVES = PARTS | frozenset(
     """
     after_all bitcast_convert_type complex create_token dynamic_update_slice empty expand_dims imag iota random_bits
     random_fold_in random_seed random_split random_unwrap random_wrap real rng_bit_generator scatter stop_gradient
-    threefry2x32 optimization_barrier
+    shard_alike threefry2x32 optimization_barrier
     """.split()  # noqa: SIM905
 )
 _OVER_ENTRIES = frozenset(

@@ -182,6 +182,15 @@ def as_matrix(kernel: Array, layer: Layer) -> Float[Array, "*stack in out"]:
     return matrices if layer.layout.stacked else matrices[0]
 
 
+def together(found: LayerMoments) -> LayerMoments:
+    """The moments of all blocks of samples, which lie along a leading axis: ``merge`` for many at once."""
+    total = found.sensitivity.sum(0)
+    share = divide(found.sensitivity, total)[..., None, :]
+    mean = (found.mean * share).sum(0)
+    scatter = (found.scatter + (found.mean - mean) ** 2 * found.sensitivity[..., None, :]).sum(0)
+    return LayerMoments(total, mean, scatter)
+
+
 def merge(first: Moments, second: Moments) -> Moments:
     """The moments of two disjoint sets of samples together, by the parallel formula of Chan, Golub and LeVeque (1983).
 

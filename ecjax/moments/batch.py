@@ -1,6 +1,7 @@
 """The moments of one batch, inside a compiled function."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -9,6 +10,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, PRNGKeyArray
 
 from ecjax import _trees, graph
+from ecjax._batches import Placement
 from ecjax._types import Inputs, Network, Params
 from ecjax.graph import Layer, Layers
 from ecjax.graph.values import Product
@@ -30,6 +32,7 @@ def of_batch(
     key: PRNGKeyArray,
     weights: Float[Array, "samples ..."] | None,
     ignored: dict[str, Bool[Array, "stack out"]],
+    placement: Placement = Placement(),  # noqa: B008 a NamedTuple
 ) -> Moments:
     """The moments of one batch, taken as ``seen`` says.
 
@@ -41,6 +44,7 @@ def of_batch(
         key: for the probes.
         weights: how much each sample, or each of its positions, counts; 1 if None.
         ignored: by the kernel's path, which neurons' biases the outputs ignore.
+        placement: how the samples lie on devices.
     """
     samples = counted.sum(dtype=jnp.zeros(()).dtype)
     inputs = graph.at_least_two(inputs)
@@ -50,7 +54,7 @@ def of_batch(
     several = tuple(layer for layer in seen.read if not (layer.outer or layer.once))
     layers = {}
     if len(several) < len(seen.read):
-        layers = _in_one_pass(seen, network, params, inputs, counted, key, weights, ignored)
+        layers = _in_one_pass(seen, network, params, inputs, counted, key, weights, ignored, placement)
     if several:
         each = jnp.ones(len(counted), samples.dtype) if weights is None else weights.astype(samples.dtype)
         each = jnp.where(counted.reshape(-1, *(1,) * (each.ndim - 1)), each, 0)
@@ -60,7 +64,7 @@ def of_batch(
 
 
 def _in_one_pass(
-    seen, network, params, inputs, counted, key, weights, ignored
+    seen, network, params, inputs, counted, key, weights, ignored, placement
 ) -> dict[str, LayerMoments | InputMoments]:
     """The moments of all layers that are used once, from one batched backward pass for each row of the metric."""
     reading = graph.read(network, params, inputs, exclude=seen.exclude)
@@ -72,7 +76,8 @@ def _in_one_pass(
     moves = {layer.kernel: _moves(layer, ignored).reshape(held[layer.kernel].sensitivity.shape) for layer in once}
 
     def outputs_of(taps, held):
-        products = {path: (with_moments, (of_layer, moves[path])) for path, of_layer in held.items()}
+        taken = functools.partial(with_moments, placement=placement)
+        products = {path: (taken, (of_layer, moves[path])) for path, of_layer in held.items()}
         return graph.tapped(reading, params, inputs, taps, products)
 
     taps = graph.zero_taps(reading.layers, params, inputs.shape[0])

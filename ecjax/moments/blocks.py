@@ -1,8 +1,9 @@
 """The moments of one batch whose samples lie on several devices: each takes those of its own block.
 
-Where samples are gone over one at a time, a scan over samples on several devices would gather them, and what maps over
-blocks of samples turns every convolution into a grouped one, which XLA's partitioner gets wrong where its kernel is
-spread as well (jaxlib 0.10.2). ``shard_map`` gives each device its block and leaves the kernels to the compiler.
+Where samples are gone over one at a time, a scan over samples on several devices would gather them. In a product of
+matrices, what maps over blocks of samples does not (``products``), and params that are spread over the same devices
+stay so. It would turn a convolution into a grouped one, which XLA's partitioner gets wrong where its kernel is spread
+as well (jaxlib 0.10.2): there ``shard_map`` gives each device its block, with params that are whole along these axes.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from jaxtyping import Bool, Float, PRNGKeyArray
 
 from ecjax._batches import Placement
 from ecjax._types import Inputs, Network, Params
-from ecjax.moments.additive import LayerMoments, Moments, divide
+from ecjax.moments.additive import Moments, together
 from ecjax.moments.batch import of_batch
 
 
@@ -32,13 +33,13 @@ def of_blocks(
 ) -> Moments:
     """``of_batch``, on each device for its own block.
 
-    Layers that see one row of each sample need no such care: their sums over samples are the compiler's to spread.
+    Layers that see one row of each sample need no care: their sums over samples are the compiler's to spread.
 
     Args:
         placement: how the samples lie on devices.
     """
-    if placement.mesh is None or all(layer.outer for layer in seen.read):
-        return of_batch(seen, network, params, inputs, counted, key, weights, ignored)
+    if placement.mesh is None or all(layer.outer or (layer.once and layer.window == 1) for layer in seen.read):
+        return of_batch(seen, network, params, inputs, counted, key, weights, ignored, placement)
     taken = dataclasses.replace(seen, samples=jnp.zeros(()), layers={})
 
     def of_block(params, inputs, counted, key, weights, ignored, metric):
@@ -56,14 +57,5 @@ def of_blocks(
         axis_names=set(placement.axes),
         check_vma=False,
     )(params, inputs, counted, key, weights, ignored, seen.metric)
-    together = {path: _together(of_blocks) for path, of_blocks in layers.items()}
-    return dataclasses.replace(seen, samples=samples.sum(), layers=together)
-
-
-def _together(found: LayerMoments) -> LayerMoments:
-    """The moments of all blocks, which lie along a leading axis: ``merge`` for many at once."""
-    total = found.sensitivity.sum(0)
-    share = divide(found.sensitivity, total)[..., None, :]
-    mean = (found.mean * share).sum(0)
-    scatter = (found.scatter + (found.mean - mean) ** 2 * found.sensitivity[..., None, :]).sum(0)
-    return LayerMoments(total, mean, scatter)
+    of_all = {path: together(of_blocks) for path, of_blocks in layers.items()}
+    return dataclasses.replace(seen, samples=samples.sum(), layers=of_all)

@@ -9,17 +9,27 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from jax.experimental.shard_alike import shard_alike
 from jaxtyping import Float, Shaped
 
+from ecjax import _batches
+from ecjax._batches import Placement
 from ecjax.graph.convolutions import all_channels_last, channels_last, has_patches, kernel_gradient
 from ecjax.graph.evaluate import in_full, run
 from ecjax.graph.samples import Place
 from ecjax.graph.values import Product
-from ecjax.moments.additive import LayerMoments, divide
+from ecjax.moments.additive import LayerMoments, divide, together
 
 
-def with_moments(equation, product: Product, operands: list[Array], given: tuple[LayerMoments, Array]) -> Array:
+def with_moments(
+    equation,
+    product: Product,
+    operands: list[Array],
+    given: tuple[LayerMoments, Array],
+    placement: Placement = Placement(),  # noqa: B008 a NamedTuple
+) -> Array:
     """The product, which in a backward pass gives the moments of the batch as the cotangent of those that are given.
 
     Args:
@@ -27,6 +37,7 @@ def with_moments(equation, product: Product, operands: list[Array], given: tuple
         product: what is known of it.
         operands: the kernel and what it is multiplied with, in the order of the equation.
         given: any moments, of shapes (*stack, in, out), and which of the (*stack, out) neurons have a bias that moves.
+        placement: how the samples lie on devices.
     """
     side, (held, moves) = product.side, given
 
@@ -54,7 +65,11 @@ def with_moments(equation, product: Product, operands: list[Array], given: tuple
             pull = jax.linear_transpose(lambda kernel: multiply(other, kernel, in_full), like)
             return all_channels_last(lambda slope: pull(slope)[0])(slope)
 
-        found = _moments(of_kernel, product, whole(other), kernel.shape, whole(slope), moves)
+        found = _moments(of_kernel, product, whole(other), kernel.shape, whole(slope), moves, placement)
+        if placement.mesh is not None:
+            found = found._replace(
+                mean=_alike(found.mean, kernel, product), scatter=_alike(found.scatter, kernel, product)
+            )
         found = jax.tree.map(lambda leaf, like: leaf.reshape(like.shape).astype(like.dtype), found, held)
         return of_other, None, found, None
 
@@ -62,7 +77,9 @@ def with_moments(equation, product: Product, operands: list[Array], given: tuple
     return multiplied(operands[1 - side], operands[side], held, moves)
 
 
-def _moments(of_kernel, product: Product, other: Array, shape, slope: Array, moves: Array) -> LayerMoments:
+def _moments(
+    of_kernel, product: Product, other: Array, shape, slope: Array, moves: Array, placement: Placement
+) -> LayerMoments:
     """The moments of one batch, with the gradient of a sample by ``of_kernel`` where it has several rows."""
     order = [axis for part in product.kernel for axis in part]
     stack, inputs, neurons = sizes = tuple(math.prod(shape[axis] for axis in part) for part in product.kernel)
@@ -78,10 +95,23 @@ def _moments(of_kernel, product: Product, other: Array, shape, slope: Array, mov
         gradient = of_kernel(other, slope).transpose(order).reshape(sizes)
         return updated(seen, gradient, jnp.where(moves, of_bias, 0)), None
 
-    zero = jnp.zeros(sizes, slope.dtype)
-    start = LayerMoments(zero[:, 0], zero, zero)
-    # Two samples a turn: what adds their gradients up goes over the moments once.
-    return lax.scan(of_sample, start, (others, slopes), unroll=2)[0]
+    def of_samples(others, slopes) -> LayerMoments:
+        zero = jnp.zeros(sizes, slope.dtype)
+        start = LayerMoments(zero[:, 0], zero, zero)
+        # Two samples a turn: what adds their gradients up goes over the moments once.
+        return lax.scan(of_sample, start, (others, slopes), unroll=2)[0]
+
+    if placement.mesh is None:
+        return of_samples(others, slopes)
+    # A scan over samples that lie on several devices would gather them: each device goes over those of its block.
+    return together(jax.vmap(of_samples)(*(_batches.by_block(array, placement) for array in (others, slopes))))
+
+
+def _alike(found: Array, kernel: Array, product: Product) -> Array:
+    """The same, spread over devices as the kernel is: its entries are what is summed there."""
+    order = [axis for part in product.kernel for axis in part]
+    shaped = found.reshape([kernel.shape[axis] for axis in order]).transpose(np.argsort(order))
+    return shard_alike(kernel, shaped)[1].transpose(order).reshape(found.shape)
 
 
 def updated(

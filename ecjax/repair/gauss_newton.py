@@ -20,6 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental.shard_alike import shard_alike
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from ecjax import _batches, _precision, _trees
@@ -107,7 +108,12 @@ def take_steps(
 
 def _step(problem: Problem, metric: Metric, state: State, free: Free, data: Data) -> State:
     here = _trees.by_path(state.params)
-    at_rest = {path: jnp.zeros(leaf.shape, state.damping.dtype) for path, leaf in here.items() if path in free}
+
+    def alike(step: _Step) -> _Step:
+        """Spread over devices as the params are: of each of these vectors a device holds no more than of them."""
+        return {path: shard_alike(here[path], leaf)[1] for path, leaf in step.items()}
+
+    at_rest = alike({path: jnp.zeros(leaf.shape, state.damping.dtype) for path, leaf in here.items() if path in free})
 
     def moved(step: _Step) -> Params:
         moves = {path: jnp.where(free[path], step[path], 0).astype(here[path].dtype) for path in free}
@@ -116,13 +122,13 @@ def _step(problem: Problem, metric: Metric, state: State, free: Free, data: Data
     def value(step: _Step) -> Array:
         return _mean_objective(problem, metric, moved(step), data)
 
-    before, gradient = _value_and_gradient(problem, metric, moved, at_rest, data)
+    before, gradient = _value_and_gradient(problem, metric, moved, at_rest, data, alike)
     inputs, _, weights = data
     some, of_some = jax.tree.map(
         lambda array: _batches.every(array, problem.curvature_samples, state.steps, problem.blocks), (inputs, weights)
     )
     key = jax.random.key(state.steps)
-    curvature, diagonal = _curvature(problem.network, metric, moved, at_rest, some, of_some, key)
+    curvature, diagonal = _curvature(problem.network, metric, moved, at_rest, some, of_some, key, alike)
     damping = state.damping * _mean(diagonal, free)
     scales = jax.tree.map(lambda d: d + damping + _TINY, diagonal)
 
@@ -130,7 +136,7 @@ def _step(problem: Problem, metric: Metric, state: State, free: Free, data: Data
         return jax.tree.map(lambda product, s: product + damping * s, curvature(step), step)
 
     descent = jax.tree.map(jnp.negative, gradient)
-    direction, residual = _conjugate_gradients(damped, scales, descent, problem.products)
+    direction, residual = _conjugate_gradients(damped, scales, descent, at_rest, problem.products)
     # ½δᵀAδ − bᵀδ with Aδ = b − residual: what the quadratic says the whole step gains.
     predicted = -(_dot(direction, descent) + _dot(direction, residual)) / 2
     length, after = _backtrack(lambda length: value(jax.tree.map(lambda d: length * d, direction)), before)
@@ -144,18 +150,18 @@ def _step(problem: Problem, metric: Metric, state: State, free: Free, data: Data
     )
 
 
-def _value_and_gradient(problem, metric, moved: Callable, at_rest: _Step, data: Data):
+def _value_and_gradient(problem, metric, moved: Callable, at_rest: _Step, data: Data, alike: Callable):
     samples, dtype = data[0].shape[0], data[1].dtype
 
     def add(total, index):
         def of_batch(step):
             return _of_batch(problem, metric, moved(step), data, index)
 
-        return jax.tree.map(jnp.add, total, jax.value_and_grad(of_batch)(at_rest)), None
+        objective, slopes = jax.value_and_grad(of_batch)(at_rest)
+        return jax.tree.map(jnp.add, total, (objective, alike(slopes))), None
 
-    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (jnp.zeros((), dtype), at_rest))
     number = _batches.count(samples, problem.batch_size, problem.blocks)
-    total, _ = lax.scan(add, zero, jnp.arange(number))
+    total, _ = lax.scan(add, (jnp.zeros((), dtype), at_rest), jnp.arange(number))
     return jax.tree.map(lambda leaf: leaf / samples, total)
 
 
@@ -177,7 +183,14 @@ def _mean_objective(problem: Problem, metric: Metric, params: Params, data: Data
 
 
 def _curvature(
-    network: Network, metric: Metric, moved: Callable, at_rest: _Step, inputs, weights, key: PRNGKeyArray
+    network: Network,
+    metric: Metric,
+    moved: Callable,
+    at_rest: _Step,
+    inputs,
+    weights,
+    key: PRNGKeyArray,
+    alike: Callable,
 ) -> tuple[Callable[[_Step], _Step], _Step]:
     """The product ``v -> JᵀMJ v / samples``, for which the network is linearised once, and its diagonal.
 
@@ -190,21 +203,21 @@ def _curvature(
 
     def product(step):
         (pulled,) = pull((scale**2 * metric.product(outputs, push(step))).astype(outputs.dtype))
-        return jax.tree.map(lambda leaf: leaf / inputs.shape[0], pulled)
+        return jax.tree.map(lambda leaf: leaf / inputs.shape[0], alike(pulled))
 
     def add_squares(total, key):
         signs = jax.random.rademacher(key, outputs.shape, outputs.dtype)
         (pulled,) = pull((scale * metric.factor(outputs, signs)).astype(outputs.dtype))
-        return jax.tree.map(lambda t, p: t + p**2 / (inputs.shape[0] * _DRAWS), total, pulled), None
+        return jax.tree.map(lambda t, p: t + p**2 / (inputs.shape[0] * _DRAWS), total, alike(pulled)), None
 
     diagonal, _ = lax.scan(add_squares, at_rest, jax.random.split(key, _DRAWS))
     return product, diagonal
 
 
 def _conjugate_gradients(
-    product: Callable[[_Step], _Step], scales: _Step, right: _Step, iterations: int
+    product: Callable[[_Step], _Step], scales: _Step, right: _Step, at_rest: _Step, iterations: int
 ) -> tuple[_Step, _Step]:
-    """An approximate solution of ``product(x) = right`` from x = 0, preconditioned by scales, and its residual."""
+    """An approximate solution of ``product(x) = right`` from rest, preconditioned by scales, and its residual."""
 
     def iterate(carry, _):
         solution, residual, direction, squared = carry
@@ -218,7 +231,7 @@ def _conjugate_gradients(
         return (solution, residual, direction, new), None
 
     scaled = jax.tree.map(jnp.divide, right, scales)
-    start = jax.tree.map(jnp.zeros_like, right), right, scaled, _dot(right, scaled)
+    start = at_rest, right, scaled, _dot(right, scaled)
     (solution, residual, *_), _ = lax.scan(iterate, start, length=iterations)
     return solution, residual
 
@@ -248,7 +261,8 @@ def _adapted(damping: Array, length: Array, gained: Array) -> Array:
 
 
 def _dot(first: _Step, second: _Step) -> Array:
-    return _sum(jnp.vdot(leaf, second[path]) for path, leaf in first.items())
+    # Not vdot, which makes one axis of all, and brings leaves that are spread over devices together for it.
+    return _sum(jnp.tensordot(leaf, second[path], leaf.ndim) for path, leaf in first.items())
 
 
 def _mean(diagonal: _Step, free: Free) -> Array:

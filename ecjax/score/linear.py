@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental.shard_alike import shard_alike
 from jaxtyping import Float, PRNGKeyArray
 
 from ecjax import _trees, graph, moments
@@ -106,7 +107,9 @@ def _elimination_compensation(params: Params, seen: Moments) -> Scores:
         kernel, found = _matrix(leaves, layer), seen.layers[layer.kernel]
         scatter = found.scatter if layer.bias else _second_moment(found)
         importance[layer.kernel] = graph.as_leaf(times_square(scatter / seen.samples, kernel), layer.layout)
-        shift[layer.kernel] = graph.as_leaf(kernel * found.mean if layer.bias else jnp.zeros_like(kernel), layer.layout)
+        shift[layer.kernel] = graph.as_leaf(kernel * found.mean, layer.layout)
+        if layer.bias is None:  # zeros, which would lie on every device whole
+            _, shift[layer.kernel] = shard_alike(leaves[layer.kernel], jnp.zeros_like(shift[layer.kernel]))
     return scores_of(params, seen.read, importance, shift)
 
 
