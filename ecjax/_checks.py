@@ -54,7 +54,11 @@ def require_inputs(inputs: Inputs) -> None:
     if inputs.shape[0] == 0:
         raise ValueError(f"inputs of shape {inputs.shape} hold no samples; at least one is needed")
     if _is_known_false(_all_finite(inputs)):
-        raise ValueError(f"inputs of shape {inputs.shape} hold NaN or infinity; clean or drop those samples first")
+        first = int(jnp.argmin(jnp.isfinite(inputs).reshape(inputs.shape[0], -1).all(1)))
+        raise ValueError(
+            f"inputs of shape {inputs.shape} hold NaN or infinity, at first in sample {first}; clean or drop such "
+            "samples"
+        )
 
 
 def require_targets(inputs: Inputs, targets: Array | np.ndarray) -> None:

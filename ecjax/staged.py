@@ -28,10 +28,10 @@ from ecjax._types import Inputs, Kernels, Metric, Network, Params, Patterns, Spa
 from ecjax.graph.layers import as_patterns
 from ecjax.moments.stream import has_many_rows
 from ecjax.prune import patterns
-from ecjax.prune.further import fewer_units, further
-from ecjax.prune.masks import Pruned, of_weights, require_scope
+from ecjax.prune.further import further
+from ecjax.prune.masks import Pruned, apply_masks, of_weights, require_scope
 from ecjax.prune.neurons import as_how
-from ecjax.prune.removal import require_reachable
+from ecjax.prune.removal import remove, require_reachable
 from ecjax.repair import Biases, Repair, Survivors, gauss_newton, repairs
 from ecjax.score import NeuronScores, Scores, criteria
 from ecjax.score.criteria import Criterion
@@ -164,7 +164,7 @@ def staged(
     require_scope(scope, sparsity)
     criterion = criteria.giving(criteria.named(criterion, score.CRITERIA), Scores)
     given, of_run = (network, params, inputs, sparsity, stages), (repair, metric, targets, weights)
-    return _in_stages(criterion, *given, *of_run, {"scope": scope}, exclude, key, progress)
+    return _in_stages(criterion, *given, *of_run, {"scope": scope}, exclude, None, key, progress)
 
 
 def staged_neurons(
@@ -183,6 +183,7 @@ def staged_neurons(
     by: str = "units",
     multiple_of: int = 1,
     exclude: Patterns = (),
+    masks: Kernels | None = None,
     key: PRNGKeyArray | None = None,
     progress: bool | Callable[[Stage], None] | None = None,
 ) -> Pruned:
@@ -201,6 +202,8 @@ def staged_neurons(
         by: what the fraction is of.
         multiple_of: what the number of units left in a group is a multiple of.
         exclude: patterns of paths of leaves that are not pruned; a repair moves them unless they are frozen.
+        masks: of a network whose weights are pruned already, True where the weight stays; without them, a repair fills
+            their zeros again.
         key: random key.
         progress: as for ``staged``.
 
@@ -217,7 +220,7 @@ def staged_neurons(
     require_reachable(network, params, inputs, fraction, how, exclude)
     criterion = criteria.giving(criteria.named(criterion, score.NEURON_CRITERIA), NeuronScores)
     given, of_run = (network, params, inputs, fraction, stages), (repair, metric, targets, weights)
-    return _in_stages(criterion, *given, *of_run, how._asdict(), exclude, key, progress)
+    return _in_stages(criterion, *given, *of_run, how._asdict(), exclude, masks, key, progress)
 
 
 def _in_stages(
@@ -233,6 +236,7 @@ def _in_stages(
     weights,
     how,
     exclude,
+    masks,
     key,
     progress,
 ) -> Pruned:
@@ -242,7 +246,7 @@ def _in_stages(
     options = {"metric": metric, "weights": weights, "exclude": exclude, "key": key}
     require_read(network, params, inputs, criterion=criterion, repair=repair, **options)
     options["targets"] = targets
-    state = start(network, params, inputs, repair=repair, **options)
+    state = start(network, params, inputs, repair=repair, masks=masks, **options)
     began = time.monotonic()
     with _progress.told(progress, "stage", stages, ("sparsity", "objective")) as tell:
         for number in range(1, stages + 1):
@@ -265,18 +269,21 @@ def start(
     targets: Targets | None = None,
     weights: Weights | None = None,
     exclude: Patterns = (),
+    masks: Kernels | None = None,
     key: PRNGKeyArray | None = None,
 ) -> State:
-    """The state before the first stage: nothing is removed, and the repair knows what to aim at.
+    """The state before the first stage: nothing more is removed, and the repair knows what to aim at.
 
     Args:
         repair: of every stage.
         metric: of every stage, like ``exclude``: the state holds both.
         targets: of the repair.
+        masks: of a network that is pruned already, True where the weight stays, for kernels that are not excluded; what
+            they removed stays removed, and no stage may ask for less.
         key: random key, for criteria that draw.
 
     Raises:
-        ValueError: bad input, or targets without a repair.
+        ValueError: bad input, targets without a repair, or masks of a kernel that is excluded.
 
     Example:
         >>> staged.start(network, params, inputs).masks["Dense_0"]["kernel"].all().item()
@@ -293,7 +300,14 @@ def start(
     if targets is None and repair is not None:
         # Samples that are spread over devices are few on each; together they stay where they are.
         targets = _outputs(at.network, _batches.blocks(at.inputs) > 1, at.params, at.inputs)
-    masks = _trees.as_kernels(params, {layer.kernel: jnp.ones(layer.shape, bool) for layer in at.layers})
+    kept = {layer.kernel: jnp.ones(layer.shape, bool) for layer in at.layers}
+    if masks is not None:
+        params, before = apply_masks(params, masks), _trees.by_path(masks)
+        strange = [path for path in before if path not in kept]
+        if strange:
+            raise ValueError(f"masks say what stays of '{strange[0]}', which is excluded; leave one of the two out")
+        kept |= before
+    masks = _trees.as_kernels(params, kept)
     beginning = gauss_newton.start(params, getattr(repair, "damping", 0.0))
     steps = {"damping": beginning.damping, "steps": beginning.steps, "objective": beginning.objective}
     static = {"exclude": as_patterns(exclude), "many_rows": has_many_rows(at.outputs)}
@@ -340,12 +354,13 @@ def step(
     criteria.require_drawn(criterion, state.key)
     key, now = (None, None) if state.key is None else jax.random.split(state.key)
     of_run = {"metric": state.metric, "weights": state.weights, "exclude": state.exclude}
-    drawn = {"key": now, "probes": 1 if now is not None and state.many_rows else None}
+    probes = 1 if now is not None and state.many_rows else None
+    drawn = {"key": now if probes or criteria.draws(criterion) else None, "probes": probes}
     scores = criteria.given(criterion, **of_run, **drawn)(network, state.params, inputs)
     if isinstance(scores, NeuronScores):
         how = as_how(sparsity, scope, by, multiple_of)
-        given = scores, state.masks, sparsity, how, state.exclude
-        params, masks = fewer_units(network, state.params, inputs, *given)
+        given = scores, sparsity, how, state.exclude, state.masks
+        params, masks = remove(network, state.params, inputs, *given)
     else:
         params, masks = further(state.params, scores, state.masks, sparsity, scope=scope, exclude=state.exclude)
     state = dataclasses.replace(state, params=params, masks=masks, key=key)

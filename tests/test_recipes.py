@@ -57,6 +57,7 @@ def test_every_recipe_is_among_those_below():
         "Flax's TrainState",
         "A loop of optax: schedules, weight decay, gradient accumulation",
         "An exponential moving average of the params",
+        "Masks that grow, and units after weights",
         "Saving, restoring and going on with Orbax",
         "A staged run that is stopped, and goes on",
         "Dropout keys and auxiliary outputs",
@@ -80,6 +81,15 @@ def test_averages(given):
     found = run("An exponential moving average of the params", given)
     for name in ("tuned", "average", "from_dense"):
         require_kept(found[name], given["pruned"])
+
+
+def test_masks_that_grow(given):
+    found = run("Masks that grow, and units after weights", given)
+    require_kept(found["grown"].params, given["pruned"]._replace(masks=found["grown"].masks))
+    assert prune.sparsity(found["grown"].masks) == pytest.approx(0.8, abs=0.01)
+    for path, mask in networks.by_path(found["fewer"].masks).items():
+        assert (mask <= networks.by_path(found["grown"].masks)[path]).all()
+        assert not networks.by_path(found["fewer"].params)[path][~mask].any()
 
 
 def test_orbax(given, tmp_path, monkeypatch):

@@ -260,14 +260,14 @@ def test_what_was_removed_does_not_come_back(trained, lower):
     with pytest.raises(ValueError, match=r"\d+ weights that are removed would come back: the sparsity is lower"):
         staged.step(NETWORK, state, INPUTS, repair=None, **lower)
     without = functools.partial(score.elimination_compensation, exclude="Dense_0/*")
-    with pytest.raises(ValueError, match="or the criterion leaves out a kernel that is pruned"):
+    with pytest.raises(ValueError, match="or the criterion leaves out what is pruned"):
         staged.step(NETWORK, state, INPUTS, 0.8, repair=None, criterion=without)
 
 
 def test_neurons_do_not_come_back(trained):
     how = {"repair": None, "criterion": "neuron_elimination_compensation"}
     state = staged.step(NETWORK, staged.start(NETWORK, trained, INPUTS, repair=None), INPUTS, 0.5, **how)
-    with pytest.raises(ValueError, match="weights that are removed would come back"):
+    with pytest.raises(ValueError, match="units that are removed would come back"):
         staged.step(NETWORK, state, INPUTS, 0.2, **how)
 
 

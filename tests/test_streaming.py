@@ -107,5 +107,11 @@ def test_bad_moments_are_refused():
     of_neurons = moments.of_inputs(*example, of_weights=False)
     with pytest.raises(ValueError, match="moments of other layers"):
         score.elimination_compensation_from_moments(example.params, of_neurons)
-    with pytest.raises(ValueError, match="hold NaN or infinity"):
-        moments.of_batches(example.network, example.params, [example.inputs, example.inputs * np.nan])
+    dirty = example.inputs[:21].at[4, 2].set(np.nan)
+    wrong = (
+        r"batch 2: inputs of shape \(21, 5\) hold NaN or infinity, at first in sample 4; .* call moments.update in a"
+    )
+    with pytest.raises(ValueError, match=wrong):
+        moments.of_batches(example.network, example.params, [example.inputs, dirty])
+    with pytest.raises(ValueError, match=r"batches is one array, of shape \(23, 5\); give a list"):
+        moments.of_batches(*example)

@@ -80,9 +80,10 @@ class Saved(NamedTuple):
         except ValueError as error:
             raise ValueError(
                 f"{error}. The params are in nested dicts unless compact.load is given like=: params of the network "
-                "in its own containers, with what else it holds as it was saved, such as dropout in inference mode"
+                "in its own containers, with what else it holds as it was saved, such as dropout in inference mode. A "
+                "module that is to take them needs their widths, those of saved.params"
             ) from error
-        name = "the params were saved from another network (of another activation?)"
+        name = "the params were saved from another network (of another activation, or a norm over features that went?)"
         answers.require_same(name, found, self.examples.outputs, (network, params, inputs))
         return network
 
@@ -169,7 +170,7 @@ def load(
         True
         >>> compact.load("pruned.safetensors", networks.from_linen(networks.MLP(saved.widths, jnp.tanh)))
         Traceback (most recent call last):
-        ValueError: pruned.safetensors: the params were saved from another network (of another activation?): ...
+        ValueError: pruned.safetensors: the params were saved from another network (of another activation, or ...
     """
     _safetensors()
     import safetensors

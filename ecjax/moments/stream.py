@@ -96,6 +96,7 @@ def update(
     require_key(seen.probes, key)
     samples = None
     if _batches.blocks(inputs) == 1 and len(inputs):  # without samples it is refused
+        _checks.require_inputs(inputs)  # before it has another shape
         samples, inputs = jnp.int32(len(inputs)), _batches.filled_up(inputs, int(batch_size))
         weights = None if weights is None else _batches.filled_up(weights, int(batch_size))
     options = {"exclude": seen.exclude, "metric": seen.metric, "weights": weights, "batch_size": batch_size}
@@ -151,7 +152,8 @@ def of_batches(
         progress: True for a bar, as for ``prune.staged``; or a function called after each batch.
 
     Raises:
-        ValueError: as ``update``, or not a single batch.
+        ValueError: as ``update``, with the number of the batch, from 1; one array in place of batches, or not a single
+            batch.
 
     Example:
         >>> seen = moments.of_batches(network, params, np.split(inputs, 4), metric="fisher")
@@ -160,13 +162,24 @@ def of_batches(
         True
     """
     _progress.require(progress)
+    if isinstance(batches, jax.Array | np.ndarray):
+        raise ValueError(
+            f"batches is one array, of shape {batches.shape}; give a list or an iterator of arrays, or all samples to "
+            "moments.of_inputs"
+        )
     seen, samples, total = None, 0, len(batches) if isinstance(batches, Sized) else None
     with _progress.told(progress, "batch", total, ("samples",)) as tell:
         for number, batch in enumerate(batches, start=1):
             if seen is None:
                 options = {"metric": metric, "probes": probes, "exclude": exclude, "of_weights": of_weights}
                 seen = start(network, params, batch, **options)
-            seen = update(seen, network, params, batch, key=key, batch_size=batch_size)
+            try:
+                seen = update(seen, network, params, batch, key=key, batch_size=batch_size)
+            except ValueError as error:
+                raise ValueError(
+                    f"batch {number}: {error}. To skip a batch, or to keep the moments of those before it, call "
+                    "moments.update in a loop of your own"
+                ) from error
             samples += len(batch)
             if progress:
                 jax.block_until_ready(seen.samples)

@@ -1,16 +1,15 @@
-"""Decisions about a network that is pruned already: what was removed stays removed."""
+"""Which weights go from a network that is pruned already: what was removed stays removed."""
 
 import dataclasses
 
 import jax.numpy as jnp
 
 from ecjax import _checks, _trees
-from ecjax._types import Inputs, Kernels, Network, Params, Patterns, Sparsities
+from ecjax._types import Kernels, Params, Patterns, Sparsities
 from ecjax.graph.layers import chosen
 from ecjax.prune import patterns
-from ecjax.prune.masks import Pruned, least_important
-from ecjax.prune.removal import How, remove
-from ecjax.score import NeuronScores, Scores
+from ecjax.prune.masks import Pruned, least_important, require_none_back
+from ecjax.score import Scores
 
 
 def further(
@@ -44,35 +43,8 @@ def further(
     }
     importance = _trees.replace(scores.importance, ranked)
     scores = dataclasses.replace(scores, importance=importance)
-    return _none_back(least_important(params, scores, sparsity, scope=scope, exclude=exclude), masks)
-
-
-def fewer_units(
-    network: Network,
-    params: Params,
-    inputs: Inputs,
-    scores: NeuronScores,
-    masks: Kernels,
-    fraction: Sparsities,
-    how: How,
-    exclude: Patterns,
-) -> Pruned:
-    """Removes the units of least importance, and before them those of which nothing is left.
-
-    Raises:
-        ValueError: as ``neurons``.
-    """
-    return _none_back(remove(network, params, inputs, scores, fraction, how, exclude, masks), masks)
-
-
-def _none_back(pruned: Pruned, masks: Kernels) -> Pruned:
-    """What was pruned; a ValueError if a removed weight would be among those that stay."""
-    before, after = _trees.by_path(masks), _trees.by_path(pruned.masks)
-    back = sum(jnp.sum(~mask & after.get(path, True)) for path, mask in before.items())
-    if _checks.are_known(back) and back:
-        raise ValueError(
-            f"{back} weights that are removed would come back: the sparsity is lower than it is already, in all or in "
-            "some scope, or the criterion leaves out a kernel that is pruned. What was removed stays removed: go on to "
-            "a higher sparsity, in the same scope, or start anew"
-        )
+    pruned = least_important(params, scores, sparsity, scope=scope, exclude=exclude)
+    after = _trees.by_path(pruned.masks)
+    back = sum(jnp.sum(~mask & after.get(path, True)) for path, mask in kept.items())
+    require_none_back(back, "weights", "sparsity")
     return pruned

@@ -1,4 +1,4 @@
-"""Masks, and pruning in one shot."""
+"""Masks, and which weights they leave."""
 
 import functools
 from collections.abc import Sequence
@@ -44,55 +44,6 @@ class Pruned(NamedTuple):
 
     params: Params
     masks: Kernels
-
-
-def one_shot(
-    params: Params,
-    scores: Scores,
-    sparsity: Sparsities | None = None,
-    *,
-    scope: str | tuple[int, int] = "network",
-    exclude: Patterns = (),
-) -> Pruned:
-    """Removes the weights of least importance, all at once, and shifts the biases next to them.
-
-    Exactly ``round(sparsity * weights)`` go in each scope; among equals, the ones that come first do. The shifts of all
-    removed weights are added to their biases, independently of each other: ``b_i += Σ_j Δb*_ij``. Source: Ballini et
-    al., arXiv:2602.20467.
-
-    Args:
-        scores: of a criterion, for these params.
-        sparsity: the fraction of weights to remove, in [0, 1]; biases don't count. Left out for N:M. It may be traced;
-            of more than 2**24 weights, the number to remove is then rounded as float32 is. Or one for each pattern of
-            paths, as in ``{"Dense_0/*": 0.95, "*": 0.8}``: of the patterns that match a kernel the first counts, the
-            weights of one pattern compete with each other, and kernels that none matches stay dense and get no mask.
-        scope: where weights compete: "network", each "layer" (of a stack, each member), or each "neuron" (the inputs of
-            one output). Or a pair
-            (N, M): of every M consecutive inputs of a neuron N stay, and of a last group of fewer, at most N.
-        exclude: patterns of paths of leaves that keep every bit, biases too; a kernel's weights do not count.
-
-    Returns:
-        Pruned: with masks for the kernels that have scores, are not excluded, and have a sparsity.
-
-    Raises:
-        ValueError: a sparsity outside [0, 1], of a pattern that gets no kernel, or that asks for a weight of infinite
-            importance; an unknown scope; importances with NaN; scores shaped unlike the params; shifts that overflow.
-
-    Example:
-        >>> sum(int(mask.sum()) for mask in jax.tree.leaves(prune.one_shot(params, scores, sparsity=0.75).masks))
-        12
-        >>> [int(mask.sum()) for mask in jax.tree.leaves(prune.one_shot(params, scores, scope=(2, 4)).masks)]
-        [16, 8]
-        >>> each = prune.one_shot(params, scores, sparsity={"Dense_0/*": 0.75, "*": 0.5})
-        >>> [int(mask.sum()) for mask in jax.tree.leaves(each.masks)]
-        [8, 8]
-        >>> prune.one_shot(params, scores, sparsity=75)
-        Traceback (most recent call last):
-        ValueError: sparsity is 75; it must be in [0, 1], the fraction of weights to remove
-    """
-    require_scope(scope, sparsity)
-    fraction = 1 if sparsity is None else sparsity  # every group gets the pattern N:M
-    return least_important(params, scores, fraction, scope=scope, exclude=exclude)
 
 
 def least_important(
@@ -159,6 +110,22 @@ def _require_finite_removed(importance: dict[str, Array], masks: dict[str, Array
                 f"the sparsity asks for more weights than there are of finite importance: some of '{path}', of "
                 f"importance inf, would go; to keep a layer out, name it: exclude=('{path}',)"
             )
+
+
+def require_none_back(back: Any, what: str, fraction: str) -> None:
+    """Raises a ValueError if some of what is removed would be among what stays.
+
+    Args:
+        back: how many.
+        what: they are.
+        fraction: how it is called how many are to go.
+    """
+    if _checks.are_known(back) and back:
+        raise ValueError(
+            f"{back} {what} that are removed would come back: the {fraction} is lower than it is already, in all or in "
+            "some scope, or the criterion leaves out what is pruned. What was removed stays removed: go on to a higher "
+            f"{fraction}, in the same scope, or start anew"
+        )
 
 
 def require_scope(scope: Any, sparsity: Any) -> None:

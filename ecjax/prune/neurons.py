@@ -6,7 +6,7 @@ from typing import Any
 from jaxtyping import PRNGKeyArray
 
 from ecjax import _checks, _door, score
-from ecjax._types import Inputs, Metric, Network, Params, Patterns, Sparsities, Weights
+from ecjax._types import Inputs, Kernels, Metric, Network, Params, Patterns, Sparsities, Weights
 from ecjax.graph.costs import COSTS
 from ecjax.moments.stream import has_many_rows
 from ecjax.prune import patterns
@@ -32,6 +32,7 @@ def neurons(
     by: str = "units",
     multiple_of: int = 1,
     exclude: Patterns = (),
+    masks: Kernels | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Pruned:
     """Removes the units of least importance, with all that is theirs in every leaf.
@@ -57,6 +58,8 @@ def neurons(
         multiple_of: of 8, say, which accelerators like: the units left in a group are a multiple of it where some go,
             so that a few more go than were asked for; a group of fewer stays whole.
         exclude: patterns of paths of leaves that keep every bit: groups with such a leaf stay whole.
+        masks: of a network that is pruned already, True where the weight stays: the masks that come back leave out
+            what they removed, so that a repair does not bring it back.
         key: random key, for criteria that draw; where outputs with positions have more than 256 rows a sample, for one
             probe.
 
@@ -86,8 +89,11 @@ def neurons(
     criteria.require_read(criterion, metric, weights, key, outputs)
     require_reachable(network, params, inputs, fraction, how, exclude)
     probes = 1 if key is not None and has_many_rows(outputs) else None
-    scores = criteria.given(criterion, **given, key=key, probes=probes)(network, params, inputs)
-    return remove(network, params, inputs, scores, fraction, how, exclude)
+    drawn = {"key": key if probes or criteria.draws(criterion) else None, "probes": probes}
+    scores = criteria.given(criterion, **given, **drawn)(network, params, inputs)
+    if masks is not None:
+        _checks.require_masks(params, masks)
+    return remove(network, params, inputs, scores, fraction, how, exclude, masks)
 
 
 def as_how(fraction: Any, scope: Any, by: Any, multiple_of: Any) -> How:

@@ -20,7 +20,7 @@ from ecjax.graph.layers import chosen
 from ecjax.graph.readers import of_channels, readers
 from ecjax.graph.reading import shape_of_two
 from ecjax.prune import patterns, units
-from ecjax.prune.masks import Pruned
+from ecjax.prune.masks import Pruned, apply_masks, require_none_back
 from ecjax.score import NeuronScores
 
 
@@ -55,10 +55,11 @@ def remove(
         fraction: to remove.
         how: where units compete, and what the fraction is of.
         exclude: patterns of paths of leaves that keep every bit.
-        masks: of what is removed already; None for nothing. Units of which nothing is left go first.
+        masks: of what is removed already; None for nothing. Units of which nothing is left go first, and weights that
+            are removed stay so.
 
     Raises:
-        ValueError: scores unlike the groups of the network, or shifts that overflow.
+        ValueError: scores unlike the groups of the network, shifts that overflow, or units that would come back.
     """
     inner, arrays, _ = _trees.split(network, params)
     layers = _door.layers(inner, arrays, inputs, exclude=exclude, need="any", each_alone=False)
@@ -70,10 +71,18 @@ def remove(
         before = gone(groups, leaves, _trees.by_path(masks))
         importance = {name: jnp.where(before[name], -jnp.inf, value) for name, value in importance.items()}
     removed = _removed(inner, arrays, inputs, importance, fraction, how)
+    if masks is not None:
+        back = sum(jnp.sum(before[name] & ~removed[name]) for name in groups)
+        require_none_back(back, "units", "fraction")
     _require_finite(importance, removed)
     shifted, zeroed, kept = _without(layers, tuple(groups.items()), leaves, removed, scores.constant)
     _checks.require_finite(shifted, "shifted biases")
-    return Pruned(_trees.replace(params, shifted | zeroed), _trees.as_kernels(params, kept))
+    pruned = Pruned(_trees.replace(params, shifted | zeroed), _trees.as_kernels(params, kept))
+    if masks is None:
+        return pruned
+    both = {path: kept[path] & mask if path in kept else mask for path, mask in _trees.by_path(masks).items()}
+    masks = _trees.as_kernels(params, kept | both)
+    return Pruned(apply_masks(pruned.params, masks), masks)
 
 
 @functools.partial(jax.jit, static_argnames=("layers", "groups"))

@@ -71,7 +71,8 @@ class Survivors(_Steps):
         metric: of the outputs; None for that of the run, Euclidean without one. Where the run's is Fisher, at
             temperature 4: survivors can keep more than a first choice.
         frozen: patterns of the paths of leaves that may not move, as in ``fnmatch``. A kernel that is only excluded
-            from pruning moves like the others.
+            from pruning moves like the others. The criterion's own shifts still move the bias of a kernel that is
+            pruned: exclude it as well, or take a criterion without shifts.
 
     Example:
         >>> last_layer = repair.Survivors(frozen="Dense_0/*", metric="fisher")

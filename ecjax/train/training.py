@@ -71,7 +71,7 @@ def keep_pruned(masks: Kernels) -> optax.GradientTransformation:
         masks: Kernels of booleans, True where the weight stays.
 
     Raises:
-        ValueError: the transformation is asked for an update without the params.
+        ValueError: masks that are not boolean; or the transformation is asked for an update without the params.
 
     Example:
         >>> tuning = optax.chain(optax.sgd(0.1), train.keep_pruned(pruned.masks))
@@ -80,6 +80,7 @@ def keep_pruned(masks: Kernels) -> optax.GradientTransformation:
         >>> bool(((tuned["Dense_0"]["kernel"] != 0) == pruned.masks["Dense_0"]["kernel"]).all())
         True
     """
+    _checks.require_boolean(masks)
 
     def update(updates, state, params=None):
         if params is None:
