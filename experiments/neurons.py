@@ -172,7 +172,8 @@ def _mlp(name: Literal["large", "surrogate"], config: Config) -> Problem:
 
 def _convnet(config: Config) -> Problem:
     data, full = config.load(), convnet.Config()
-    classes, epochs = int(data.train_targets.max()) + 1, 3 if len(data.train_inputs) >= 10_000 else 40
+    classes, epochs = int(data.train_targets.max()) + 1, 5 if len(data.train_inputs) >= 10_000 else 40
+    inputs = jnp.asarray(data.train_inputs[: min(full.calibration, 2_000)])
 
     def module(width: float) -> convnet.ConvNet:
         return convnet.ConvNet(tuple(round(width * count) for count in full.channels), classes, full.norm)
@@ -180,9 +181,9 @@ def _convnet(config: Config) -> Problem:
     def train(net: convnet.ConvNet, seed: int, passes: Iterable[int]) -> Params:
         return convnet.train_on(net, data, replace(full, epochs=config.epochs or epochs), seed, passes)
 
-    sizes = {"iterations": config.iterations, "products": 10, "curvature_samples": full.curvature}
-    how = repair.Survivors(metric=metrics.Fisher(full.temperature), **sizes)
-    given = epochs, jnp.asarray(data.train_inputs[: full.calibration]), metrics.Fisher(), how
+    sizes = {"iterations": config.iterations, "products": full.products, "curvature_samples": full.curvature}
+    how = repair.Survivors(metric=metrics.Fisher(full.temperature), batch_size=full.batch_size, **sizes)
+    given = epochs, inputs, metrics.Fisher(), how
     return Problem("residual convnet", data, ACCURACY, module, train, *given, {"train": False})
 
 
