@@ -2,9 +2,9 @@
 
 It shows the test accuracy of a small residual network on handwritten digits, pruned in one shot, with its batch
 statistics taken anew, with all biases moved, in stages with all survivors moved, and by gradual magnitude pruning,
-which alone sees labels and trains. Half an hour on two cores, three minutes on the digits, one with --quick. It writes
-results.csv, config.json, accuracy.png and loss.png, and prints the table; a gradient pass is one over the calibration
-inputs, and scores take one random probe of the logits.
+which alone sees labels and trains. Half an hour to an hour on two cores, three minutes on the digits, one with --quick.
+It writes results.csv, config.json, accuracy.png and loss.png, and prints the table; a gradient pass is one over the
+calibration inputs, and scores take one random probe of the logits.
 """
 
 import functools
