@@ -354,8 +354,7 @@ def step(
     criteria.require_drawn(criterion, state.key)
     key, now = (None, None) if state.key is None else jax.random.split(state.key)
     of_run = {"metric": state.metric, "weights": state.weights, "exclude": state.exclude}
-    probes = 1 if now is not None and state.many_rows else None
-    drawn = {"key": now if probes or criteria.draws(criterion) else None, "probes": probes}
+    drawn = criteria.drawing(criterion, now, state.many_rows)
     scores = criteria.given(criterion, **of_run, **drawn)(network, state.params, inputs)
     if isinstance(scores, NeuronScores):
         how = as_how(sparsity, scope, by, multiple_of)

@@ -96,8 +96,10 @@ def update(
     require_key(seen.probes, key)
     samples = None
     if _batches.blocks(inputs) == 1 and len(inputs):  # without samples it is refused
-        _checks.require_inputs(inputs)  # before it has another shape
-        samples, inputs = jnp.int32(len(inputs)), _batches.filled_up(inputs, int(batch_size))
+        filled = _batches.filled_up(inputs, int(batch_size))
+        if len(filled) != len(inputs):
+            _checks.require_inputs(inputs)  # whose shape and samples the error is to name
+        samples, inputs = jnp.int32(len(inputs)), filled
         weights = None if weights is None else _batches.filled_up(weights, int(batch_size))
     options = {"exclude": seen.exclude, "metric": seen.metric, "weights": weights, "batch_size": batch_size}
     at = _door.enter(network, params, inputs, **options)

@@ -88,8 +88,7 @@ def neurons(
     outputs = _door.enter(network, params, inputs, **given, need="any").outputs
     criteria.require_read(criterion, metric, weights, key, outputs)
     require_reachable(network, params, inputs, fraction, how, exclude)
-    probes = 1 if key is not None and has_many_rows(outputs) else None
-    drawn = {"key": key if probes or criteria.draws(criterion) else None, "probes": probes}
+    drawn = criteria.drawing(criterion, key, has_many_rows(outputs))
     scores = criteria.given(criterion, **given, **drawn)(network, params, inputs)
     if masks is not None:
         _checks.require_masks(params, masks)

@@ -148,6 +148,12 @@ def require_drawn(criterion: Criterion, key: Any) -> None:
         raise ValueError("this criterion draws at random: give key=, such as jax.random.key(0)")
 
 
+def drawing(criterion: Criterion, key: Any, many_rows: bool) -> dict[str, Any]:
+    """The key, where the criterion draws, and one probe where the rows of the metric are too many to take them all."""
+    probes = 1 if key is not None and many_rows else None
+    return {"key": key if probes or draws(criterion) else None, "probes": probes}
+
+
 def given(function: Callable[..., Result], **options: Any) -> Callable[..., Result]:
     """The criterion, or the repair, with what it takes of these; what it does not take, it is not given."""
     taken = {name: option for name, option in options.items() if option is not None and reads(function, name)}

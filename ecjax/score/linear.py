@@ -107,9 +107,11 @@ def _elimination_compensation(params: Params, seen: Moments) -> Scores:
         kernel, found = _matrix(leaves, layer), seen.layers[layer.kernel]
         scatter = found.scatter if layer.bias else _second_moment(found)
         importance[layer.kernel] = graph.as_leaf(times_square(scatter / seen.samples, kernel), layer.layout)
-        shift[layer.kernel] = graph.as_leaf(kernel * found.mean, layer.layout)
-        if layer.bias is None:  # zeros, which would lie on every device whole
-            _, shift[layer.kernel] = shard_alike(leaves[layer.kernel], jnp.zeros_like(shift[layer.kernel]))
+        if layer.bias:
+            shift[layer.kernel] = graph.as_leaf(kernel * found.mean, layer.layout)
+        else:  # zeros, which would lie on every device whole
+            leaf = leaves[layer.kernel]
+            shift[layer.kernel] = shard_alike(leaf, jnp.zeros(leaf.shape, kernel.dtype))[1]
     return scores_of(params, seen.read, importance, shift)
 
 
