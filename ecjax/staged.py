@@ -41,7 +41,7 @@ __all__ = ["Stage", "State", "finish", "staged", "staged_neurons", "start", "ste
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["params", "masks", "metric", "targets", "weights", "damping", "steps", "objective", "key"],
+    data_fields=["params", "masks", "metric", "targets", "weights", "damping", "steps", "objective", "stages", "key"],
     meta_fields=["exclude", "many_rows"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,9 @@ class State:
         weights: of samples or of their positions; None where all count the same.
         damping: of the repair, as the stages so far have adapted it.
         steps: of the repair so far.
-        objective: what the repair has left of the mean distance to the targets; infinite without one.
+        objective: what the repair has left of the mean distance to the targets, of the samples that the last stage saw;
+            infinite without one.
+        stages: how many there have been.
         key: random key of the next stage, for criteria that draw; or None.
         exclude: patterns of paths of leaves that are not pruned; static, like what follows.
         many_rows: whether the outputs have so many positions that criteria take a random probe of them.
@@ -75,6 +77,7 @@ class State:
     damping: Float[Array, ""]
     steps: Int[Array, ""]
     objective: Float[Array, ""]
+    stages: Int[Array, ""]
     key: PRNGKeyArray | None
     exclude: tuple[str, ...] = ()
     many_rows: bool = False
@@ -111,6 +114,7 @@ def staged(
     sparsity: Sparsities | None = None,
     *,
     stages: int = 10,
+    samples: int | float | None = None,
     criterion: Criterion | str | None = None,
     repair: Repair | str | None = "survivors",
     metric: Metric = "euclidean",
@@ -131,6 +135,9 @@ def staged(
         sparsity: r, the fraction of weights to remove in the end, in [0, 1]; or that of each pattern of paths, as in
             ``one_shot``. Each follows the schedule. Left out for N:M.
         stages: how many.
+        samples: how many of the inputs the stages before the last see, for scores and repair alike, others in each; a
+            number, or a fraction such as 0.25. The last sees all, as they do if this is None. With a part of them, few
+            ``iterations`` and more ``last_iterations`` of the repair, a run takes much less and loses little more.
         criterion: ``(network, params, inputs) -> Scores``, by name (``score.CRITERIA``) or as a function;
             elimination-compensation if None. One that takes ``metric``, ``exclude`` or ``key`` gets those of the run,
             unless ``functools.partial`` has given it others.
@@ -163,7 +170,7 @@ def staged(
     """
     require_scope(scope, sparsity)
     criterion = criteria.giving(criteria.named(criterion, score.CRITERIA), Scores)
-    given, of_run = (network, params, inputs, sparsity, stages), (repair, metric, targets, weights)
+    given, of_run = (network, params, inputs, sparsity, stages, samples), (repair, metric, targets, weights)
     return _in_stages(criterion, *given, *of_run, {"scope": scope}, exclude, None, key, progress)
 
 
@@ -174,6 +181,7 @@ def staged_neurons(
     fraction: Sparsities,
     *,
     stages: int = 10,
+    samples: int | float | None = None,
     criterion: Criterion | str | None = None,
     repair: Repair | str | None = "survivors",
     metric: Metric = "euclidean",
@@ -194,6 +202,7 @@ def staged_neurons(
     Args:
         fraction: to remove in the end, in [0, 1], or that of each pattern, as in ``neurons``.
         stages: how many.
+        samples: as for ``staged``.
         criterion: ``(network, params, inputs) -> NeuronScores``, by name (``score.NEURON_CRITERIA``) or as a function;
             ``score.neuron_elimination_compensation`` if None.
         repair: as for ``staged``, like metric, targets, key and progress.
@@ -219,7 +228,7 @@ def staged_neurons(
     _door.enter(network, params, inputs, exclude=exclude, need="any")
     require_reachable(network, params, inputs, fraction, how, exclude)
     criterion = criteria.giving(criteria.named(criterion, score.NEURON_CRITERIA), NeuronScores)
-    given, of_run = (network, params, inputs, fraction, stages), (repair, metric, targets, weights)
+    given, of_run = (network, params, inputs, fraction, stages, samples), (repair, metric, targets, weights)
     return _in_stages(criterion, *given, *of_run, how._asdict(), exclude, masks, key, progress)
 
 
@@ -230,6 +239,7 @@ def _in_stages(
     inputs,
     sparsity,
     stages,
+    samples,
     repair,
     metric,
     targets,
@@ -241,7 +251,7 @@ def _in_stages(
     progress,
 ) -> Pruned:
     _checks.require_positive(stages, "stages")
-    stages = int(stages)
+    stages, repair, _ = int(stages), repairs.named(repair), _count(samples, of_all=1)
     _progress.require(progress)
     options = {"metric": metric, "weights": weights, "exclude": exclude, "key": key}
     require_read(network, params, inputs, criterion=criterion, repair=repair, **options)
@@ -251,7 +261,9 @@ def _in_stages(
     with _progress.told(progress, "stage", stages, ("sparsity", "objective")) as tell:
         for number in range(1, stages + 1):
             reached = patterns.times(sparsity, 1 - (1 - number / stages) ** 3)
-            state = step(network, state, inputs, reached, criterion=criterion, repair=repair, **how)
+            if number == stages:
+                samples, repair = None, repairs.of_last_stage(repair)
+            state = step(network, state, inputs, reached, samples=samples, criterion=criterion, repair=repair, **how)
             if progress:
                 jax.block_until_ready(state.objective)
                 removed = of_weights(reached, how["scope"])
@@ -310,6 +322,7 @@ def start(
     masks = _trees.as_kernels(params, kept)
     beginning = gauss_newton.start(params, getattr(repair, "damping", 0.0))
     steps = {"damping": beginning.damping, "steps": beginning.steps, "objective": beginning.objective}
+    steps["stages"] = jnp.int32(0)
     static = {"exclude": as_patterns(exclude), "many_rows": has_many_rows(at.outputs)}
     return State(params, masks, at.metric, targets, at.weights, **steps, key=key, **static)
 
@@ -320,6 +333,7 @@ def step(
     inputs: Inputs,
     sparsity: Sparsities,
     *,
+    samples: int | float | None = None,
     criterion: Criterion | str | None = None,
     repair: Repair | str | None = "survivors",
     scope: str | tuple[int, int] = "network",
@@ -333,6 +347,7 @@ def step(
         inputs: calibration inputs; others than before, if the state's targets are replaced by theirs.
         sparsity: to be reached, of all weights or of those of each pattern; of units with a criterion for neurons; for
             (N, M), the fraction of groups that have the pattern. Never lower than before.
+        samples: how many of the inputs this stage sees, or which fraction, others than the stage before; all if None.
         criterion: gives Scores, or NeuronScores.
         repair: of this stage.
         scope: where weights or units compete.
@@ -353,7 +368,8 @@ def step(
     criterion = criteria.giving(criterion, Scores, NeuronScores)
     criteria.require_drawn(criterion, state.key)
     key, now = (None, None) if state.key is None else jax.random.split(state.key)
-    of_run = {"metric": state.metric, "weights": state.weights, "exclude": state.exclude}
+    inputs, targets, weights = _part(inputs, state, samples)
+    of_run = {"metric": state.metric, "weights": weights, "exclude": state.exclude}
     drawn = criteria.drawing(criterion, now, state.many_rows)
     scores = criteria.given(criterion, **of_run, **drawn)(network, state.params, inputs)
     if isinstance(scores, NeuronScores):
@@ -362,19 +378,39 @@ def step(
         params, masks = remove(network, state.params, inputs, *given)
     else:
         params, masks = further(state.params, scores, state.masks, sparsity, scope=scope, exclude=state.exclude)
-    state = dataclasses.replace(state, params=params, masks=masks, key=key)
+    state = dataclasses.replace(state, params=params, masks=masks, key=key, stages=state.stages + 1)
     if repair is None:
         return state
-    if state.targets is None:
+    if targets is None:
         raise ValueError("the state has no targets for a repair: give the same repair to staged.start and staged.step")
     if isinstance(repair, Biases | Survivors):
         before = gauss_newton.State(params, state.damping, state.objective, state.steps)
-        found = repairs.go_on(repair, network, before, masks, inputs, state.targets, **of_run)
+        found = repairs.go_on(repair, network, before, masks, inputs, targets, **of_run)
         return dataclasses.replace(state, **found._asdict())
-    moved = criteria.given(repair, **of_run)(network, params, masks, inputs, state.targets)
+    moved = criteria.given(repair, **of_run)(network, params, masks, inputs, targets)
     inner, arrays, _ = _trees.split(network, params)
     groups = _door.units(inner, arrays, inputs, exclude=state.exclude)
     return dataclasses.replace(state, params=repairs.held(params, masks, moved, groups))
+
+
+def _part(inputs: Inputs, state: State, samples: int | float | None) -> tuple[Any, Any, Any]:
+    """The samples that a stage sees, with their targets and weights: evenly spaced, and others in each stage."""
+    data, count = (inputs, state.targets, state.weights), _count(samples, inputs.shape[0])
+    if count is None or count >= inputs.shape[0]:
+        return data
+    blocks = _batches.blocks(_batches.placed(inputs))
+    return jax.tree.map(lambda array: _batches.every(jnp.asarray(array), count, state.stages, blocks), data)
+
+
+def _count(samples: int | float | None, of_all: int) -> int | None:
+    """How many samples a number or a fraction of them is."""
+    if samples is None:
+        return None
+    if isinstance(samples, float) and 0 < samples <= 1:
+        return max(round(samples * of_all), 1)
+    if isinstance(samples, bool) or samples < 1 or int(samples) != samples:
+        raise ValueError(f"samples is {samples!r}; it must be a whole number of at least 1, or a fraction such as 0.25")
+    return int(samples)
 
 
 def finish(state: State) -> Pruned:

@@ -154,6 +154,9 @@ def test_labels_instead_of_outputs(trained):
             "read by neither this criterion nor this repair",
         ),
         ({"stages": 0}, "stages is 0; it must be a whole number of at least 1"),
+        ({"samples": 0}, "samples is 0; it must be a whole number of at least 1"),
+        ({"samples": 1.5}, "samples is 1.5; it must be a whole number of at least 1, or a fraction"),
+        ({"repair": repair.Biases(last_iterations=0)}, "last_iterations is 0; it must be a whole number"),
         ({"metric": "hinge"}, "metric is 'hinge'"),
         ({"scope": "filter"}, "scope is 'filter'"),
         ({"scope": (2, 4)}, r"scope \(2, 4\) says itself how many weights stay; leave the sparsity out"),
@@ -361,3 +364,49 @@ def test_a_repair_of_ones_own_leaves_removed_weights(trained):
     assert ((pruned.params["Dense_0"]["kernel"] != 0) == pruned.masks["Dense_0"]["kernel"]).all()
     moved = trained["Dense_1"]["kernel"] + 1 + 1  # it is only excluded from pruning
     np.testing.assert_array_equal(pruned.params["Dense_1"]["kernel"], moved)
+
+
+def test_stages_before_the_last_see_a_part(trained):
+    """Scores and repair see the same samples with their own targets and weights, others in each stage."""
+    seen, repaired, targets, weights = [], [], NETWORK(trained, INPUTS), jnp.arange(1.0, 1 + len(INPUTS))
+
+    def criterion(network, params, inputs, weights):
+        seen.append((inputs, weights))
+        return score.magnitude(network, params, inputs)
+
+    def unmoved(_, params, __, inputs, targets, weights):
+        repaired.append((inputs, targets, weights))
+        return params
+
+    options = {"stages": 4, "samples": 0.25, "criterion": criterion, "repair": unmoved, "weights": weights}
+    prune.staged(NETWORK, trained, INPUTS, 0.5, **options)
+    quarter = round(len(INPUTS) / 4)
+    assert [len(inputs) for inputs, _ in seen] == [quarter] * 3 + [len(INPUTS)]
+    places = []
+    for (inputs, of_scores), (same, aim, of_repair) in zip(seen, repaired, strict=True):
+        np.testing.assert_array_equal(inputs, same)
+        np.testing.assert_array_equal(of_scores, of_repair)
+        places.append(np.asarray(of_repair, int) - 1)
+        np.testing.assert_array_equal(inputs, INPUTS[places[-1]])
+        np.testing.assert_array_equal(aim, targets[places[-1]])
+    assert len(np.unique(np.concatenate(places[:3]))) == 3 * quarter
+
+
+@pytest.mark.parametrize("samples", [100, 0.3])
+def test_a_part_of_the_samples_by_hand(trained, samples):
+    how = repair.Survivors(iterations=1, last_iterations=3)
+    found = prune.staged(NETWORK, trained, INPUTS, 0.8, stages=2, samples=samples, metric="fisher", repair=how)
+    state = staged.start(NETWORK, trained, INPUTS, metric="fisher", repair=how)
+    state = staged.step(NETWORK, state, INPUTS, 0.8 * 0.875, samples=samples, repair=repair.Survivors(iterations=1))
+    assert (int(state.steps), int(state.stages)) == (1, 1)
+    state = staged.step(NETWORK, state, INPUTS, 0.8, repair=repair.Survivors(iterations=3))
+    jax.tree.map(np.testing.assert_array_equal, found, staged.finish(state))
+    assert (int(state.steps), int(state.stages)) == (4, 2)
+
+
+def test_more_samples_than_there_are_is_all_of_them(trained):
+    found, expected = (
+        prune.staged(NETWORK, trained, INPUTS, 0.8, stages=2, samples=samples, metric="fisher", repair="biases")
+        for samples in (10 * len(INPUTS), None)
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -27,6 +27,7 @@ class _Steps:
     """What the repairs below share: how far they go, and the call."""
 
     iterations: int = 5
+    last_iterations: int | None = None
     products: int = 15
     curvature_samples: int = 2500
     batch_size: int = 1024
@@ -64,6 +65,7 @@ class Survivors(_Steps):
 
     Attributes:
         iterations: Gauss-Newton steps.
+        last_iterations: the same after the last stage of a run; as many as iterations if None.
         products: products with the curvature JᵀMJ in a step.
         curvature_samples: how many samples the curvature is of, others in each step.
         batch_size: samples at a time; with curvature_samples, it bounds the memory.
@@ -129,12 +131,19 @@ def named(repair: Any) -> Repair | None:
             "repair.Survivors(iterations=5), or a function (network, params, masks, inputs, targets) -> params"
         )
     if isinstance(found, Biases | Survivors):
-        for name in ("iterations", "products", "curvature_samples", "batch_size"):
-            _checks.require_positive(getattr(found, name), name)
+        for name in ("iterations", "last_iterations", "products", "curvature_samples", "batch_size"):
+            if getattr(found, name) is not None:
+                _checks.require_positive(getattr(found, name), name)
         _checks.require_above_zero(found.damping, "damping")
         if found.metric is not None:
             metrics.named(found.metric)
     return found
+
+
+def of_last_stage(repair: Repair | None) -> Repair | None:
+    """The repair after the last stage of a run."""
+    last = getattr(repair, "last_iterations", None)
+    return dataclasses.replace(repair, iterations=last) if isinstance(repair, _Steps) and last else repair
 
 
 def metric_of(repair: Biases | Survivors, of_run: metrics.Metric) -> metrics.Metric:
