@@ -112,9 +112,7 @@ def main(config: Config) -> None:
             table.add(*found)
 
     title = f"{data.name}, MLP {layers} without biases, {config.seeds} samples of gradients"
-    report.figures(rows.frame(), sweep.CLASSIFIER_MEASURES, title, folder)
-    note = f"results.csv, config.json, accuracy.png and loss.png are in {folder}/"
-    report.console().print(report.table(rows.frame(), sweep.CLASSIFIER_MEASURES | sweep.SECONDS, title), note)
+    report.end(folder, rows.frame(), sweep.CLASSIFIER_MEASURES, title, **sweep.SECONDS)
 
 
 def train_to_target(task: sweep.Task, mlp: networks.MLP, config: Config) -> networks.Params:

@@ -2,17 +2,17 @@
 
 It shows the test accuracy of a small residual network on handwritten digits, pruned in one shot, with its batch
 statistics taken anew, with all biases moved, in stages with all survivors moved, and by gradual magnitude pruning,
-which alone sees labels and trains. Half an hour to an hour on two cores, three minutes on the digits, one with --quick.
+which alone sees labels and trains. It takes half an hour on two cores, three minutes on the digits, one with --quick.
 It writes results.csv, config.json, accuracy.png and loss.png, and prints the table; a gradient pass is one over the
 calibration inputs, and scores take one random probe of the logits.
 """
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -24,32 +24,30 @@ from ecjax.networks import Network, Params
 from experiments import flags, report, results, sweep
 from experiments.datasets import Dataset
 
-COSTLY = ("EC, all biases", "EC, staged, survivors", "gradual magnitude, labels")
-MEASURES = sweep.CLASSIFIER_MEASURES | {
-    "seconds": sweep.Measure("seconds", ".1f"),
-    "gradient_passes": sweep.Measure("gradient passes", ".0f"),
-}
+COSTLY = ("EC, all biases", sweep.STAGED, sweep.GRADUAL)
 
 
 @dataclass(frozen=True)
 class Config(flags.Digits):
     """Train a residual convnet on handwritten digits, prune it by several methods, and compare the test accuracies."""
 
-    channels: tuple[int, ...] = (32, 64, 64)
+    channels: tuple[int, ...] = (24, 48, 64)
     """Of each residual block; every change of width halves the image. A convolution of half the first comes before."""
     norm: Literal["batch", "layer"] = "batch"  # Normalisation after each convolution.
-    epochs: int | None = None  # Epochs of training. Default: 5, or 40 on fewer than 10,000 images.
+    epochs: int | None = None  # Epochs of training. Default: 6, or 40 on fewer than 10,000 images.
     learning_rate: float = 2e-3  # Adam's, at the start; it falls to zero along a cosine.
     batch_size: int = 128  # Samples a training step, and at a time in scores and repairs.
     sparsities: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)  # Fractions of the weights to remove.
     costly_sparsities: tuple[float, ...] = (0.9, 0.95)  # The same for methods that repair or train.
     calibration: int = 10_000  # Training images, without labels, that scores and repairs see.
     stages: int = 6  # Stages of the staged methods.
-    iterations: int = 8  # Steps of a repair, in each stage.
+    samples: float = 0.25  # Part of the calibration images that the stages before the last see.
+    iterations: int = 4  # Steps of a repair, in each stage but the last.
+    last_iterations: int = 12  # Steps after the last stage.
     products: int = 15  # Products with the curvature in each step.
     curvature: int = 250  # Calibration inputs that the curvature of a step is of.
     temperature: float = 4.0  # Of the Fisher metric in stages.
-    gradual_epochs: int = 8  # Epochs of gradual pruning: about as many gradients as the repairs in stages.
+    gradual_epochs: int = 8  # Epochs of gradual pruning: about as many gradient passes as staged survivors take.
     quick: bool = False  # A narrow network, one seed, two sparsities.
 
 
@@ -76,57 +74,61 @@ class ConvNet(nn.Module):
         return nn.Dense(self.classes)(stream.mean((1, 2)))
 
 
-def methods(
-    task: sweep.Task, module: ConvNet, variables: Params, config: Config, seed: int
-) -> dict[str, Callable[[float], tuple[Network, Any]]]:
-    """By name: from a sparsity to a network and what is pruned."""
-    network, params, (inputs, labels) = task.network, variables["params"], map(jnp.asarray, task.data[1:3])
-    seen, key, at_a_time = inputs[: config.calibration], jax.random.key(seed), {"batch_size": config.batch_size}
+class Seen(NamedTuple):
+    """What a method sees of one seed: the network with its batch statistics, all its variables, and a key."""
+
+    network: Network
+    variables: Params
+    key: jax.Array
+
+
+def methods(task: sweep.Task, module: ConvNet, config: Config) -> sweep.Methods:
+    """By name: from what is seen and a sparsity to all variables of the pruned network."""
+    inputs, batch = jnp.asarray(task.data.train_inputs[: config.calibration]), {"batch_size": config.batch_size}
     steps = {"iterations": config.iterations, "products": config.products, "curvature_samples": config.curvature}
+    metric = metrics.Fisher(config.temperature)
 
-    def one_shot(sparsity, criterion):
-        return network, prune.one_shot(params, criterion(network, params, seen), sparsity)
+    def scores(seen: Seen, criterion) -> score.Scores:
+        how = {} if criterion is score.magnitude else {"metric": "fisher", "probes": 1, "key": seen.key, **batch}
+        return criterion(seen.network, seen.variables["params"], inputs, **how)
 
-    def with_statistics(sparsity, criterion):
-        """Batch statistics belong to the network: taken anew, they make another one."""
-        pruned = prune.one_shot(params, criterion(network, params, seen), sparsity)
-        anew = networks.batch_statistics(module, pruned.params, variables, seen, train=True)
-        return networks.from_linen(module, variables=anew, train=False), pruned
+    def whole(seen: Seen, pruned: prune.Pruned, **statistics) -> prune.Pruned:
+        return pruned._replace(params={**seen.variables, **statistics, "params": pruned.params})
 
-    def all_biases(sparsity):
-        pruned = prune.one_shot(params, ec(network, params, seen), sparsity)
-        how = repair.Biases(metric="fisher", **steps, **at_a_time)
-        moved = how(network, pruned.params, pruned.masks, seen, network(params, seen))
-        return network, pruned._replace(params=moved)
+    def one_shot(seen: Seen, sparsity: float, criterion) -> prune.Pruned:
+        return whole(seen, prune.one_shot(seen.variables["params"], scores(seen, criterion), sparsity))
 
-    def staged(sparsity):
-        metric = metrics.Fisher(config.temperature)
-        drawn = functools.partial(score.elimination_compensation, metric=metric, probes=1, **at_a_time)
-        survivors = repair.Survivors(metric=metric, **steps, **at_a_time)
-        options = {"stages": config.stages, "criterion": drawn, "repair": survivors, "key": key}
-        return network, prune.staged(network, params, seen, sparsity, **options)
+    def with_statistics(seen: Seen, sparsity: float, criterion) -> prune.Pruned:
+        pruned = prune.one_shot(seen.variables["params"], scores(seen, criterion), sparsity)
+        anew = networks.batch_statistics(module, pruned.params, seen.variables, inputs, train=True)
+        return whole(seen, pruned, **anew)
 
-    def gradual(sparsity):
+    def all_biases(seen: Seen, sparsity: float) -> prune.Pruned:
+        params, how = seen.variables["params"], repair.Biases(metric="fisher", **steps, **batch)
+        pruned = prune.one_shot(params, scores(seen, score.elimination_compensation), sparsity)
+        moved = how(seen.network, pruned.params, pruned.masks, inputs, seen.network(params, inputs))
+        return whole(seen, pruned._replace(params=moved))
+
+    def staged(seen: Seen, sparsity: float) -> prune.Pruned:
+        drawn = functools.partial(score.elimination_compensation, metric=metric, probes=1, **batch)
+        survivors = repair.Survivors(metric=metric, last_iterations=config.last_iterations, **steps, **batch)
+        options = {"criterion": drawn, "repair": survivors, "stages": config.stages, "samples": config.samples}
+        given = seen.network, seen.variables["params"], inputs, sparsity
+        return whole(seen, prune.staged(*given, key=seen.key, **options))
+
+    def gradual(seen: Seen, sparsity: float) -> prune.Pruned:
         optimizer = sweep.decaying_adam(task, config.learning_rate, config.gradual_epochs)
-        options = {"optimizer": optimizer, "epochs": config.gradual_epochs, "key": key, **at_a_time}
-        return network, train.gradually(network, params, inputs, labels, task.loss, sparsity, **options)
+        options = {"optimizer": optimizer, "epochs": config.gradual_epochs, "key": seen.key, **batch}
+        given = seen.network, seen.variables["params"], *map(jnp.asarray, task.data[1:3]), task.loss, sparsity
+        return whole(seen, train.gradually(*given, **options))
 
-    how = {"metric": "fisher", "probes": 1, "key": key, **at_a_time}
-    ec = functools.partial(score.elimination_compensation, **how)
-    damage = functools.partial(score.optimal_brain_damage, **how)
-    found = {
-        "magnitude": functools.partial(one_shot, criterion=score.magnitude),
-        "optimal brain damage": functools.partial(one_shot, criterion=damage),
-        "EC": functools.partial(one_shot, criterion=ec),
-        "EC, all biases": all_biases,
-        "EC, staged, survivors": staged,
-        "gradual magnitude, labels": gradual,
-    }
+    criteria = {"magnitude": score.magnitude, "EC": score.elimination_compensation}
+    criteria |= {"optimal brain damage": score.optimal_brain_damage}
+    in_one_shot = {name: functools.partial(one_shot, criterion=criterion) for name, criterion in criteria.items()}
+    found = in_one_shot | {"EC, all biases": all_biases, sweep.STAGED: staged, sweep.GRADUAL: gradual}
     if config.norm == "batch":
-        found |= {
-            "magnitude, batch statistics": functools.partial(with_statistics, criterion=score.magnitude),
-            "EC, batch statistics": functools.partial(with_statistics, criterion=ec),
-        }
+        for name in ("magnitude", "EC"):
+            found[f"{name}, batch statistics"] = functools.partial(with_statistics, criterion=criteria[name])
     return found
 
 
@@ -137,39 +139,35 @@ def main(config: Config) -> None:
     if config.quick:
         small = {"channels": (8, 16), "epochs": 20, "stages": 2, "gradual_epochs": 1}
         config = replace(config, seeds=1, sparsities=(0.5, 0.8), costly_sparsities=(0.8,), **small)
-    config = replace(config, epochs=config.epochs or (5 if len(data.train_inputs) >= 10_000 else 40))
+    config = replace(config, epochs=config.epochs or (6 if len(data.train_inputs) >= 10_000 else 40))
     module = ConvNet(config.channels, int(data.train_targets.max()) + 1, config.norm)
+    network = functools.partial(module.apply, train=False)  # of all variables
+    task = sweep.Task(network, data, sweep.cross_entropy, sweep.CLASSIFIER_MEASURES, config.batch_size)
     folder = config.output or Path("results") / f"convnet-{config.norm}-{data.name.lower()}"
     with results.opened(folder, config, data) as rows, report.progress() as bar:
-        table, left = sweep.Table(rows, bar, {"data": data.name, "norm": config.norm}), None
-        for seed in range(config.seeds):
-            passes = bar.track(range(config.epochs), description=f"training {seed + 1} of {config.seeds}")
-            variables = results.trained(folder, f"dense-{seed}", train_on, module, data, config, seed, passes)
-            network = networks.from_linen(module, variables=variables, train=False)
-            task = sweep.Task(network, data, sweep.cross_entropy, sweep.CLASSIFIER_MEASURES, config.batch_size)
-            compared = methods(task, module, variables, config, seed)
-            every = {name: config.costly_sparsities if name in COSTLY else config.sparsities for name in compared}
-            left = left or table.left(compared, every, config.seeds)
 
-            few = [jnp.asarray(array[: config.batch_size]) for array in data[1:3]]
-            _, of_batch = sweep.clocked(sweep.gradient_pass, network, variables["params"], *few)
-            of_gradient = of_batch * min(config.calibration, len(data.train_inputs)) / len(few[0])
-            keys = {"seed": seed, "seconds": of_gradient, "gradient_passes": 1.0}
-            table.add(*sweep.one(task, variables["params"], sweep.DENSE, 0.0, sweep.TRAINED, **keys))
-            compiled = set()
-            for method, sparsity, _ in (case for case in left if case[2] == seed):
-                # To compile is a small part of what the costly ones take, so they run once.
-                once = method in (*COSTLY, *compiled)
-                (judged, pruned), seconds = sweep.clocked(compared[method], sparsity, compiled=once)
-                compiled.add(method)
-                keys = {"seed": seed, "seconds": seconds, "gradient_passes": seconds / of_gradient}
-                judged = task._replace(network=judged)
-                table.add(*sweep.one(judged, pruned.params, method, sparsity, sweep.PRUNED, **keys))
+        def trained(seed: int) -> Params:
+            passes = bar.track(range(config.epochs), description=f"training {seed + 1} of {config.seeds}")
+            return results.trained(folder, f"dense-{seed}", train_on, module, data, config, seed, passes)
+
+        def seen(seed: int) -> Seen:
+            variables = sweep.one_seed(stacked, seed)
+            return Seen(networks.from_linen(module, variables=variables, train=False), variables, jax.random.key(seed))
+
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(trained, range(config.seeds)))
+        table = sweep.Table(rows, bar, {"data": data.name, "norm": config.norm})
+        compared = methods(task, module, config)
+        levels = {name: config.costly_sparsities if name in COSTLY else config.sparsities for name in compared}
+        left = table.left(compared, levels, config.seeds)
+
+        first, few = seen(0), [jnp.asarray(array[: config.batch_size]) for array in data[1:3]]
+        _, of_batch = sweep.clocked(sweep.gradient_pass, first.network, first.variables["params"], *few)
+        gradient = of_batch * min(config.calibration, len(data.train_inputs)) / len(few[0])
+        for found in sweep.timed(task, stacked, compared, left, seen, costly=COSTLY, gradient=gradient):
+            table.add(*found)
 
     title = f"{data.name}, residual convnet of {config.channels} channels, {config.norm} norm, {config.seeds} seeds"
-    report.figures(rows.frame(), sweep.CLASSIFIER_MEASURES, title, folder)
-    note = f"results.csv, config.json, accuracy.png and loss.png are in {folder}/"
-    report.console().print(report.table(rows.frame(), MEASURES, title), note)
+    report.end(folder, rows.frame(), sweep.CLASSIFIER_MEASURES, title, **sweep.PRICE)
 
 
 def train_on(module: ConvNet, data: Dataset, config: Config, seed: int, passes: Iterable[int]) -> Params:

@@ -72,7 +72,8 @@ def main(config: Config) -> None:
             where, name = source | {"layers": layers, "noise": noise}, f"{layers}, a = {noise:g}: "
             mlp, task = _task(hidden, data[noise], config)
             optimizer = sweep.decaying_adam(task, config.learning_rate, config.epochs)
-            training = mlp, config.seeds, optimizer, bar.track(range(config.epochs), description=f"{name}training")
+            passes = bar.track(range(config.epochs), description=f"{name}training")
+            training = mlp, range(config.seeds), optimizer, passes
             params = results.trained(config.output, f"{layers}-{noise:g}", sweep.train_seeds, task, *training)
 
             inputs, targets = (jnp.asarray(array[: config.calibration]) for array in data[noise][1:3])
@@ -132,7 +133,7 @@ def _small_dense(hidden: tuple[int, ...], data: Dataset, config: Config, table: 
             mlp, task = _task(small_widths(hidden, sparsity), data, config)
             passes = table.bar.track(range(config.epochs), description=f"{table.name}small dense, {sparsity:g}")
             optimizer = sweep.decaying_adam(task, config.learning_rate, config.epochs)
-            params = sweep.train_seeds(task, mlp, config.seeds, optimizer, passes)
+            params = sweep.train_seeds(task, mlp, range(config.seeds), optimizer, passes)
             yield from sweep.unpruned(task, params, sweep.SMALL, sparsity)
 
 

@@ -117,7 +117,7 @@ def main(config: Config) -> None:
         rows.columns = rows.columns or columns
         for problem in problems:
             passes = bar.track(range(problem.epochs), description=f"{problem.name}: training")
-            task, training = problem.task, (problem.mlp, config.seeds, problem.optimizer, passes)
+            task, training = problem.task, (problem.mlp, range(config.seeds), problem.optimizer, passes)
             params = results.trained(folder, problem.name, sweep.train_seeds, task, *training)
 
             save, where = config.save and config.save / problem.name, {"data": task.data.name, "layers": problem.name}

@@ -28,16 +28,9 @@ from experiments import flags, report, results, sweep
 from experiments.datasets import Dataset, text
 
 NATS = sweep.Measure("cross-entropy in nats", ".3f", lambda z, targets: sweep.cross_entropy(z, targets).mean())
-MEASURES = {
-    "test_loss": NATS._replace(words="nats"),
-    "bits": sweep.Measure("bits per character", ".3f"),
-    "perplexity": sweep.Measure("perplexity", ".2f"),
-    "seconds": sweep.Measure("seconds", ".1f"),
-    "gradient_passes": sweep.Measure("gradient passes", ".1f"),
-}
-SHOWN = ("SparseGPT", "EC, staged, survivors")  # whose text is printed beside that of the dense network
-GRADUAL = "gradual magnitude, labels"
-COSTLY = ("EC, staged, biases", "EC, staged, survivors", "magnitude + survivors", GRADUAL)
+OTHERS = {"bits": sweep.Measure("bits per character", ".3f"), "perplexity": sweep.Measure("perplexity", ".2f")}
+SHOWN = ("SparseGPT", sweep.STAGED)  # whose text is printed beside that of the dense network
+COSTLY = ("EC, staged, biases", sweep.STAGED, "magnitude + survivors", sweep.GRADUAL)
 
 
 @dataclass(frozen=True)
@@ -93,10 +86,9 @@ class GPT(nn.Module):
 
 
 class Seen(NamedTuple):
-    """What a method sees of one seed: sequences, what comes next in them, and a key."""
+    """What a method sees of one seed: sequences, and a key."""
 
     inputs: Array
-    targets: Array
     key: Array
 
 
@@ -138,9 +130,9 @@ def methods(task: sweep.Task, params: networks.Params, config: Config) -> sweep.
         "EC": functools.partial(probed, criterion=score.elimination_compensation),
         "SparseGPT": lambda seen, sparsity: surgeon.sparse_gpt(network, params, seen.inputs, sparsity),
         "EC, staged, biases": functools.partial(staged, how=repair.Biases(iterations=config.iterations, **sizes)),
-        "EC, staged, survivors": functools.partial(staged, how=repair.Survivors(iterations=config.iterations, **sizes)),
+        sweep.STAGED: functools.partial(staged, how=repair.Survivors(iterations=config.iterations, **sizes)),
         "magnitude + survivors": repaired,
-        GRADUAL: gradual,
+        sweep.GRADUAL: gradual,
     }
 
 
@@ -149,40 +141,57 @@ def main(config: Config) -> None:
     flags.require(config)
     if config.quick:
         small = {"layers": 1, "width": 32, "heads": 2, "epochs": 4, "characters": 200_000, "gradual_epochs": 1}
-        small |= {
-            "calibration": 64,
-            "stages": 2,
-            "curvature": 32,
-            "sparsities": (0.5, 0.8),
-            "costly_sparsities": (0.8,),
-        }
-        config = replace(config, **small)
+        small |= {"calibration": 64, "stages": 2, "curvature": 32, "costly_sparsities": (0.8,)}
+        config = replace(config, sparsities=(0.5, 0.8), **small)
+    read, data = load(config)
+    module = GPT(len(read.alphabet), config.layers, config.width, config.heads)
+    network, near = networks.from_linen(module), min(config.costly_sparsities, key=lambda sparsity: abs(sparsity - 0.8))
+    task = sweep.Task(network, data, sweep.cross_entropy, {"test_loss": NATS}, config.batch_size)
+    folder = config.output or Path("results") / f"language-{data.name}"
+    with results.opened(folder, config, data) as rows, report.progress() as bar:
+        passes = bar.track(range(config.epochs), description="training")
+        params = results.trained(folder, "dense", train_on, task, module, read.train, config, passes)
+        table, compared = sweep.Table(rows, bar, {"data": data.name}), methods(task, params, config)
+        levels = {method: config.costly_sparsities if method in COSTLY else config.sparsities for method in compared}
+        seeds = dict.fromkeys(compared, config.seeds) | {sweep.GRADUAL: 1}  # which sees all the text, not a sample
+        left, seen = table.left(compared, levels, seeds), functools.partial(calibration, data, config)
+
+        some = seen(0).inputs  # also for targets, as these do not change what a gradient takes
+        _, gradient = sweep.clocked(sweep.gradient_pass, network, params, some, some)
+        stacked, shown = jax.tree.map(lambda leaf: leaf[None], params), {sweep.DENSE: params}
+        for found, pruned in sweep.timed(task, stacked, compared, left, seen, costly=COSTLY, gradient=gradient):
+            table.add(found, pruned)
+            method, sparsity, seed = (found[0][name] for name in ("method", "sparsity", "seed"))
+            if method in SHOWN and (sparsity, seed) == (near, 0):
+                results.trained(folder, f"{method}, {near:g}", lambda pruned=pruned: pruned)
+        for method in (name for name in SHOWN if name in compared):
+            again = functools.partial(compared[method], seen(0), near)  # if an earlier start was stopped in between
+            name = f"{method}, {near:g}"
+            shown[name] = results.trained(folder, name, lambda again=again: again().params)
+
+    title = f"{data.name}, GPT of {config.layers} layers of width {config.width}, {config.seeds} samples of inputs"
+    frame = rows.frame()
+    frame = frame.assign(bits=frame["test_loss"] / math.log(2), perplexity=np.exp(frame["test_loss"]))
+    beside = side_by_side(task.network, shown, read, config.positions)
+    report.end(folder, frame, {"test_loss": NATS}, title, beside, **OTHERS, **sweep.PRICE)
+
+
+def load(config: Config) -> tuple[text.Text, Dataset]:
+    """The text and its sequences; a file that is none ends the program with its one-line message."""
     try:
         read = text.load(config.text, config.characters)
         name, held_out = (f"{read.name}-validation", read.validation) if config.validation else (read.name, read.test)
         arrays = (text.sequences(part, config.positions) for part in (read.train, held_out))
-        data = Dataset(name, *itertools.chain(*arrays))
+        return read, Dataset(name, *itertools.chain(*arrays))
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
-    module = GPT(len(read.alphabet), config.layers, config.width, config.heads)
-    network, measures = networks.from_linen(module), {"test_loss": NATS}
-    task = sweep.Task(network, data, sweep.cross_entropy, measures, config.batch_size)
 
-    folder = config.output or Path("results") / f"language-{name}"
-    with results.opened(folder, config, data) as rows, report.progress() as bar:
-        passes = bar.track(range(config.epochs), description="training")
-        params = results.trained(folder, "dense", train_on, task, module, read.train, config, passes)
-        compared, table = methods(task, params, config), sweep.Table(rows, bar, {"data": name})
-        shown = prune_all(task, params, compared, config, folder, table)
 
-    title = f"{name}, GPT of {config.layers} layers of width {config.width}, {config.seeds} samples of inputs"
-    frame = rows.frame().assign(
-        bits=lambda f: f["test_loss"] / math.log(2), perplexity=lambda f: np.exp(f["test_loss"])
-    )
-    report.figure([report.panels(frame, "test_loss", NATS)], title, folder / "loss.png")
-    beside = side_by_side(task.network, shown, read, config.positions)
-    note = f"results.csv, config.json and loss.png are in {folder}/"
-    report.console().print(report.table(frame, MEASURES, title), beside, note)
+def calibration(data: Dataset, config: Config, seed: int) -> Seen:
+    """A sample of the training sequences."""
+    key, inputs = jax.random.key(seed), jnp.asarray(data.train_inputs)
+    chosen = jax.random.choice(key, len(inputs), (min(config.calibration, len(inputs)),), replace=False)
+    return Seen(inputs[chosen], key)
 
 
 def train_on(
@@ -200,39 +209,6 @@ def train_on(
         state, _ = train.epoch(task.network, state, inputs, targets, task.loss, optimizer=optimizer, **how)
         jax.block_until_ready(state)
     return state.params
-
-
-def prune_all(
-    task: sweep.Task, params: networks.Params, compared: sweep.Methods, config: Config, folder: Path, table: sweep.Table
-) -> dict[str, networks.Params]:
-    """Adds a row for each method, sparsity and seed that has none yet; gives the networks whose text is shown."""
-    inputs, targets = (jnp.asarray(array) for array in task.data[1:3])
-    near, shown = min(config.costly_sparsities, key=lambda sparsity: abs(sparsity - 0.8)), {sweep.DENSE: params}
-    sparsities = {method: config.costly_sparsities if method in COSTLY else config.sparsities for method in compared}
-    planned = [(method, sparsity) for method in compared for sparsity in sparsities[method]]
-
-    seeds = dict.fromkeys(compared, config.seeds) | {GRADUAL: 1}  # which sees all the text, not a sample of it
-    left, compiled = table.left(compared, sparsities, seeds), set()
-    for seed in range(config.seeds):
-        key = jax.random.key(seed)
-        chosen = jax.random.choice(key, len(inputs), (min(config.calibration, len(inputs)),), replace=False)
-        seen = Seen(inputs[chosen], targets[chosen], key)
-        if seed == 0:
-            _, gradient = sweep.clocked(sweep.gradient_pass, task.network, params, seen.inputs, seen.targets)
-            keys = {"seed": seed, "seconds": gradient, "gradient_passes": 1.0}
-            table.add(*sweep.one(task, params, sweep.DENSE, 0.0, sweep.TRAINED, **keys))
-        for method, sparsity in planned:
-            call, pruned = functools.partial(compared[method], seen, sparsity), None
-            if (method, sparsity, seed) in left:
-                # To compile is a small part of what those take, so they run once.
-                pruned, seconds = sweep.clocked(call, compiled=method in (*COSTLY, *compiled))
-                compiled.add(method)
-                keys = {"seed": seed, "seconds": seconds, "gradient_passes": seconds / gradient}
-                table.add(*sweep.one(task, pruned.params, method, sparsity, sweep.PRUNED, **keys))
-            if method in SHOWN and sparsity == near and seed == 0:
-                name, kept = f"{method}, {sparsity:g}", pruned
-                shown[name] = results.trained(folder, name, lambda kept=kept, call=call: (kept or call()).params)
-    return shown
 
 
 def side_by_side(network: networks.Network, shown: dict[str, networks.Params], read: text.Text, length: int) -> Table:

@@ -53,7 +53,7 @@ def main(config: Config) -> None:
     with results.opened(folder, config, data, layers=layers) as rows, report.progress() as bar:
         optimizer = sweep.decaying_adam(task, config.learning_rate, epochs)
         passes = bar.track(range(epochs), description="training")
-        params = results.trained(folder, layers, sweep.train_seeds, task, mlp, config.seeds, optimizer, passes)
+        params = results.trained(folder, layers, sweep.train_seeds, task, mlp, range(config.seeds), optimizer, passes)
 
         inputs, labels = (jnp.asarray(array[: config.calibration]) for array in data[1:3])
         few = inputs[: config.nonlinear_calibration]
@@ -66,9 +66,8 @@ def main(config: Config) -> None:
             table.add(*found)
 
     title = f"{data.name}, MLP {layers}, {config.activation}, {config.seeds} seeds"
-    report.figures(rows.frame(), sweep.CLASSIFIER_MEASURES, title, folder)
-    tables = [report.table(rows.frame(), sweep.CLASSIFIER_MEASURES, title)] + ([report.sizes(kept)] if kept else [])
-    report.console().print(*tables, f"results.csv, config.json, loss.png and accuracy.png are in {folder}/")
+    sizes = [report.sizes(kept)] if kept else []
+    report.end(folder, rows.frame(), sweep.CLASSIFIER_MEASURES, title, *sizes)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ network, where a sparsity is that of the parameters, or of the widths of a small
 """
 
 import functools
-import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ import pandas as pd
 from ecjax import compact, metrics, networks, prune, repair, score
 from ecjax.networks import Network, Params
 from experiments import convnet, flags, frontier, language, report, results, sweep
-from experiments.datasets import Dataset, text
+from experiments.datasets import Dataset
 
 CRITERIA = {
     "norm, staged": score.neuron_group_norm,
@@ -137,15 +136,8 @@ def trained(folder: Path, problem: Problem, width: float, seed: int, bar, config
 
 def panels(frame: pd.DataFrame, column: str, measure: sweep.Measure, name: str) -> list[report.Panel]:
     """A measure against what the smaller networks do without: parameters, operations and time."""
-    return [
-        (
-            name,
-            frame.assign(sparsity=(1 - frame[cost]).round(2)),
-            column,
-            measure._replace(axis=f"fraction saved of the {words}"),
-        )
-        for cost, words in COSTS.items()
-    ]
+    against = {cost: measure._replace(axis=f"fraction saved of the {words}") for cost, words in COSTS.items()}
+    return [(name, frame.assign(sparsity=(1 - frame[cost]).round(2)), column, how) for cost, how in against.items()]
 
 
 def _mlp(name: Literal["large", "surrogate"], config: Config) -> Problem:
@@ -158,21 +150,18 @@ def _mlp(name: Literal["large", "surrogate"], config: Config) -> Problem:
         return found.mlp.clone(features=(*(round(width * count) for count in hidden), last))
 
     def train(mlp: networks.MLP, seed: int, passes: Iterable[int]) -> Params:
-        task, keys = found.task._replace(network=networks.from_linen(mlp)), jax.random.key(seed)[None]
-        return {"params": sweep.one_seed(sweep.train_keys(task, mlp, keys, found.optimizer, passes), 0)}
+        task = found.task._replace(network=networks.from_linen(mlp))
+        return {"params": sweep.one_seed(sweep.train_seeds(task, mlp, [seed], found.optimizer, passes), 0)}
 
     measures = ACCURACY if large else {"test_loss": sweep.ERROR}
-    inputs, how = (
-        found.task.data.train_inputs[: found.calibration],
-        replace(found.survivors, iterations=config.iterations),
-    )
-    given = found.epochs, jnp.asarray(inputs), metrics.named(found.metric), how
+    inputs = jnp.asarray(found.task.data.train_inputs[: found.calibration])
+    given = found.epochs, inputs, metrics.named(found.metric), replace(found.survivors, iterations=config.iterations)
     return Problem(found.name, found.task.data, measures, module, train, *given, {})
 
 
 def _convnet(config: Config) -> Problem:
     data, full = config.load(), convnet.Config()
-    classes, epochs = int(data.train_targets.max()) + 1, 5 if len(data.train_inputs) >= 10_000 else 40
+    classes, epochs = int(data.train_targets.max()) + 1, 6 if len(data.train_inputs) >= 10_000 else 40
     inputs = jnp.asarray(data.train_inputs[: min(full.calibration, 2_000)])
 
     def module(width: float) -> convnet.ConvNet:
@@ -188,10 +177,10 @@ def _convnet(config: Config) -> Problem:
 
 
 def _gpt(config: Config) -> Problem:
-    full, read = language.Config(), text.load(config.text)
+    """The network of experiments.language."""
+    full = language.Config(text=config.text, validation=config.validation)
     full = replace(full, epochs=config.epochs or full.epochs)
-    parts = read.train, read.validation if config.validation else read.test
-    data = Dataset(read.name, *itertools.chain(*(text.sequences(part, full.positions) for part in parts)))
+    read, data = language.load(full)
 
     def module(width: float) -> language.GPT:
         return language.GPT(len(read.alphabet), full.layers, round(width * full.width), round(width * full.heads))
@@ -200,10 +189,9 @@ def _gpt(config: Config) -> Problem:
         task = sweep.Task(networks.from_linen(net), data, sweep.cross_entropy, {}, full.batch_size)
         return {"params": language.train_on(task, net, read.train, full, passes, seed)}
 
-    metric = metrics.Fisher(full.temperature)
+    metric, inputs = metrics.Fisher(full.temperature), language.calibration(data, full, 0).inputs
     sizes = {"iterations": config.iterations, "products": full.products, "curvature_samples": full.curvature}
-    chosen = jax.random.choice(jax.random.key(0), len(data.train_inputs), (full.calibration,), replace=False)
-    given = full.epochs, jnp.asarray(data.train_inputs)[chosen], metric, repair.Survivors(metric=metric, **sizes)
+    given = full.epochs, inputs, metric, repair.Survivors(metric=metric, **sizes)
     return Problem("character GPT", data, {"test_loss": language.NATS}, module, train, *given, {})
 
 

@@ -110,10 +110,13 @@ def figure(grid: list[list[Panel]], title: str, path: Path) -> None:
     save(canvas, path, ncols=3 if columns == 1 else 4)
 
 
-def figures(frame: pd.DataFrame, measures: dict[str, Measure], title: str, folder: Path) -> None:
-    """A figure of each measure, in a file of its name."""
+def end(folder: Path, frame: pd.DataFrame, measures: dict[str, Measure], title: str, *tables: Table, **others: Measure):
+    """A figure of each measure, in a file of its name; prints the table of these and the others, and further tables."""
+    names = {column: f"{column.removeprefix('test_')}.png" for column in measures}
     for column, measure in measures.items():
-        figure([panels(frame, column, measure)], title, folder / f"{column.removeprefix('test_')}.png")
+        figure([panels(frame, column, measure)], title, folder / names[column])
+    note = f"results.csv, config.json and {', '.join(names.values())} are in {folder}/"
+    console().print(table(frame, measures | others, title), *tables, note)
 
 
 def save(canvas: plt.Figure, path: Path, ncols: int = 4) -> None:

@@ -18,7 +18,7 @@ from experiments.datasets import Dataset
 from experiments.methods import label
 from experiments.results import Folder, Rows
 
-DENSE, SMALL, STAGED = "dense", "small dense", "EC, staged, survivors"
+DENSE, SMALL, STAGED, GRADUAL = "dense", "small dense", "EC, staged, survivors", "gradual magnitude, labels"
 TRAINED, PRUNED, FINE_TUNED = "trained", "pruned", "fine-tuned"
 Row = dict[str, Any]
 Found = tuple[list[Row], Params]  # the finished rows of one network, and the network
@@ -45,6 +45,7 @@ CLASSIFIER_MEASURES = {
     "test_accuracy": Measure("accuracy (%)", ".2f", lambda z, labels: (z.argmax(-1) == labels).mean(), factor=100.0),
 }
 SECONDS = {"seconds": Measure("seconds", ".2f")}
+PRICE = {"seconds": Measure("seconds", ".1f"), "gradient_passes": Measure("gradient passes", ".1f")}
 ERROR = Measure("mean squared error", ".1e", lambda y, targets: ((y - targets) ** 2).mean(), logarithmic=True)
 
 
@@ -103,24 +104,19 @@ def decaying_adam(task: Task, learning_rate: float, epochs: int) -> optax.Gradie
     return optax.adam(optax.cosine_decay_schedule(learning_rate, max(steps, 1)))
 
 
-def train_seeds(task: Task, mlp: networks.MLP, seeds: int, optimizer, epochs: Iterable[int]) -> Params:
+def train_seeds(task: Task, mlp: networks.MLP, seeds: Iterable[int], optimizer, epochs: Iterable[int]) -> Params:
     """Trains one network for each seed, side by side; the params come stacked along a leading axis."""
-    return train_keys(task, mlp, _keys(seeds), optimizer, epochs)
-
-
-def train_keys(task: Task, mlp: networks.MLP, keys: jax.Array, optimizer, epochs: Iterable[int]) -> Params:
-    """The same for a random key of each."""
     first = jnp.asarray(task.data.train_inputs[:1])
 
     def start(key):
         return train.start(mlp.init(key, first)["params"], optimizer, jax.random.fold_in(key, 1))
 
-    return _fit(task, jax.vmap(start)(keys), None, optimizer, epochs)
+    return _fit(task, jax.vmap(start)(_keys(seeds)), None, optimizer, epochs)
 
 
 def fine_tune(task: Task, pruned: prune.Pruned, optimizer: optax.GradientTransformation, epochs: int) -> Params:
     """Trains pruned networks of every seed, stacked along a leading axis, and keeps their zeros."""
-    keys = _keys(len(jax.tree.leaves(pruned.params)[0]))
+    keys = _keys(range(len(jax.tree.leaves(pruned.params)[0])))
     state = jax.vmap(lambda params, key: train.start(params, optimizer, key))(pruned.params, keys)
     return _fit(task, state, pruned.masks, optimizer, range(epochs))
 
@@ -137,8 +133,8 @@ def _fit(task, state, masks, optimizer, epochs) -> Params:
     return state.params
 
 
-def _keys(seeds: int) -> jax.Array:
-    return jax.vmap(jax.random.key)(jnp.arange(seeds))
+def _keys(seeds: Iterable[int]) -> jax.Array:
+    return jax.vmap(jax.random.key)(jnp.asarray([*seeds]))
 
 
 def one_seed(params: Params, seed: int) -> Params:
@@ -177,7 +173,7 @@ def one_shot(task: Task, params: Params, criteria, left: list[Case], optimizer, 
     prune_seeds = jax.jit(jax.vmap(prune.one_shot, in_axes=(0, 0, None)))
     yield from unpruned(task, params)
     for method, of_method in itertools.groupby(left, lambda case: case[0]):
-        scores = jax.jit(jax.vmap(criteria[method]))(params, _keys(len(jax.tree.leaves(params)[0])))
+        scores = jax.jit(jax.vmap(criteria[method]))(params, _keys(range(len(jax.tree.leaves(params)[0]))))
         for sparsity, cases in itertools.groupby(of_method, lambda case: case[1]):
             pruned = prune_seeds(params, scores, jnp.float32(sparsity))
             final, rows = pruned.params, [measure(task, pruned.params, method, sparsity, PRUNED)]
@@ -188,20 +184,26 @@ def one_shot(task: Task, params: Params, criteria, left: list[Case], optimizer, 
                 yield [row[seed] for row in rows], one_seed(final, seed)
 
 
-def timed(task: Task, params: Params, methods: Methods, left: list[Case], seen=None) -> Iterator[Found]:
-    """Prunes one network at a time, and takes the seconds, compilation aside.
+def timed(
+    task: Task, params: Params, methods: Methods, left: list[Case], seen=None, *, costly=(), gradient: float = 0.0
+) -> Iterator[Found]:
+    """Prunes one network at a time, and takes the seconds, compilation aside; the costly methods run once, with it.
 
     Yields what is found for each dense network, and for each case that is left. The methods get the params of a seed,
-    or what ``seen`` gives for it, and a sparsity.
+    or what ``seen`` gives for it, and a sparsity. With the seconds of a gradient, rows hold the gradient passes too.
     """
-    seen, compiled = seen or functools.partial(one_seed, params), set()
-    yield from unpruned(task, params, seconds=None)
+    seen, compiled = seen or functools.partial(one_seed, params), set(costly)
+
+    def price(seconds: float | None) -> Row:
+        return {"seconds": seconds} | ({"gradient_passes": seconds / gradient} if gradient else {})
+
+    yield from unpruned(task, params, **price(gradient or None))
     for seed, cases in itertools.groupby(sorted(left, key=lambda case: case[2]), lambda case: case[2]):
         given = seen(seed)
         for method, sparsity, _ in cases:
             pruned, seconds = clocked(methods[method], given, sparsity, compiled=method in compiled)
             compiled.add(method)
-            yield one(task, pruned.params, method, sparsity, PRUNED, seed=seed, seconds=seconds)
+            yield one(task, pruned.params, method, sparsity, PRUNED, seed=seed, **price(seconds))
 
 
 def one(task: Task, params: Params, method: str, sparsity: float, phase: str, **others: Any) -> Found:
