@@ -5,14 +5,14 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
-from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
+from matplotlib.ticker import LogFormatterSciNotation, LogLocator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from ecjax._progress import can_draw
+from ecjax.plots import _spread_out_high_sparsity
 from experiments.methods import METHODS, label
 from experiments.results import Folder
 from experiments.sweep import DENSE, FINE_TUNED, PRUNED, SMALL, STAGED, TRAINED, Measure
@@ -61,10 +61,10 @@ def sizes(kept: Folder) -> Table:
     """What the saved networks of the highest sparsity take."""
     frame = kept.rows.frame().query("sparsity == sparsity.max()")
     title = f"sparsity {frame['sparsity'].iloc[0]:g}; every network and report.csv are in {kept.path}/"
-    names = ["parameters", "non-zeros", "bytes", "FLOPs", "µs, batch 1", "µs, 256"]
-    renamed = dict(zip(frame.columns[-len(names) :], names, strict=True))
-    frame = frame.assign(form=frame["name"] + ", " + frame["runtime"]).rename(columns=renamed)
-    return plain(title, frame, {"method": "{}", "form": "{}"} | dict.fromkeys(names, "{:,.0f}"))
+    numbers = ["parameters", "non-zeros", "bytes", "FLOPs", "µs, batch 1", "µs, 256"]
+    frame.columns = ["method", "sparsity", "seed", "name", "runtime", *numbers]
+    frame = frame.assign(form=frame["name"] + ", " + frame["runtime"])
+    return plain(title, frame, {"method": "{}", "form": "{}"} | dict.fromkeys(numbers, "{:,.0f}"))
 
 
 def plain(title: str, frame: pd.DataFrame, formats: dict[str, str]) -> Table:
@@ -96,12 +96,13 @@ def figure(grid: list[list[Panel]], title: str, path: Path) -> None:
     # At most 11 inches wide, so that the letters can be read where a page shows the figure 800 pixels wide.
     size = max(min(5.5, 11 / columns) * columns, 7), (3.7 if columns < 3 else 3) * rows + 1
     canvas, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    styles = styles_of(list(itertools.chain(*grid)))
+    names = dict.fromkeys(name for _, frame, *_ in itertools.chain(*grid) for name in frame["method"] if name != DENSE)
+    # The criteria look the same in every figure, all other methods in all panels of one.
+    styles = _STYLES if _STYLES.keys() >= set(names) else dict(zip(names, itertools.cycle(_PALETTE), strict=False))
     for row, panels_of_row in zip(axes, grid, strict=True):
-        for axis, panel in zip(row, panels_of_row, strict=False):
-            curves(axis, *panel, styles)
-        for axis in row[len(panels_of_row) :]:
-            axis.axis("off")
+        for axis, panel in itertools.zip_longest(row, panels_of_row):
+            curves(axis, panel, styles) if panel else axis.axis("off")
+    # What the panel below or on the left says already.
     for above, below in zip(axes[:-1].ravel(), axes[1:].ravel(), strict=True):
         above.set_xlabel("" if below.axison else above.get_xlabel())
     for before, axis in (pair for row in axes for pair in itertools.pairwise(row[::-1])):
@@ -130,16 +131,9 @@ def save(canvas: plt.Figure, path: Path, ncols: int = 4) -> None:
     plt.close(canvas)
 
 
-def styles_of(panels: list[Panel]) -> dict[str, tuple[str, str, str]]:
-    """By method colour, marker and line: the same in all panels, and those of the criteria in every figure."""
-    names = dict.fromkeys(name for _, frame, *_ in panels for name in frame["method"] if name != DENSE)
-    return _STYLES if _STYLES.keys() >= set(names) else dict(zip(names, itertools.cycle(_PALETTE), strict=False))
-
-
-def curves(
-    axis: plt.Axes, title: str, frame: pd.DataFrame, column: str, measure: Measure, styles: dict[str, tuple]
-) -> None:
+def curves(axis: plt.Axes, panel: Panel, styles: dict[str, tuple[str, str, str]]) -> None:
     """A measure against sparsity: the mean over seeds of each method, and a band of one standard deviation."""
+    title, frame, column, measure = panel
     pruned, dense = frame[frame["method"] != DENSE], frame.loc[frame["method"] == DENSE, column].mean()
     axis.axhline(dense * measure.factor, color="black", linestyle="--", linewidth=1, label=DENSE)
     for method, chosen in pruned.groupby("method", sort=False):
@@ -148,29 +142,16 @@ def curves(
         axis.plot(mean, color=colour, marker=marker, markersize=5, linestyle=line, label=label(method))
         low = (mean - spread).clip(lower=mean * 0.1) if measure.logarithmic else mean - spread
         axis.fill_between(mean.index, low, mean + spread, color=colour, alpha=0.2, linewidth=0)
-    _spread_out_high_sparsity(axis, sorted(set(pruned["sparsity"])))
+    _spread_out_high_sparsity(axis, pruned["sparsity"].max())
+    axis.set_xlim(left=1.1 * pruned["sparsity"].min() - 0.1)  # and not at 0
     if measure.logarithmic:
         axis.set_yscale("log")
         low, high = axis.get_ylim()
-        small = LogFormatterSciNotation(minor_thresholds=(np.inf, np.inf))
         axis.yaxis.set_major_locator(LogLocator(subs=(1,) if high / low > 1000 else (1, 2, 5)))
-        axis.yaxis.set_major_formatter(small if low < 1e-3 else "{x:g}")
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_major_formatter(LogFormatterSciNotation() if low < 1e-3 else "{x:g}")
+        axis.yaxis.set_minor_formatter("")
     if measure.lowest is not None:
         axis.set_ylim(bottom=max(measure.lowest, axis.get_ylim()[0]))
     axis.set_title(title, fontsize="medium")
     axis.set(xlabel=measure.axis, ylabel=f"test {measure.words}")
     axis.grid(which="both", alpha=0.2)
-
-
-def _spread_out_high_sparsity(axis: plt.Axes, sparsities: list[float]) -> None:
-    """Gives equal room to equal factors of weights kept: from 0.9 to 0.95 as much as from 0 to 0.5."""
-    if not sparsities or sparsities[-1] >= 1:
-        return
-    axis.set_xscale("function", functions=(lambda s: -np.log1p(-np.clip(s, 0, 0.9999)), lambda x: -np.expm1(-x)))
-    places, ticks = [-np.log1p(-sparsity) for sparsity in sparsities], [len(sparsities) - 1]
-    inches = axis.figure.get_figwidth() / axis.get_gridspec().ncols
-    for number in reversed(range(len(sparsities))):
-        if places[ticks[-1]] - places[number] > (places[-1] - places[0]) * 0.4 / inches:  # of a label
-            ticks.append(number)
-    axis.set_xticks([sparsities[tick] for tick in ticks], [f"{sparsities[tick]:g}" for tick in ticks])

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,9 +26,10 @@ from ecjax.networks import Params
 
 _PACKAGES = ("ecjax", "jax", "jaxlib", "flax", "optax", "numpy", "tensorflow-datasets", "scikit-learn")
 _NO_NUMBER = {"output", "data_dir", "python"}  # they change no number; other data are told apart by their digest
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EISDIR}
 _ROOM = 2**24  # bytes, more than a run of default size writes without --save
 _ELSEWHERE = "Choose another folder, or delete this one to start afresh"
+_DAMAGED = "the file is damaged. Cut it off before that line to go on from there, or delete its folder to start afresh"
 _RESUMES = "Finished rows are written at once: started again with the same flags, a run that was stopped goes on."
 
 
@@ -56,12 +56,9 @@ class Rows:
         self.path, self.columns, self._rows, self._bytes = path, [], [], 0
         if not path.exists():
             return
-        try:
-            with path.open("r+b") as file:
-                content = file.read()
-                self._bytes = file.truncate(content.rfind(b"\n") + 1)
-        except OSError as error:
-            raise SystemExit(f"{path} cannot be read and written: {error.strerror}") from error
+        with path.open("r+b") as file:
+            content = file.read()
+            self._bytes = file.truncate(content.rfind(b"\n") + 1)
         lines = content[: self._bytes].decode(errors="replace").splitlines()
         self.columns = next(csv.reader(lines), [])
         for number, line in enumerate(lines[1:], 2):
@@ -69,10 +66,7 @@ class Rows:
             kinds = [isinstance(cell, str) for cell in cells]
             expected = kinds if number == 2 else expected
             if len(cells) != len(self.columns) or kinds != expected or "\ufffd" in line:
-                raise SystemExit(
-                    f"line {number} of {path} is no row of {', '.join(self.columns)[:200]}: the file is damaged. Cut "
-                    "it off before that line to go on from there, or delete its folder to start afresh"
-                )
+                raise SystemExit(f"line {number} of {path} is no row of {', '.join(self.columns)[:200]}: {_DAMAGED}")
             self._rows.append(dict(zip(self.columns, cells, strict=True)))
 
     def count(self, **keys: Any) -> int:
@@ -124,10 +118,11 @@ def claim(folder: Path, config: Any, data: Sequence[Any] = (), **facts: Any) -> 
 
     A folder that cannot be written to, has no room, or belongs to another configuration is a SystemExit.
     """
-    arrays = b"".join(f"{array.dtype} {array.shape} ".encode() + array.tobytes() for array in data[1:])
-    facts |= {"data": data[0], "data_sha256": hashlib.sha256(arrays).hexdigest()[:16]} if data else {}
     facts |= {"output": folder, "python": platform.python_version(), "device": jax.devices()[0].device_kind}
     facts |= {f"{package} version": importlib.metadata.version(package) for package in _PACKAGES}
+    if data:
+        arrays = b"".join(f"{array.dtype} {array.shape} ".encode() + array.tobytes() for array in data[1:])
+        facts |= {"data": data[0], "data_sha256": hashlib.sha256(arrays).hexdigest()[:16]}
     text = json.dumps(vars(config) | facts, indent=2, default=str) + "\n"
     path, partial, now = folder / "config.json", folder / ".config.json", json.loads(text)
     try:
@@ -171,11 +166,11 @@ def trained(folder: Path, name: str, train: Callable[..., Params], *arguments: A
     return params
 
 
-# By name: for JAX, and for NumPy alone; of GELU Flax's default, the approximation by tanh.
+# By name: for JAX, and for NumPy alone; of GELU JAX's default, the approximation by tanh.
 ACTIVATIONS = {
-    "relu": (nn.relu, lambda z: np.maximum(z, 0)),
+    "relu": (jax.nn.relu, lambda z: np.maximum(z, 0)),
     "tanh": (jnp.tanh, np.tanh),
-    "gelu": (nn.gelu, lambda z: 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))),
+    "gelu": (jax.nn.gelu, lambda z: 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))),
 }
 
 

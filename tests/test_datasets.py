@@ -1,8 +1,10 @@
+import errno
 import functools
 import gzip
 import hashlib
 import http.server
 import os
+import shutil
 import socket
 import struct
 import threading
@@ -13,11 +15,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from ecjax import moments, networks, score
 from experiments import flags
-from experiments.datasets import Dataset, choose, digits, hold_out, mnist
-from experiments.datasets.mnist_builder import MnistIdx
+from experiments.datasets import Dataset, choose, hold_out, mnist
 
 MNIST = os.environ.get("ECJAX_DATA_DIR")
 
@@ -29,7 +31,7 @@ def payload(array):
 @pytest.fixture(scope="module")
 def small():
     """The digits in the four files of MNIST: what each must be, and its bytes."""
-    data = digits.load()
+    data = choose.digits()
     arrays = {
         "t10k-labels-idx1-ubyte": data.test_targets,
         "train-labels-idx1-ubyte": data.train_targets,
@@ -64,13 +66,8 @@ def prepared(small, tmp_path, monkeypatch):
     return tmp_path / "prepared/mnist_idx/1.0.0"
 
 
-@pytest.fixture
-def builder(prepared, folder):
-    return MnistIdx(folder=folder, data_dir=prepared.parents[1])
-
-
 def test_digits_are_split_the_same_way_each_time():
-    data, again = digits.load(), digits.load()
+    data, again = choose.digits(), choose.digits()
     assert data.name == "digits"
     assert data.train_inputs.shape == (1437, 64)
     assert data.test_inputs.shape == (360, 64)
@@ -140,8 +137,9 @@ def test_held_out_samples_are_the_last_sixth_of_the_training_part():
     np.testing.assert_array_equal(held.test_targets, targets[11:])
 
 
-def test_the_builder_prepares_the_same_bytes_and_keeps_the_files(small, folder, prepared, builder):
-    builder.download_and_prepare()
+def test_the_same_bytes_are_prepared_and_the_files_kept(small, folder, prepared):
+    choose.load("mnist", folder)
+    builder = tfds.builder_from_directory(prepared)
     for split, part in {"train": "train", "test": "t10k"}.items():
         records = list(builder.as_data_source(split=split))
         images = np.stack([record["image"] for record in records])
@@ -163,9 +161,9 @@ def test_a_folder_is_needed_once(folder, prepared):
         np.testing.assert_array_equal(part, other)
 
 
-def test_moments_of_a_data_source_are_those_of_the_array(builder):
-    builder.download_and_prepare()
-    source = builder.as_data_source(split="train")
+def test_moments_of_a_data_source_are_those_of_the_array(folder, prepared):
+    choose.load("mnist", folder)
+    source = tfds.builder_from_directory(prepared).as_data_source(split="train")
 
     def batches(size):
         for first in range(0, len(source), size):
@@ -173,7 +171,7 @@ def test_moments_of_a_data_source_are_those_of_the_array(builder):
             yield np.stack([row["image"].reshape(-1) for row in rows]) / np.float32(16)
 
     mlp = networks.MLP((8, 10))
-    network, images = networks.from_linen(mlp), digits.load().train_inputs
+    network, images = networks.from_linen(mlp), choose.digits().train_inputs
     params = mlp.init(jax.random.key(0), images[:1])["params"]
     seen = moments.of_batches(network, params, batches(500))
     assert seen.samples == len(images) == len(source)
@@ -183,8 +181,8 @@ def test_moments_of_a_data_source_are_those_of_the_array(builder):
 
 
 @pytest.mark.usefixtures("no_network")
-def test_damage_to_what_was_prepared_is_named_with_the_remedy(folder, prepared, builder):
-    builder.download_and_prepare()
+def test_damage_to_what_was_prepared_is_named_with_the_remedy(folder, prepared):
+    choose.load("mnist", folder)
     kept = next(prepared.glob("*images*.gz"))
     whole = kept.read_bytes()
     flipped = bytearray(whole)
@@ -199,15 +197,25 @@ def test_damage_to_what_was_prepared_is_named_with_the_remedy(folder, prepared, 
     assert choose.load("mnist", folder).name == "MNIST"
 
 
-def test_a_failed_preparation_leaves_nothing_that_passes_for_whole(folder, prepared, builder):
+@pytest.mark.parametrize("way", ["a damaged file", "a full disk"])
+def test_a_failed_preparation_leaves_nothing_that_passes_for_whole(way, folder, prepared, monkeypatch):
     path = mnist.find(folder, "t10k-images-idx3-ubyte")
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match="t10k-images"):
-        builder.download_and_prepare()
+    whole, copy = path.read_bytes(), shutil.copy
+
+    def fail(source, target):
+        copy(source, target)
+        raise OSError(errno.ENOSPC, "no space for t10k-images")
+
+    if way == "a full disk":
+        monkeypatch.setattr(shutil, "copy", fail)
+    else:
+        path.write_bytes(whole[:-100])
+    with pytest.raises((ValueError, OSError), match="t10k-images"):
+        choose.load("mnist", folder)
     assert not prepared.exists()
+    monkeypatch.setattr(shutil, "copy", copy)
     path.write_bytes(whole)
-    builder.download_and_prepare()
+    choose.load("mnist", folder)
     assert prepared.exists()
 
 
@@ -275,7 +283,7 @@ def test_downloads_are_checked_and_prepared(small, prepared, server):
     server.files = {f"{name}.gz": gzip.compress(content) for name, content in small[1].items()}
     data = choose.load("mnist")
     assert data.name == "MNIST"
-    np.testing.assert_array_equal(data.test_targets, digits.load().test_targets)
+    np.testing.assert_array_equal(data.test_targets, choose.digits().test_targets)
     assert sorted(server.asked) == sorted(server.files)
     assert prepared.is_dir()
     again = choose.load("mnist")
@@ -340,7 +348,7 @@ def test_a_name_look_up_that_hangs_is_given_up(monkeypatch, tmp_path):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: hanging.wait() and [])
     monkeypatch.setenv("no_proxy", "*")
     try:
-        with pytest.raises(mnist.UnavailableError, match=r"no t10k-labels-idx1-ubyte\.gz from https://"):
+        with pytest.raises(ConnectionError, match=r"no t10k-labels-idx1-ubyte\.gz from https://"):
             mnist.fetch(tmp_path, 0.1)
     finally:
         hanging.set()
@@ -367,7 +375,7 @@ def test_another_data_set_is_one_entry(tmp_path, monkeypatch):
 
     def load(folder):
         folders.append(folder)
-        return digits.load()._replace(name="mine")
+        return choose.digits()._replace(name="mine")
 
     monkeypatch.setitem(choose.LOADERS, "mine", load)
     assert choose.load("mine").name == "mine"

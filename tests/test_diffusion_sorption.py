@@ -18,7 +18,7 @@ from experiments.methods import METHODS
 from experiments.sweep import DENSE, FINE_TUNED, PRUNED, SMALL, STAGED
 from tests import examples
 
-TIMES = np.array([0.5, 5, 50, 200, 500.0])
+TIMES = 1000  # the first is 0.5
 
 
 def by_bdf(cells, initial_concentration):
@@ -31,15 +31,15 @@ def by_bdf(cells, initial_concentration):
         retardation = 1 + (1 - 0.29) / 0.29 * 2880 * 3.5e-4 * 0.874 * (u + 1e-6) ** (0.874 - 1)
         return 5e-4 / retardation * np.diff(ghosts, 2) / width**2
 
-    options = {"method": "BDF", "t_eval": TIMES, "rtol": 1e-9, "atol": 1e-11}
+    options = {"method": "BDF", "t_eval": np.linspace(0, 500, TIMES + 1)[1:], "rtol": 1e-9, "atol": 1e-11}
     return scipy.integrate.solve_ivp(derivative, (0, 500), np.full(cells, initial_concentration), **options).y.T
 
 
 @pytest.mark.parametrize("initial_concentration", [0.0, 0.07, 0.2])
 @pytest.mark.parametrize("cells", [2, 64])
 def test_the_solution_agrees_with_bdf(cells, initial_concentration):
-    found = diffusion_sorption.solve(cells=cells, times=TIMES, initial_concentration=initial_concentration)
-    assert found.shape == (len(TIMES), cells)
+    _, _, found = diffusion_sorption.grid(cells, TIMES, initial_concentration)
+    assert found.shape == (TIMES, cells)
     assert found.dtype == np.float64
     assert not jax.config.jax_enable_x64  # double precision inside, the caller's setting outside
     assert np.abs(found - by_bdf(cells, initial_concentration)).max() < 1e-5
@@ -49,14 +49,13 @@ def test_the_solution_agrees_with_bdf(cells, initial_concentration):
     ("change", "message"),
     [
         ({"cells": 1}, "cells=1, .*at least 2 cells"),
-        ({"times": np.array([1.0, 1.0])}, r"times=.*times that increase within \[0, 500\]"),
-        ({"times": np.array([1.0, 501.0])}, r"times=.*times that increase within \[0, 500\]"),
+        ({"times": 0}, "times=0, .*one time"),
         ({"initial_concentration": 0.3}, r"initial_concentration=0.3: .* 0 to 0.2"),
     ],
 )
 def test_refuses_what_the_equation_does_not_cover(change, message):
     with pytest.raises(ValueError, match=message):
-        diffusion_sorption.solve(**{"cells": 8, "times": TIMES, "initial_concentration": 0.1} | change)
+        diffusion_sorption.grid(**{"cells": 8, "times": TIMES, "initial_concentration": 0.1} | change)
 
 
 def test_data_are_noisy_to_train_on_and_exact_to_test_on():
@@ -77,8 +76,7 @@ def test_data_are_noisy_to_train_on_and_exact_to_test_on():
 
 def test_points_carry_the_solution_at_their_place_and_time():
     data = diffusion_sorption.load(noise=0.0, cells=8, times=5, initial_concentration=0.2)
-    instants = np.linspace(0, 500, 6)[1:]
-    u = diffusion_sorption.solve(cells=8, times=instants, initial_concentration=0.2)
+    _, _, u = diffusion_sorption.grid(8, 5, 0.2)
     for (x, t), target in zip(data.test_inputs, data.test_targets, strict=True):
         row, column = round(t * 5) - 1, round(x * 8 - 0.5)
         np.testing.assert_allclose(target[0], u[row, column], rtol=1e-6)

@@ -23,7 +23,7 @@ from experiments import (
     results,
     sweep,
 )
-from experiments.datasets import digits
+from experiments.datasets import choose
 from experiments.methods import METHODS
 from experiments.sweep import DENSE, FINE_TUNED, PRUNED, TRAINED
 from tests import small
@@ -97,7 +97,7 @@ def test_every_pruned_network_is_saved(tmp_path, capsys):
 
 
 def accuracy_of_saved(path):
-    saved, data = compact.load(path), digits.load()
+    saved, data = compact.load(path), choose.digits()
     outputs = saved.require(networks.from_linen(networks.MLP(saved.widths)))(saved.params, data.test_inputs)
     return (outputs.argmax(-1) == data.test_targets).mean()
 
@@ -137,7 +137,7 @@ def test_bad_flags_are_refused_before_any_work(config, message):
         mnist.main(config)
 
 
-def test_one_seed_has_no_spread_and_no_fine_tuning_no_panel(tmp_path):
+def test_one_seed_has_no_spread_and_no_fine_tuning_no_panel(tmp_path, monkeypatch):
     rows = [
         {"data": "digits", "method": DENSE, "sparsity": 0.0, "seed": 0, "phase": TRAINED, "test_loss": 0.1},
         {"data": "digits", "method": "magnitude", "sparsity": 0.5, "seed": 0, "phase": PRUNED, "test_loss": 0.2},
@@ -150,10 +150,14 @@ def test_one_seed_has_no_spread_and_no_fine_tuning_no_panel(tmp_path):
     (panel,) = report.panels(frame, "test_loss", measure)
     report.figure([[panel]], "title", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 1000
+    styles = []
+    monkeypatch.setattr(report, "curves", lambda axis, panel, by_method: styles.append(by_method))
+    report.figure([[panel]], "title", tmp_path / "one.png")
     others = (*panel[:1], frame.replace({"magnitude": "another"}), *panel[2:])
-    assert list(report.styles_of([panel, others])) == ["magnitude", "another"]
     report.figure([[panel, panel], [others]], "title", tmp_path / "three.png")
-    assert (tmp_path / "three.png").stat().st_size > (tmp_path / "loss.png").stat().st_size
+    assert styles[0]["magnitude"] != styles[1]["magnitude"]  # of a criterion, and of the first among others
+    assert list(styles[1]) == ["magnitude", "another"]
+    assert styles[1:] == styles[1:2] * 3
 
 
 @pytest.mark.slow
@@ -177,7 +181,7 @@ def test_the_brain_surgeons_on_a_small_network(tmp_path, capsys):
 
 
 def test_training_stops_on_held_out_images_and_not_on_the_test_set():
-    data, mlp = digits.load(), networks.MLP((12, 10), use_bias=False)
+    data, mlp = choose.digits(), networks.MLP((12, 10), use_bias=False)
     config = brain_surgeon.Config(target_accuracy=0.5, learning_rate=0.2)
 
     def trained(data):
@@ -192,7 +196,7 @@ def test_training_stops_on_held_out_images_and_not_on_the_test_set():
 
 def test_training_that_does_not_get_there_says_so():
     mlp = networks.MLP((4, 10), use_bias=False)
-    task = sweep.Task(networks.from_linen(mlp), digits.load(), sweep.cross_entropy, sweep.CLASSIFIER_MEASURES)
+    task = sweep.Task(networks.from_linen(mlp), choose.digits(), sweep.cross_entropy, sweep.CLASSIFIER_MEASURES)
     config = brain_surgeon.Config(target_accuracy=0.99, learning_rate=1e-6)
     with pytest.raises(SystemExit, match=r"200 epochs of SGD reached .*; lower --target-accuracy"):
         brain_surgeon.train_to_target(task, mlp, config)

@@ -39,7 +39,7 @@ def fetching(monkeypatch):
     monkeypatch.delenv("ECJAX_TEXT", raising=False)
 
     def fetch(content):
-        monkeypatch.setattr(text, "_fetched", lambda seconds: content)
+        monkeypatch.setattr(text, "fetched", lambda url, seconds: content)
         monkeypatch.setattr(text, "SHA256", hashlib.sha256(b"To be, or not to be" * 100).hexdigest())
 
     return fetch
@@ -87,18 +87,23 @@ def test_a_prediction_sees_what_came_before_and_nothing_else():
     assert not any(layer.reason for layer in found)
 
 
-def test_parts_and_sequences():
-    codes = np.arange(1000)
-    train, validation, test = (codes[part] for part in text.parts(len(codes)))
-    assert [len(train), len(validation), len(test)] == [900, 50, 50]
-    np.testing.assert_array_equal(np.concatenate([train, validation, test]), codes)
+def test_parts(file):
+    characters = gzip.decompress(file.read_bytes()).decode()
+    for count, sizes in ((1000, [900, 50, 50]), (1001, [900, 50, 51])):
+        found = text.load(file, count)
+        assert list(map(len, found[2:])) == sizes
+        assert "".join(found.alphabet[code] for code in np.concatenate(found[2:])) == characters[:count]
+
+
+def test_sequences():
+    train = np.arange(900)
     for offset in (0, 3, 7):
         inputs, targets = text.sequences(train, 8, offset)
         assert inputs.shape == targets.shape == (111, 8)
         np.testing.assert_array_equal(targets, inputs + 1)
         assert inputs[0, 0] == offset
     with pytest.raises(ValueError, match="a part of 7 characters holds no sequence of 8"):
-        text.sequences(codes[:7], 8)
+        text.sequences(train[:7], 8)
 
 
 def test_a_file_plain_or_gzipped_and_its_place_in_the_environment(file, tmp_path, monkeypatch):

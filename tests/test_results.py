@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from ecjax import compact, graph
 from experiments import flags, mnist, neurons, results, sweep
-from experiments.datasets import digits
+from experiments.datasets import choose
 from experiments.results import Rows
 from tests import small
 
@@ -154,7 +154,7 @@ def no_training(monkeypatch):
 
 @pytest.mark.usefixtures("no_training")
 def test_another_configuration_is_refused(tmp_path):
-    results.claim(tmp_path, SMALL, digits.load(), layers="64-8-10")
+    results.claim(tmp_path, SMALL, choose.digits(), layers="64-8-10")
     config = (tmp_path / "config.json").read_bytes()
     with pytest.raises(SystemExit) as refusal:
         mnist.main(replace(SMALL, output=tmp_path, seeds=3, sparsities=(0.5,)))
@@ -168,7 +168,7 @@ def test_another_configuration_is_refused(tmp_path):
 
 
 def test_other_data_and_versions_are_refused(tmp_path, monkeypatch):
-    data = digits.load()
+    data = choose.digits()
     results.claim(tmp_path, SMALL, data)
     results.claim(tmp_path, replace(SMALL, data_dir=tmp_path, output=tmp_path), data)
     with pytest.raises(SystemExit, match=r"data_sha256 was [0-9a-f]{16} there, is [0-9a-f]{16}"):
@@ -190,6 +190,20 @@ def test_results_of_an_unknown_run_are_refused(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(SystemExit, match=f"holds {name} but no config"):
         results.claim(tmp_path, SMALL)
+
+
+def test_rows_that_cannot_be_read_end_with_a_line(tmp_path, monkeypatch, capsys):
+    def main(config):
+        with results.opened(tmp_path, config):
+            forbidden()
+
+    results.claim(tmp_path, SMALL)
+    (tmp_path / "results.csv").mkdir()
+    monkeypatch.setattr(sys, "argv", ["experiment"])
+    with pytest.raises(SystemExit) as stop:
+        results.command(mnist.Config, lambda _: main(SMALL), "")
+    assert stop.value.code == 1
+    assert re.match(r"\[Errno 21\] Is a directory: '.*results.csv'", capsys.readouterr().err)
 
 
 @pytest.mark.usefixtures("no_training")

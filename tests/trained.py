@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from ecjax import networks, train
-from experiments.datasets import digits
+from experiments.datasets import choose
 
 _MLP = networks.MLP((30, 10), nn.relu)
 NETWORK = networks.from_linen(_MLP)
-DATA = digits.load()
+DATA = choose.digits()
 INPUTS, LABELS = (jnp.asarray(part[:1000]) for part in (DATA.train_inputs, DATA.train_targets))
 
 

@@ -12,7 +12,6 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
 from experiments.datasets import Dataset
 
@@ -34,9 +33,16 @@ def load(*, noise: float, cells: int, times: int, initial_concentration: float, 
 
 
 def grid(cells: int, times: int, initial_concentration: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The centres of the cells, so many times up to 500, and u there, of shape (times, cells)."""
+    """The centres of the cells, so many times up to 500, and u there, of shape (times, cells).
+
+    It is solved by an implicit solver in double precision, whatever the caller's setting.
+    """
+    if cells < 2 or times < 1 or not 0 <= initial_concentration <= 0.2:
+        given = f"cells={cells}, times={times}, initial_concentration={initial_concentration}"
+        raise ValueError(f"{given}: give at least 2 cells, one time, and 0 to 0.2 at first")
     instants = np.linspace(0, LAST_TIME, times + 1)[1:]
-    u = solve(cells=cells, times=instants, initial_concentration=initial_concentration)
+    with jax.enable_x64(True):
+        u = np.asarray(_solve(jnp.asarray(instants), jnp.full(cells, float(initial_concentration))))
     return (np.arange(cells) + 0.5) / cells, instants, u
 
 
@@ -49,17 +55,6 @@ def time_derivative(_time, concentration, _):
     sorption = (1 - POROSITY) / POROSITY * BULK_DENSITY * FREUNDLICH_K * FREUNDLICH_EXPONENT
     retardation = 1 + sorption * (concentration + 1e-6) ** (FREUNDLICH_EXPONENT - 1)
     return DIFFUSION / retardation * second_difference
-
-
-def solve(*, cells: int, times: Float[np.ndarray, " times"], initial_concentration: float) -> np.ndarray:
-    """Gives u, of shape (times, cells), by an implicit solver in double precision, whatever the caller's setting."""
-    times = np.asarray(times, np.float64)
-    increasing = times.ndim == 1 and len(times) and times[0] >= 0 and np.all(np.diff(times) > 0)
-    if cells < 2 or not increasing or times[-1] > LAST_TIME or not 0 <= initial_concentration <= 0.2:
-        given = f"cells={cells}, times={times}, initial_concentration={initial_concentration}"
-        raise ValueError(f"{given}: give at least 2 cells, times that increase within [0, 500], and 0 to 0.2 at first")
-    with jax.enable_x64(True):
-        return np.asarray(_solve(jnp.asarray(times), jnp.full(cells, float(initial_concentration))))
 
 
 @jax.jit

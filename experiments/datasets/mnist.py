@@ -1,23 +1,16 @@
-"""MNIST in memory, from its four idx files: a folder's, or those that were fetched and prepared once.
+"""MNIST in memory, from its four idx files, which are a short header each, and the raw bytes.
 
-Source: Y. LeCun, C. Cortes and C. J. C. Burges, "The MNIST database of handwritten digits". An idx file is a short
-header with the shape, and the raw bytes.
+Source: Y. LeCun, C. Cortes and C. J. C. Burges, "The MNIST database of handwritten digits".
 """
 
-import contextlib
-import gzip
 import hashlib
-import http.client
 import math
 import tempfile
-import threading
-import urllib.request
-import zlib
 from pathlib import Path
 
 import numpy as np
 
-from experiments.datasets import Dataset
+from experiments.datasets import Dataset, fetched, unpacked
 
 URL = "https://storage.googleapis.com/cvdf-datasets/mnist/"
 FILES = {  # shape, and sha256 of the unpacked file; the smallest first, as they are fetched in this order
@@ -28,32 +21,32 @@ FILES = {  # shape, and sha256 of the unpacked file; the smallest first, as they
 }
 
 
-class UnavailableError(Exception):
-    """MNIST is not on this machine and can't be fetched."""
-
-
-def load(folder: Path | None = None, *, prepared_in: Path | None = None, seconds: float = 3.0) -> Dataset:
+def load(folder: Path | None = None, *, prepared_in: Path | None = None) -> Dataset:
     """MNIST with pixels scaled to [0, 1] and images as rows of 784, from a folder with the four files, gzipped or not.
 
-    Without a folder they are fetched, once; an UnavailableError if no network answers within so many seconds. They are
-    ``prepared_in`` a folder of TensorFlow Datasets, or in its usual place.
+    Without a folder they are fetched, once; a ConnectionError if no network answers within three seconds. They are
+    ``prepared_in`` a folder of TensorFlow Datasets, or in its usual place, and kept there: records take long to read.
     """
-    from experiments.datasets.mnist_builder import MnistIdx  # tfds is slow to import, so only here
+    from experiments.datasets.prepared import Builder  # tfds is slow to import, so only here
 
-    prepared = Path(MnistIdx(data_dir=prepared_in).data_path)
+    (_, *pixels), _ = FILES["train-images-idx3-ubyte"]
+    builder = Builder("mnist_idx", {"image": (pixels, np.uint8), "label": ((), np.uint8)}, prepared_in)
+    kept = Path(builder.data_path)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        if folder is None and not prepared.exists():
-            folder = fetch(Path(temporary), seconds)
+        if folder is None and not kept.exists():
+            folder = fetch(Path(temporary))
         try:
-            test_labels, train_labels, test_images, train_images = (read(folder or prepared, name) for name in FILES)
+            test_labels, labels, test_images, images = (read(folder or kept, name) for name in FILES)
         except (FileNotFoundError, ValueError) as error:
             if folder is not None:
                 raise
-            raise ValueError(f"{error}. Delete {prepared}, and start again") from error
-        # Does nothing where it is prepared already; while it prepares, the folder has another name.
-        MnistIdx(folder=folder, data_dir=prepared_in).download_and_prepare()
-    train, test = (images.reshape(len(images), -1).astype(np.float32) / 255 for images in (train_images, test_images))
-    return Dataset("MNIST", train, train_labels.astype(np.int32), test, test_labels.astype(np.int32))
+            raise ValueError(f"{error}. Delete {kept}, and start again") from error
+        if not kept.exists():
+            parts = {"train": zip(images, labels, strict=True), "test": zip(test_images, test_labels, strict=True)}
+            splits = {name: [{"image": image, "label": label} for image, label in part] for name, part in parts.items()}
+            builder.prepare(splits, [find(folder, name) for name in FILES])
+    train, test = (array.reshape(len(array), -1).astype(np.float32) / 255 for array in (images, test_images))
+    return Dataset("MNIST", train, labels.astype(np.int32), test, test_labels.astype(np.int32))
 
 
 def find(folder: Path, name: str) -> Path:
@@ -68,33 +61,22 @@ def read(folder: Path, name: str) -> np.ndarray:
     """The labels or pixels in one file; a ValueError names a file that is truncated, corrupt or another."""
     path, (shape, sha256) = find(folder, name), FILES[name]
     size = math.prod(shape)
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
-            content = stream.read(size + 100)  # not much more than it should hold, whatever it unpacks to
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} can't be read: {error}; fetch it again") from error
+    content = unpacked(path, size + 100)  # not much more than it should hold, whatever it unpacks to
     if hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError(f"{path} is not {name}, but truncated, corrupt or another file; fetch it again")
     return np.frombuffer(content[-size:], np.uint8).reshape(shape)
 
 
-def fetch(folder: Path, seconds: float) -> Path:
+def fetch(folder: Path, seconds: float = 3.0) -> Path:
     """Downloads the four files into a folder; without the first within so many seconds, no other is tried.
 
-    An UnavailableError names a file that did not come, or in whose place something else came, as from a portal.
+    A ConnectionError names a file that did not come, or in whose place something else came, as from a portal.
     """
-
-    def download(name: str) -> None:
-        with contextlib.suppress(OSError, http.client.HTTPException):  # what came is checked below
-            (folder / name).write_bytes(urllib.request.urlopen(URL + name, timeout=seconds).read())
-
     for number, name in enumerate(FILES):
-        # The time-out of a socket does not bound the name look-up, and the program's end does not wait for a daemon.
-        thread = threading.Thread(target=download, args=(f"{name}.gz",), daemon=True)
-        thread.start()
-        thread.join(None if number else seconds)
+        content = fetched(f"{URL}{name}.gz", seconds, to_the_end=number > 0)
+        (folder / f"{name}.gz").write_bytes(content)
         try:
             read(folder, name)
-        except (FileNotFoundError, ValueError) as error:
-            raise UnavailableError(f"no {name}.gz from {URL}") from error
+        except ValueError as error:
+            raise ConnectionError(f"no {name}.gz from {URL}") from error
     return folder
