@@ -8,9 +8,9 @@ It does not show how fast devices exchange what they must, nor the numerics of n
 """
 
 import functools
+import itertools
 import math
 import re
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,24 +60,24 @@ class Config:
     output: Path = Path("results/scale")  # Folder for the results.
 
 
-def initial(sizes: Sizes) -> dict[str, Any]:
-    """The shape of each leaf, and over which axes of the mesh its axes are spread."""
+def initial(sizes: Sizes, leaf: Callable[..., Any]) -> dict[str, Any]:
+    """The params, each leaf made of its shape and of the axes of the mesh over which its axes are spread."""
     layers, width, heads, groups, hidden, words = sizes
-    each, by = width // heads, PartitionSpec
+    each = width // heads
     return {
-        "words": ((words, width), by("model", "data")),
+        "words": leaf((words, width), "model", "data"),
         "blocks": {
-            "norms": ((layers, 2, width), by()),
-            "query": ((layers, width, heads, each), by(None, "data", "model")),
-            "key": ((layers, width, groups, each), by(None, "data", "model")),
-            "value": ((layers, width, groups, each), by(None, "data", "model")),
-            "out": ((layers, heads, each, width), by(None, "model", None, "data")),
-            "gate": ((layers, width, hidden), by(None, "data", "model")),
-            "up": ((layers, width, hidden), by(None, "data", "model")),
-            "down": ((layers, hidden, width), by(None, "model", "data")),
+            "norms": leaf((layers, 2, width)),
+            "query": leaf((layers, width, heads, each), None, "data", "model"),
+            "key": leaf((layers, width, groups, each), None, "data", "model"),
+            "value": leaf((layers, width, groups, each), None, "data", "model"),
+            "out": leaf((layers, heads, each, width), None, "model", None, "data"),
+            "gate": leaf((layers, width, hidden), None, "data", "model"),
+            "up": leaf((layers, width, hidden), None, "data", "model"),
+            "down": leaf((layers, hidden, width), None, "model", "data"),
         },
-        "norm": ((width,), by()),
-        "head": ((width, words), by("data", "model")),
+        "norm": leaf((width,)),
+        "head": leaf((width, words), "data", "model"),
     }
 
 
@@ -112,57 +112,48 @@ def network(params: networks.Params, words: jax.Array) -> jax.Array:
     return (normed(stream, params["norm"]) @ params["head"]).astype(jnp.float32)
 
 
-def calls(sizes: Sizes, layout: str, mesh: jax.sharding.Mesh, config: Config) -> dict[str, tuple[Callable, tuple]]:
-    """By name: what is compiled, and the shapes that it takes, with where they lie."""
+def calls(sizes: Sizes, layout: str, mesh: jax.sharding.Mesh, config: Config) -> Iterator[tuple]:
+    """What is compiled, in the order of ``CALLS``, each with the shapes that it takes and where they lie."""
 
-    def shaped(shape, dtype, spec=PartitionSpec()) -> jax.ShapeDtypeStruct:  # noqa: B008 it never changes
-        kept = PartitionSpec(*(None if axis == "data" and layout == "neurons" else axis for axis in spec))
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, kept))
+    def shaped(shape, dtype, *axes) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
 
-    is_leaf = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
-    params = jax.tree.map(lambda leaf: shaped(leaf[0], jnp.bfloat16, leaf[1]), initial(sizes), is_leaf=is_leaf)
-    samples, everywhere = PartitionSpec("data"), NamedSharding(mesh, PartitionSpec())
-    shape = mesh.shape["data"], config.positions
-    words = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, samples))
-    targets = jax.ShapeDtypeStruct((*shape, sizes.words), jnp.float32, sharding=NamedSharding(mesh, samples))
-    key = jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=everywhere)
-    layers, of_each = networks.layers(network, params, words), networks.by_path(params)
-    paths = {layer.kernel for layer in layers}
+    def param(shape, *axes) -> jax.ShapeDtypeStruct:
+        kept = [None if axis == "data" and layout == "neurons" else axis for axis in axes]
+        return shaped(shape, jnp.bfloat16, *kept)
 
     def kernels(dtype) -> networks.Kernels:
-        leaves, tree = jax.tree.flatten(params)
-        like = [shaped(leaf.shape, dtype, leaf.sharding.spec) for leaf in leaves]
-        kept = [leaf if path in paths else None for path, leaf in zip(of_each, like, strict=True)]
-        return jax.tree.unflatten(tree, kept)
-
-    def gradient(params, words):
-        return jax.grad(lambda params: sweep.cross_entropy(network(params, words), words).mean())(params)
+        paths, leaves = {layer.kernel for layer in layers}, networks.by_path(params).items()
+        like = {path: leaf.update(dtype=dtype) if path in paths else None for path, leaf in leaves}
+        return networks.replace(params, like)
 
     def scores(params, words, key):
-        options = {"metric": "fisher", "probes": 1, "key": key, "batch_size": 1}
-        return score.elimination_compensation(network, params, words, **options)
+        return score.elimination_compensation(network, params, words, metric="fisher", probes=1, key=key, batch_size=1)
 
     def selection(importance):
         return prune.one_shot(importance, score.Scores(importance, None, layers), 0.9).masks
 
     def step(params, masks, words, targets):
-        sizes = {"products": config.products, "curvature_samples": shape[0], "batch_size": 1}
-        how = repair.Survivors(iterations=1, metric=metrics.Fisher(), **sizes)
+        options = {"products": config.products, "curvature_samples": samples, "batch_size": 1}
+        how = repair.Survivors(iterations=1, metric=metrics.Fisher(), **options)
         return how(network, params, masks, words, targets)
 
-    found = (gradient, (params, words)), (scores, (params, words, key))
-    found += (selection, (kernels(jnp.float32),)), (step, (params, kernels(bool), words, targets))
-    return dict(zip(CALLS, found, strict=True))
+    samples, params = mesh.shape["data"], initial(sizes, param)
+    words = shaped((samples, config.positions), jnp.int32, "data")
+    targets = shaped((*words.shape, sizes.words), jnp.float32, "data")
+    key = shaped((), jax.eval_shape(jax.random.key, 0).dtype)
+    layers = networks.layers(network, params, words)
+    yield functools.partial(sweep.gradient_pass, network), params, words, words
+    yield scores, params, words, key
+    yield selection, kernels(jnp.float32)
+    yield step, params, kernels(bool), words, targets
 
 
-def compiled(call: Callable, shapes: tuple, mesh: jax.sharding.Mesh) -> dict[str, float]:
+def compiled(call: Callable, *given: Any) -> dict[str, float]:
     """What a device holds and moves, in bytes, and the operations of all of them; NaN where a loop is of any length."""
-    start = time.perf_counter()
-    with jax.set_mesh(mesh):
-        traced = jax.jit(call).trace(*shapes)
-        program = traced.lower().compile()
+    traced = jax.jit(call).trace(*given)
+    program, flops = traced.lower().compile(), graph.flops.of_jaxpr(traced.jaxpr)
     memory, moved = program.memory_analysis(), list(collectives(program.as_text()))
-    flops = graph.flops.of_jaxpr(traced.jaxpr)
     return {
         "arguments": memory.argument_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
@@ -170,30 +161,22 @@ def compiled(call: Callable, shapes: tuple, mesh: jax.sharding.Mesh) -> dict[str
         "moved": sum(size * times for size, times in moved),
         "largest": max((size for size, _ in moved), default=0),
         "flops": math.nan if flops.unknown else flops.products,
-        "seconds": time.perf_counter() - start,
     }
 
 
 def collectives(text: str) -> Iterator[tuple[int, int]]:
     """The bytes that a device gets from others in each exchange of a program, and how often; in loops as they turn."""
     bodies = dict(re.findall(r"^(?:ENTRY )?(%[\w.\-]+) \(.*?\{\n(.*?)^\}", text, re.M | re.S))
-    turns = dict.fromkeys(bodies, 1)
-    for name, body in bodies.items():
-        for inside, rest in re.findall(r" while\(.*?body=(%[\w.\-]+)(.*)", body):
-            count = re.search(r'known_trip_count":\{"n":"(\d+)"', rest)
-            turns[inside] = (name, int(count.group(1)) if count else 1)
-
-    def times(name: str) -> int:
-        outer = turns[name]
-        return outer if isinstance(outer, int) else outer[1] * times(outer[0])
-
-    sizes = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8}
-    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-    for name, body in bodies.items():
-        for shapes in re.findall(rf" = (.*?) (?:{kinds})(?:-start)?\(", body):
-            arrays = re.findall(rf"({'|'.join(sizes)})\[([\d,]*)\]", shapes)
-            bytes_of = [sizes[kind] * math.prod(map(int, filter(None, shape.split(",")))) for kind, shape in arrays]
-            yield max(bytes_of, default=0), times(name)
+    times = dict.fromkeys(bodies, 1)
+    loop = r' while\(.*?body=(%[\w.\-]+)(?:.*known_trip_count":\{"n":"(\d+)")?'
+    exchange = r" = (.*?) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+    for name, body in reversed(bodies.items()):  # a computation comes after all that it calls
+        for inside, turns in re.findall(loop, body):
+            times[inside] = times[name] * int(turns or 1)
+        for shapes in re.findall(exchange, body):
+            arrays = re.findall(r"[a-z]+(\d*)\[([\d,]*)\]", shapes)  # f32[8,16]; pred[8] are bytes
+            sizes = [math.prod(map(int, re.findall(r"\d+", shape))) * int(bits or 8) // 8 for bits, shape in arrays]
+            yield max(sizes, default=0), times[name]
 
 
 def main(config: Config) -> None:
@@ -201,40 +184,37 @@ def main(config: Config) -> None:
     flags.require(config)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", max(config.devices))
+    planned = list(itertools.product(config.devices, config.sizes, config.layouts))
     with results.opened(config.output, config) as rows, report.progress() as bar:
-        planned = [(n, size, layout) for n in config.devices for size in config.sizes for layout in config.layouts]
         step = bar.add_task("", total=len(planned) * len(CALLS), completed=rows.count())
         for count, size, layout in planned:
             mesh = devices.mesh(max(2, math.isqrt(count)), jax.devices()[:count])
-            for name, (call, shapes) in calls(SIZES[size], layout, mesh, config).items():
+            for name, call in zip(CALLS, calls(SIZES[size], layout, mesh, config), strict=True):
                 keys = {"devices": count, "size": size, "layout": layout, "call": name}
                 if not rows.count(**keys):
                     bar.update(step, description=f"{size} on {count} devices, spread by {layout}: {name}")
-                    rows.add(keys | compiled(call, shapes, mesh))
+                    with jax.set_mesh(mesh):
+                        found, seconds = sweep.clocked(compiled, *call, compiled=True)
+                    rows.add(keys | found | {"seconds": seconds})
                     bar.advance(step)
-    frame, of_call = rows.frame(), ["devices", "size", "layout"]
-    gradients = frame[frame["call"] == CALLS[0]].set_index(of_call)["flops"].rename("of_gradient")
-    frame = frame.join(gradients, on=of_call)
-    shown = frame.assign(**{"of a gradient": frame["flops"] / frame["of_gradient"]})
-    for name in (sizes := ["arguments", "temporary", "output", "moved"]):
-        shown[f"{name} (MB)"] = frame[name] / 1e6
-    names = [*of_call, "call", *(f"{name} (MB)" for name in sizes), "of a gradient", "seconds"]
-    formats = dict(zip(names, ["{}"] * 4 + ["{:,.0f}"] * 4 + ["{:.2f}", "{:.0f}"], strict=True))
+    frame = rows.frame()
     figure(frame, config.output / "scale.png")
-    note = f"results.csv, config.json and scale.png are in {config.output}/"
-    report.console().print(report.plain("of each device, by the compiler", shown, formats), note)
+    megabytes = {f"{name} (MB)": frame[name] / 1e6 for name in ("arguments", "temporary", "output", "moved")}
+    frame["of a gradient"] = frame["flops"] / frame["flops"].where(frame["call"] == CALLS[0]).ffill()
+    formats = dict.fromkeys(("devices", "size", "layout", "call"), "{}") | dict.fromkeys(megabytes, "{:,.0f}")
+    formats |= {"of a gradient": "{:.2f}", "seconds": "{:.0f}"}
+    table = report.plain("of each device, by the compiler", frame.assign(**megabytes), formats)
+    report.console().print(table, f"results.csv, config.json and scale.png are in {config.output}/")
 
 
 def figure(frame: pd.DataFrame, path: Path) -> None:
     """The bytes of a device for each call, a panel for each size and number of devices."""
-    groups = list(frame.groupby(["devices", "size"], sort=False))
+    groups = frame.groupby(["devices", "size"], sort=False)
     canvas, axes = plt.subplots(1, len(groups), figsize=(11, 4), layout="constrained", squeeze=False)
     for axis, ((count, size), chosen) in zip(axes.flat, groups, strict=True):
-        table = chosen.assign(call=chosen["call"] + "\n" + chosen["layout"]).set_index("call")
-        parts = table[["arguments", "temporary", "output"]] / 1e9
-        parts.plot.barh(stacked=True, ax=axis, color=report.COLOURS[4:7], legend=False)
+        parts = chosen.set_index(chosen["call"] + "\n" + chosen["layout"])[["arguments", "temporary", "output"]] / 1e9
+        parts[::-1].plot.barh(stacked=True, ax=axis, color=report.COLOURS[4:7], legend=False)
         axis.set(title=f"{size}, {count} devices", xlabel="GB a device", ylabel="")
-        axis.invert_yaxis()
         axis.tick_params("y", labelsize="x-small", labelleft=axis is axes[0, 0])
     report.save(canvas, path, ncols=3)
 

@@ -19,8 +19,8 @@ from experiments.datasets import diffusion_sorption
 from tests import examples
 
 WIDTHS = (40, 30, 20, 7)
-GRADIENT = benchmark.gradient_of(benchmark.scoring(WIDTHS, (1,)))
-TIMINGS = ["seconds", "gradient_passes", "process_bytes"]
+GRADIENT = benchmark.Method("gradient pass", benchmark.gradient_pass)
+TIMINGS = ["median (ms)", "relative time", "process (MB)"]
 SMALL = benchmark.Config(
     base=WIDTHS,
     base_samples=64,
@@ -40,27 +40,32 @@ SMALL = benchmark.Config(
 def test_the_usual_way_gives_the_same_scores():
     with jax.enable_x64(True):
         example = examples.mlp()
-        found = benchmark.jacobian_scores(*example, at_once=5)  # 23 samples: a rest of 3
+        found = benchmark.jacobian_scores(*example)
         expected = score.elimination_compensation(*example)
         for leaf, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(leaf, other, 1e-9, 1e-12)
 
 
-def counted(function, *arguments):
-    """Multiply-adds by XLA for each of 256 samples; it counts each as two operations."""
-    return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"] / 2 / 256
+def by_xla(function, *arguments):
+    """Multiply-adds by XLA, which counts each as two operations."""
+    return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"] / 2
 
 
 @pytest.mark.slow
 def test_multiply_adds_are_those_that_are_compiled():
-    network, *given = benchmark.problem(WIDTHS, 256)
+    network, *given = problem = benchmark.problem(WIDTHS, 256)
     methods = {method.name: method for method in benchmark.scoring(WIDTHS, (1,))}
+
+    def counted(name):
+        return benchmark.measured(methods[name], GRADIENT, problem, rounds=1, seconds=0.0)["multiply-adds"]
+
     for name in ("forward pass", benchmark.GRADIENT):
-        found = counted(functools.partial(methods[name].call, network), *given)
-        assert found == pytest.approx(methods[name].multiply_adds, rel=0.1)
+        assert counted(name) == pytest.approx(by_xla(functools.partial(methods[name].call, network), *given), rel=0.1)
     # The scores themselves run in batches, which XLA counts once.
-    found = counted(lambda params, inputs: moments.of_inputs(network, params, inputs), *given[:2])
-    assert found == pytest.approx(methods["EC"].multiply_adds, rel=0.15)
+    found = by_xla(lambda params, inputs: moments.of_inputs(network, params, inputs), *given)
+    assert found == pytest.approx(counted("EC"), rel=0.15)
+    forward, back = 40 * 30 + 30 * 20 + 20 * 7, 30 * 20 + 20 * 7
+    assert counted("EC") == pytest.approx(256 * (3 * forward + 7 * back), rel=0.02)
 
 
 def test_memory_is_what_a_call_takes():
@@ -68,11 +73,11 @@ def test_memory_is_what_a_call_takes():
     *_, risen = benchmark.by_turns(lambda: np.ones(30_000_000).sum() + zero, lambda: zero, rounds=1, seconds=1.0)
     assert np.isnan(risen) or 230e6 < risen < 300e6
     small = benchmark.problem(WIDTHS, 16)
-    twice = benchmark.Method("twice", lambda network, params, inputs: jnp.concatenate([inputs, inputs]), 0)
+    twice = benchmark.Method("twice", lambda network, params, inputs: jnp.concatenate([inputs, inputs]))
     found = benchmark.measured(twice, GRADIENT, small, rounds=1, seconds=1.0)
-    assert found["compiler_bytes"] >= 2 * 16 * 40 * 4
-    several = twice._replace(programs=2)
-    assert np.isnan(benchmark.measured(several, GRADIENT, small, rounds=1, seconds=1.0)["compiler_bytes"])
+    assert found["XLA (MB)"] >= 2 * 16 * 40 * 4 / 1e6
+    several = twice._replace(one_program=False)
+    assert np.isnan(benchmark.measured(several, GRADIENT, small, rounds=1, seconds=1.0)["XLA (MB)"])
 
 
 def test_calls_take_turns_and_stop_at_their_limits(monkeypatch):
@@ -85,7 +90,7 @@ def test_calls_take_turns_and_stop_at_their_limits(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(benchmark.sweep.time, "perf_counter", lambda: clock[0])
     call, reference = lasting("call", 3.0), lasting("reference", 2.0)
     assert benchmark.by_turns(call, reference, rounds=4, seconds=100)[:2] == (3, 2)
     assert turns == ["call", "reference"] * 5  # once to be compiled
@@ -99,16 +104,26 @@ def test_calls_take_turns_and_stop_at_their_limits(monkeypatch):
 
 
 def test_each_axis_has_its_cases():
-    axes = {"widths": (8,), "depths": (2, 3), "samples": (64,), "outputs": (5,), "architectures": ("convnet",)}
+    axes = {
+        "widths": (8,),
+        "depths": (2, 3),
+        "samples": (64,),
+        "outputs": (5,),
+        "architectures": ("convnet",),
+        "selected": (8,),
+    }
     config = benchmark.Config(**axes, base=WIDTHS, base_samples=9)
-    assert list(benchmark.cases(config)) == [
-        ("samples", 64, WIDTHS, 64),
-        ("outputs", 5, (40, 30, 20, 5), 9),
-        ("width", 8, (8, 8, 8, 8, 10), 9),
-        ("depth", 2, (512, 512, 10), 9),
-        ("depth", 3, (512, 512, 512, 10), 9),
-        ("network", 0, "convnet", 512),
-        ("pruning", 0, WIDTHS, 9),
+    assert [case for *case, _ in benchmark.cases(config)] == [
+        ["samples", 64, WIDTHS, 64],
+        ["outputs", 5, (40, 30, 20, 5), 9],
+        ["width", 8, (8, 8, 8, 8, 10), 9],
+        ["depth", 2, (512, 512, 10), 9],
+        ["depth", 3, (512, 512, 512, 10), 9],
+        ["network", 0, "convnet", 512],
+        ["pruning to 0.9", 0, WIDTHS, 9],
+        ["probes", 0, (40, 30, 20, 1000), 9],
+        ["probes", 1, "trained surrogate", 1024],
+        ["selection of 0.9", 8, "random weights", 8],
     ]
 
 
@@ -119,51 +134,63 @@ def test_slow_ways_run_on_as_many_samples_as_they_bear():
     assert names(784, 300, 100, 10)[-2:] == ["EC, 1 probe", benchmark.JACOBIANS]
     assert names(784, 300, 100, 1000)[-2:] == ["EC, 1 probe", "EC, 4 probes"]
     *_, jacobians, definition = benchmark.scoring((100, 100, 100, 100, 10), (1,))
-    assert (jacobians.name, jacobians.samples) == (benchmark.JACOBIANS, 2e8 // (10 * 31_000))
+    assert (jacobians.name, jacobians.samples) == (benchmark.JACOBIANS, 3e7 // (10 * 31_000))
     assert (definition.name, definition.samples) == (benchmark.DEFINITION, 1e10 // 31_000**2)
 
 
 def test_one_output_is_timed_where_its_softmax_says_nothing():
     given = benchmark.problem((*WIDTHS[:-1], 1), 8)
     for method in benchmark.scoring((*WIDTHS[:-1], 1), ()):
-        assert benchmark.measured(method, GRADIENT, given, rounds=1, seconds=0.0)["seconds"] > 0
+        assert benchmark.measured(method, GRADIENT, given, rounds=1, seconds=0.0)["median (ms)"] > 0
 
 
 def test_what_ran_on_a_part_is_scaled_up(monkeypatch):
-    seen = []
-    monkeypatch.setattr(benchmark, "by_turns", lambda call, reference, **_: (call() or 0.5, 2.0, 7))
-    method = benchmark.Method("some", lambda network, params, inputs: seen.append(inputs.shape), 100, 16)
-    found = benchmark.measured(method, GRADIENT, benchmark.problem(WIDTHS, 64), rounds=1, seconds=1.0)
+    seen, problem = [], benchmark.problem(WIDTHS, 64)
+
+    def first_layer(_, params, inputs):
+        seen.append(inputs.shape)
+        return inputs @ params["Dense_0"]["kernel"]
+
+    monkeypatch.setattr(benchmark, "by_turns", lambda call, reference, **_: (0.0 * call().sum() + 0.5, 2.0, 7e6))
+    method = benchmark.Method("first layer", first_layer, 16)
+    found = benchmark.measured(method, GRADIENT, problem, rounds=1, seconds=1.0)
     assert set(seen) == {(16, 40)}
-    assert found.pop("compiler_bytes") >= 0
-    assert found == {"seconds": 2.0, "gradient_passes": 1.0, "multiply_adds": 6400, "process_bytes": 7}
+    assert found.pop("XLA (MB)") >= 16 * 30 * 4 / 1e6
+    assert found == {"median (ms)": 2000, "relative time": 1, "multiply-adds": 64 * 40 * 30, "process (MB)": 7}
     gradient = GRADIENT._replace(samples=32)  # of which two make a gradient pass
-    found = benchmark.measured(method, gradient, benchmark.problem(WIDTHS, 64), rounds=1, seconds=1.0)
-    assert found["gradient_passes"] == 0.5
+    found = benchmark.measured(method, gradient, problem, rounds=1, seconds=1.0)
+    assert found["relative time"] == 0.5
 
 
 def test_networks_that_are_no_mlps_are_scored_as_many_samples_at_a_time_as_their_gradient_is_of():
     config = benchmark.Config(architecture_batch=3)
-    methods = benchmark.methods_of(("network", 0, "convnet", 8), config)
-    gradient = benchmark.gradient_of(methods)
+    (gradient, *others), *_ = [methods for axis, *_, methods in benchmark.cases(config) if axis == "network"]
     assert gradient.samples == 3
-    assert [method.call.keywords["batch_size"] for method in methods if method is not gradient] == [3, 3]
-    network, params, inputs = benchmark.layered.problem("convnet", 4)
-    assert benchmark.gradient_pass(network, params, inputs)["Dense_0"]["kernel"].any()
-    assert all(not layer.reason for layer in networks.layers(network, params, inputs))
+    assert [method.call.keywords["batch_size"] for method in others] == [3, 3]
 
 
-def cheap(_network, _params, _inputs, numbers):
-    """Rows in place of benchmark.agreements, which has a test of its own."""
-    yield from ({"probes": number, "spearman": 1 - 0.1 / number, "overlap": 1 - 0.3 / number} for number in numbers)
+@pytest.mark.parametrize("name", benchmark.ARCHITECTURES)
+def test_every_layer_of_networks_that_are_no_mlps_is_scored(name):
+    network, params, inputs = benchmark.problem(name, 2)
+    kernels = {layer.kernel for layer in networks.layers(network, params, inputs) if not layer.reason}
+    gradients = networks.by_path(benchmark.gradient_pass(network, params, inputs))
+    assert len(kernels) > 5
+    assert all(gradients[path].any() for path in kernels)
 
 
-def ran(folder, agreements=cheap):
+def test_both_ways_to_choose_weights_choose_the_same(monkeypatch):
+    _, _, values = benchmark.problem("random weights", 1000)
+    assert benchmark.by_counting(None, None, values).sum() == 900
+    monkeypatch.setattr(benchmark, "by_counting", lambda *given: ~benchmark.by_argsort(*given))
+    with pytest.raises(ArithmeticError, match="of 1001"):
+        benchmark.problem("random weights", 1001)
+
+
+def ran(folder):
     """A small run, in which no surrogate learns first; what it prints."""
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(benchmark, "surrogate", lambda *_: examples.mlp())
-        patch.setattr(benchmark, "agreements", agreements)
         benchmark.main(dataclasses.replace(SMALL, output=folder))
     return printed.getvalue()
 
@@ -179,9 +206,16 @@ def whole(tmp_path_factory):
 def test_every_case_is_in_the_results(whole):
     folder, printed = whole
     frame = pd.read_csv(folder / "results.csv")
-    assert set(zip(frame["axis"], frame["value"], strict=True)) == {("samples", 32), ("pruning", 0)}
-    assert (frame["seconds"] > 0).all()
-    assert (frame.loc[frame["method"] == benchmark.GRADIENT, "gradient_passes"] == 1).all()
+    assert set(zip(frame["axis"], frame["value"], strict=True)) == {
+        ("samples", 32),
+        ("pruning to 0.9", 0),
+        ("probes", 0),
+        ("probes", 1),
+        ("selection of 0.9", 1000),
+    }
+    assert (frame["median (ms)"] > 0).all()
+    assert (frame.loc[frame["method"].isin([benchmark.GRADIENT, "by counting"]), "relative time"] == 1).all()
+    np.testing.assert_allclose(frame.loc[frame["axis"] == "probes", "Spearman"].iloc[[1, 5]], 1)  # EC itself
     assert re.search(r"gradient pass +│ +[\d.]+ │ +1\.00 │ +1\.00 │", printed)
     for name in (
         "EC (Fisher)",
@@ -191,7 +225,7 @@ def test_every_case_is_in_the_results(whole):
         "CBS-S + CBS-U, 10 gradients",
     ):
         assert name in printed
-    assert re.search(r"surrogate, trained +│ +3 │ +[01]\.\d{4} │ +[01]\.\d{3} │", printed)
+    assert re.search(r"EC, 3 probes +│.*│ +0\.\d{4} │ +[01]\.\d{4} │", printed)
     assert (folder / "benchmark.png").stat().st_size > 10_000
 
 
@@ -227,41 +261,6 @@ def test_a_killed_run_goes_on_to_the_same_rows(whole, tmp_path):
     assert path.read_bytes().startswith(left[: left[:-1].rindex(b"\n")])
     expected, found = (pd.read_csv(folder / "results.csv").drop(columns=TIMINGS) for folder in (whole[0], tmp_path))
     pd.testing.assert_frame_equal(found, expected)
-    assert (tmp_path / "probes.csv").read_bytes() == (whole[0] / "probes.csv").read_bytes()
-
-
-@pytest.mark.slow
-def test_the_ranking_by_probes_goes_on_too(whole, tmp_path):
-    for name in ("config.json", "results.csv"):
-        (tmp_path / name).write_bytes((whole[0] / name).read_bytes())
-    found = []
-
-    def stopped(*given):
-        for row in cheap(*given):
-            if len(found) == 3:
-                raise KeyboardInterrupt
-            found.append(row)
-            yield row
-
-    with pytest.raises(KeyboardInterrupt):
-        ran(tmp_path, stopped)
-    path, expected = tmp_path / "probes.csv", (whole[0] / "probes.csv").read_bytes()
-    assert expected.startswith(path.read_bytes())
-    assert (path.read_bytes().count(b"\n"), expected.count(b"\n")) == (1 + 3, 1 + 4)
-    ran(tmp_path)
-    assert path.read_bytes() == expected
-    assert (tmp_path / "results.csv").read_bytes() == (whole[0] / "results.csv").read_bytes()
-
-
-@pytest.mark.slow
-def test_more_probes_agree_better_with_the_exact_ranking():
-    example = examples.mlp((20, 12), features=9)
-    one, all_but_few = benchmark.agreements(*example, (1, 200))
-    exact = score.elimination_compensation(*example)
-    drawn = [score.elimination_compensation(*example, probes=1, key=jax.random.key(seed)) for seed in range(3)]
-    expected = np.mean([benchmark.agreement(example.params, exact, scores) for scores in drawn], axis=0)
-    assert (one["probes"], one["spearman"], one["overlap"]) == (1, *expected)
-    assert 0.5 < one["spearman"] < all_but_few["spearman"] < 1
 
 
 @pytest.mark.slow
@@ -276,13 +275,16 @@ def test_a_surrogate_learns_the_equation():
 @pytest.mark.slow
 def test_agreement_is_one_with_itself_and_nothing_with_chance():
     example = examples.mlp((200, 100), features=20)
-    exact = score.elimination_compensation(*example)
-    assert benchmark.agreement(example.params, exact, exact) == (pytest.approx(1), 1)
-    ranks, kept = benchmark.agreement(example.params, exact, score.random(*example, key=jax.random.key(0)))
+
+    def agreement(criterion=score.elimination_compensation, **options):
+        return tuple(benchmark.agreement(functools.partial(criterion, **options), *example).values())
+
+    assert agreement() == (pytest.approx(1), 1)
+    ranks, kept = agreement(score.random, key=jax.random.key(0))
     assert abs(ranks) < 0.05
     assert kept == pytest.approx(0.1, abs=0.03)
-    few = score.elimination_compensation(*example, probes=4, key=jax.random.key(1))
-    assert 0.9 < benchmark.agreement(example.params, exact, few)[0] < 1
+    few, many = (agreement(probes=number, key=jax.random.key(1))[0] for number in (4, 200))
+    assert 0.9 < few < many < 1
 
 
 @pytest.mark.slow

@@ -35,16 +35,17 @@ def test_exchanges_inside_loops_count_as_often_as_they_turn():
 def example(seed=0):
     """Params and words of a small transformer, on one device."""
     keys = iter(jax.random.split(jax.random.key(seed), 20))
-    is_leaf = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
-    draw = lambda leaf: jax.random.normal(next(keys), leaf[0]) / np.sqrt(leaf[0][-2] if len(leaf[0]) > 1 else 1)  # noqa: E731
-    return jax.tree.map(draw, scale.initial(SMALL), is_leaf=is_leaf), jax.random.randint(next(keys), (8, 12), 0, 64)
+
+    def draw(shape, *_):
+        return jax.random.normal(next(keys), shape) / np.sqrt(shape[-2] if len(shape) > 1 else 1)
+
+    return scale.initial(SMALL, draw), jax.random.randint(next(keys), (8, 12), 0, 64)
 
 
 def spread(params, words, mesh):
     """The same, params spread over both axes of a mesh."""
-    specs = jax.tree.map(lambda leaf: leaf[1], scale.initial(SMALL), is_leaf=lambda leaf: isinstance(leaf, tuple))
-    put = lambda leaf, spec: jax.device_put(leaf, jax.sharding.NamedSharding(mesh, spec))  # noqa: E731
-    return jax.tree.map(put, params, specs), devices.shard_samples(words, mesh)
+    sharding = lambda _, *axes: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))  # noqa: E731
+    return jax.device_put(params, scale.initial(SMALL, sharding)), devices.shard_samples(words, mesh)
 
 
 def assert_close(found, expected, rtol=1e-3):
@@ -77,8 +78,10 @@ def test_what_a_device_holds(tmp_path):
     command = [sys.executable, "-m", "experiments.scale", *flags.split()]
     subprocess.run(command, cwd=ROOT, env=os.environ, check=True, capture_output=True, text=True)
     frame = pd.read_csv(tmp_path / "results.csv").set_index(["layout", "call"])
-    copy = 4 * sum(np.prod(shape) for shape, _ in _leaves(scale.SIZES["5M"]))
-    stacked = 4 * max(np.prod(shape) for shape, _ in _leaves(scale.SIZES["5M"]) if len(shape) > 2)
+    shapes = []
+    scale.initial(scale.SIZES["5M"], lambda shape, *_: shapes.append(shape))
+    copy = 4 * sum(map(np.prod, shapes))
+    stacked = 4 * max(np.prod(shape) for shape in shapes if len(shape) > 2)
     for layout, parts in {"neurons": 2, "all": 8}.items():
         gradient, scores, _, step = (frame.loc[layout, call] for call in scale.CALLS)
         assert scores["temporary"] <= 2 * gradient["temporary"]
@@ -87,7 +90,3 @@ def test_what_a_device_holds(tmp_path):
         assert step["temporary"] <= 1.3 * (8 * copy / parts + gradient["temporary"])
         assert max(scores["largest"], step["largest"]) < stacked
     assert (tmp_path / "scale.png").stat().st_size > 10_000
-
-
-def _leaves(sizes):
-    return jax.tree.leaves(scale.initial(sizes), is_leaf=lambda leaf: isinstance(leaf, tuple))
