@@ -95,13 +95,10 @@ def methods(task: sweep.Task, module: ConvNet, config: Config) -> sweep.Methods:
     def whole(seen: Seen, pruned: prune.Pruned, **statistics) -> prune.Pruned:
         return pruned._replace(params={**seen.variables, **statistics, "params": pruned.params})
 
-    def one_shot(seen: Seen, sparsity: float, criterion) -> prune.Pruned:
-        return whole(seen, prune.one_shot(seen.variables["params"], scores(seen, criterion), sparsity))
-
-    def with_statistics(seen: Seen, sparsity: float, criterion) -> prune.Pruned:
+    def one_shot(seen: Seen, sparsity: float, criterion, anew: bool = False) -> prune.Pruned:
         pruned = prune.one_shot(seen.variables["params"], scores(seen, criterion), sparsity)
-        anew = networks.batch_statistics(module, pruned.params, seen.variables, inputs, train=True)
-        return whole(seen, pruned, **anew)
+        given = module, pruned.params, seen.variables, inputs
+        return whole(seen, pruned, **(networks.batch_statistics(*given, train=True) if anew else {}))
 
     def all_biases(seen: Seen, sparsity: float) -> prune.Pruned:
         params, how = seen.variables["params"], repair.Biases(metric="fisher", **steps, **batch)
@@ -123,13 +120,11 @@ def methods(task: sweep.Task, module: ConvNet, config: Config) -> sweep.Methods:
         return whole(seen, train.gradually(*given, **options))
 
     criteria = {"magnitude": score.magnitude, "EC": score.elimination_compensation}
-    criteria |= {"optimal brain damage": score.optimal_brain_damage}
-    in_one_shot = {name: functools.partial(one_shot, criterion=criterion) for name, criterion in criteria.items()}
-    found = in_one_shot | {"EC, all biases": all_biases, sweep.STAGED: staged, sweep.GRADUAL: gradual}
-    if config.norm == "batch":
-        for name in ("magnitude", "EC"):
-            found[f"{name}, batch statistics"] = functools.partial(with_statistics, criterion=criteria[name])
-    return found
+    criteria["optimal brain damage"] = score.optimal_brain_damage
+    found = {name: functools.partial(one_shot, criterion=criterion) for name, criterion in criteria.items()}
+    for name in ("magnitude", "EC") if config.norm == "batch" else ():
+        found[f"{name}, batch statistics"] = functools.partial(found[name], anew=True)
+    return found | {"EC, all biases": all_biases, sweep.STAGED: staged, sweep.GRADUAL: gradual}
 
 
 def main(config: Config) -> None:

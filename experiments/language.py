@@ -158,16 +158,13 @@ def main(config: Config) -> None:
 
         some = seen(0).inputs  # also for targets, as these do not change what a gradient takes
         _, gradient = sweep.clocked(sweep.gradient_pass, network, params, some, some)
-        stacked, shown = jax.tree.map(lambda leaf: leaf[None], params), {sweep.DENSE: params}
-        for found, pruned in sweep.timed(task, stacked, compared, left, seen, costly=COSTLY, gradient=gradient):
-            table.add(found, pruned)
-            method, sparsity, seed = (found[0][name] for name in ("method", "sparsity", "seed"))
-            if method in SHOWN and (sparsity, seed) == (near, 0):
-                results.trained(folder, f"{method}, {near:g}", lambda pruned=pruned: pruned)
+        stacked = jax.tree.map(lambda leaf: leaf[None], params)
+        for found in sweep.timed(task, stacked, compared, left, seen, costly=COSTLY, gradient=gradient):
+            table.add(*found)
+        shown = {sweep.DENSE: params}
         for method in (name for name in SHOWN if name in compared):
-            again = functools.partial(compared[method], seen(0), near)  # if an earlier start was stopped in between
-            name = f"{method}, {near:g}"
-            shown[name] = results.trained(folder, name, lambda again=again: again().params)
+            name, call = f"{method}, {near:g}", compared[method]
+            shown[name] = results.trained(folder, name, lambda call=call: call(seen(0), near).params)
 
     title = f"{data.name}, GPT of {config.layers} layers of width {config.width}, {config.seeds} samples of inputs"
     frame = rows.frame()
