@@ -1,10 +1,13 @@
-"""Calibration inputs and params on many devices: a mesh, and what lies where.
+"""Calibration inputs and params on many devices: a mesh, what lies where, and what a call would take of each device.
 
 Samples are spread over the mesh's axis "data" and neurons over its axis "model". Nothing else is needed: all of ecjax
 takes such arrays as it takes any other, and the compiler puts in the sums over devices.
 """
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,8 +18,11 @@ from jaxtyping import Shaped
 from ecjax import _door, _trees
 from ecjax._batches import DATA
 from ecjax._types import Inputs, Network, Params
+from ecjax.graph import flops
 
 MODEL = "model"
+_EXCHANGE = r" = (.*?) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+_LOOP = r' while\(.*?body=(%[\w.\-]+)(?:.*known_trip_count":\{"n":"(\d+)")?'
 
 
 def mesh(
@@ -104,3 +110,69 @@ def shard_params(network: Network, params: Params, inputs: Inputs | jax.ShapeDty
 
     placed = {path: put(path, leaf) for path, leaf in _trees.by_path(params).items()}
     return _trees.whole(_trees.replace(params, placed), static)
+
+
+class Account(NamedTuple):
+    """What a call takes of each device, by the account of the compiler; NaN where it gives none.
+
+    Attributes:
+        arguments: bytes of what it is called with.
+        temporary: bytes that it holds besides, at most.
+        output: bytes of what it gives.
+        moved: bytes got from other devices, those of a loop as often as it turns.
+        largest: bytes of the largest of these exchanges.
+        multiply_adds: of all devices together, counted in the jaxpr; NaN where a loop may turn any number of times.
+
+    Example:
+        >>> devices.Account(8, 4, 4, 0, 0, 2)._asdict()["temporary"]
+        4
+    """
+
+    arguments: float
+    temporary: float
+    output: float
+    moved: float
+    largest: float
+    multiply_adds: float
+
+
+def account(call: Callable, *given: Any) -> Account:
+    """What a call would take of each device: it is compiled, and nothing is computed.
+
+    So one machine can tell what a network needs that it could not hold, on as many devices as
+    ``jax.config.update("jax_num_cpu_devices", 64)`` simulates (``experiments/scale.py``):
+
+        found = devices.account(lambda params, inputs: criterion(network, params, inputs), params, inputs)
+
+    Args:
+        call: a pure function of arrays. Under ``jax.set_mesh``, its own shardings are those of the mesh.
+        *given: what it is called with: arrays, or each a ``jax.ShapeDtypeStruct``, which may have a sharding.
+
+    Example:
+        >>> found = devices.account(network, params, inputs)
+        >>> found.output == network(params, inputs).nbytes, found.moved
+        (True, 0)
+    """
+    traced = jax.jit(call).trace(*given)
+    program, operations = traced.lower().compile(), flops.of_jaxpr(traced.jaxpr)
+    memory, exchanges = program.memory_analysis(), list(_exchanges(program.as_text() or ""))
+    names = "argument_size_in_bytes", "temp_size_in_bytes", "output_size_in_bytes"
+    return Account(
+        *(getattr(memory, name, math.nan) for name in names),
+        moved=sum(size * times for size, times in exchanges),
+        largest=max((size for size, _ in exchanges), default=0),
+        multiply_adds=math.nan if operations.unknown else operations.products / 2,
+    )
+
+
+def _exchanges(text: str) -> Iterator[tuple[int, int]]:
+    """The bytes that a device gets from others in each exchange of a program, and how often."""
+    bodies = dict(re.findall(r"^(?:ENTRY )?(%[\w.\-]+) \(.*?\{\n(.*?)^\}", text, re.M | re.S))
+    times = dict.fromkeys(bodies, 1)
+    for name, body in reversed(bodies.items()):  # a computation comes after all that it calls
+        for inside, turns in re.findall(_LOOP, body):
+            times[inside] = times[name] * int(turns or 1)
+        for shapes in re.findall(_EXCHANGE, body):
+            arrays = re.findall(r"[a-z]+(\d*)\[([\d,]*)\]", shapes)  # f32[8,16]; pred[8] are bytes
+            sizes = [math.prod(map(int, re.findall(r"\d+", shape))) * int(bits or 8) // 8 for bits, shape in arrays]
+            yield max(sizes, default=0), times[name]

@@ -3,7 +3,7 @@
 MLPs of growing width, depth, number of samples and number of outputs are scored by elimination-compensation, by optimal
 brain damage, and by the ways to write EC that this library exists to avoid; one of them is pruned in stages and by the
 brain surgeons. A character transformer, a convnet and 24 scanned, rematerialised layers are scored with one probe.
-Then, for networks of 1,000 outputs, how well a few probes rank the weights, and how long it takes to choose what goes.
+Then, for a network of 1,000 outputs, how well a few probes rank the weights, and how long it takes to choose what goes.
 It takes up to half an hour on two cores. It writes results.csv, config.json and benchmark.png, and prints the tables.
 """
 
@@ -21,15 +21,13 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import optax
 import pandas as pd
 from jax.flatten_util import ravel_pytree
 from rich.table import Table
 
-from ecjax import networks, prune, repair, score, surgeon, train
+from ecjax import devices, networks, prune, repair, score, surgeon
 from ecjax.networks import Network, Params
 from experiments import brain_surgeon, convnet, flags, language, report, results, scale, sweep
-from experiments.datasets import diffusion_sorption
 
 AXES = {"width": "width of the layers", "depth": "layers", "samples": "samples", "outputs": "outputs K"}
 GRADIENT, EC = "gradient pass", score.elimination_compensation
@@ -98,8 +96,7 @@ def main(config: Config) -> None:
                 rows.add(keys | measured(method, unit, given, config.rounds, config.seconds) | ranking)
                 bar.advance(step)
     figure(rows.frame(), config.output / "benchmark.png")
-    where = f"results.csv, config.json and benchmark.png are in {config.output}/"
-    report.console().print(*tables(rows.frame()), where)
+    report.console().print(*tables(rows.frame()), f"results.csv, config.json and benchmark.png are in {config.output}/")
 
 
 def cases(config: Config) -> Iterator[tuple[str, int, str | tuple[int, ...], int, list[Method]]]:
@@ -118,11 +115,10 @@ def cases(config: Config) -> Iterator[tuple[str, int, str | tuple[int, ...], int
     for number, name in enumerate(config.architectures):
         yield "network", number, name, config.architecture_samples, ways
     yield "pruning to 0.9", 0, config.base, samples, pruning(config)
-    # The outputs of a fresh network have little in common, those of a surrogate much.
+    # The outputs of a fresh network have little in common, which is hard for probes.
     every = scoring((*hidden, 1000), config.probes)
     ways = [method for method in every if method.name in (GRADIENT, "EC") or "probe" in method.name]
     yield "probes", 0, (*hidden, 1000), min(samples, 2048), ways
-    yield "probes", 1, "trained surrogate", 1024, ways
     ways = [Method("by counting", by_counting), Method("by argsort", by_argsort)]
     yield from (("selection of 0.9", weights, "random weights", weights, ways) for weights in config.selected)
 
@@ -207,10 +203,8 @@ def by_argsort(_network: None, _params: None, values: jax.Array) -> jax.Array:
 
 @functools.lru_cache(maxsize=1)
 def problem(name: str | tuple[int, ...], samples: int) -> Given:
-    """A network and its inputs, fresh and random but for the surrogate's: costs do not depend on the values."""
+    """A fresh network and random inputs: costs do not depend on the values."""
     key, options = jax.random.key(0), {"train": False} if name == "convnet" else {}
-    if name == "trained surrogate":
-        return surrogate()
     if name == "random weights":
         values = jax.random.normal(key, (samples,))
         if (by_counting(None, None, values) != by_argsort(None, None, values)).any():
@@ -235,13 +229,13 @@ def measured(method: Method, unit: Method, given: Given, rounds: int, seconds: f
     reference = functools.partial(unit.call, network, params, parts[1])
     call = reference if method is unit else functools.partial(method.call, network, params, parts[0])
     taken, of_reference, process_bytes = by_turns(call, reference, rounds=rounds, seconds=seconds)
-    account = scale.compiled(functools.partial(method.call, network), params, parts[0]) if method.one_program else {}
-    flops, *held = (account.get(name, math.nan) for name in ("flops", "temporary", "output"))
+    account, taking = devices.Account(*[math.nan] * 6), functools.partial(method.call, network)
+    account = devices.account(taking, params, parts[0]) if method.one_program else account
     return {
         "median (ms)": 1e3 * taken * factor,
         "relative time": taken * factor / (of_reference * of_unit),
-        "multiply-adds": flops / 2 * factor,
-        "XLA (MB)": sum(held) / 1e6,
+        "multiply-adds": account.multiply_adds * factor,
+        "XLA (MB)": (account.temporary + account.output) / 1e6,
         "process (MB)": process_bytes / 1e6,
     }
 
@@ -278,18 +272,6 @@ def agreement(call: Callable, network: Network, params: Params, inputs: jax.Arra
     kept, also = (ravel_pytree(prune.one_shot(params, scores, 0.9).masks)[0] for scores in every)
     shares = exact.corr(found, method="spearman"), float((kept & also).sum() / kept.sum())
     return dict(zip(AGREEMENT, shares, strict=True))
-
-
-def surrogate(concentrations: int = 16, epochs: int = 200) -> Given:
-    """A network that has learnt, from a place and the concentration at first, that at 1,000 times."""
-    first = np.linspace(0, 0.2, concentrations)
-    places, _, solutions = zip(*(diffusion_sorption.grid(64, 1000, u) for u in first), strict=True)
-    inputs = np.stack(np.meshgrid(places[0], first / 0.2), -1).reshape(-1, 2).astype(np.float32)
-    targets = np.concatenate([solution.T for solution in solutions]).astype(np.float32)
-    mlp = networks.MLP((64, 64, 1000), jnp.tanh)
-    network, params = networks.from_linen(mlp), mlp.init(jax.random.key(0), inputs[:1])["params"]
-    fit = {"loss": optax.squared_error, "optimizer": optax.adam(1e-3), "key": jax.random.key(1), "batch_size": 64}
-    return network, train.fit(network, params, inputs, targets, epochs=epochs, **fit).params, jnp.asarray(inputs)
 
 
 def tables(frame: pd.DataFrame) -> Iterator[Table]:

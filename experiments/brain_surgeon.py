@@ -64,10 +64,8 @@ def methods(network: networks.Network, params: networks.Params, config: Config) 
         return prune.Pruned(update(params, masks, seen.gradients, **damping), masks)
 
     def elimination_compensation(seen: Seen, sparsity: float) -> prune.Pruned:
-        """On the same network with biases of zero, which it moves."""
-        biased = {name: layer | {"bias": jnp.zeros(layer["kernel"].shape[-1])} for name, layer in params.items()}
-        scores = score.elimination_compensation(network, biased, seen.inputs, metric="fisher")
-        return prune.one_shot(biased, scores, sparsity)
+        scores = score.elimination_compensation(network, params, seen.inputs, metric="fisher")
+        return prune.one_shot(params, scores, sparsity)
 
     return {
         "magnitude": magnitude,
@@ -85,16 +83,13 @@ def main(config: Config) -> None:
     flags.require(config, repeating=("widths",))
     data = config.load()
     features, layers = flags.widths(data, config.widths)
-    mlp, with_biases = networks.MLP(features, use_bias=False), networks.from_linen(networks.MLP(features))
-    without_biases = networks.from_linen(mlp)
-
-    def network(params: networks.Params, inputs: jax.Array) -> jax.Array:
-        return (with_biases if "bias" in params["Dense_0"] else without_biases)(params, inputs)
-
+    mlp, network = networks.MLP(features, use_bias=False), networks.from_linen(networks.MLP(features))
     task = sweep.Task(network, data, sweep.cross_entropy, sweep.CLASSIFIER_MEASURES, config.batch_size)
     folder = config.output or Path("results") / f"brain-surgeon-{data.name.lower()}"
     with results.opened(folder, config, data, layers=layers) as rows, report.progress() as bar:
-        params = results.trained(folder, layers, train_to_target, task, mlp, config)
+        dense = results.trained(folder, layers, train_to_target, task, mlp, config)
+        # Biases of zero, which only elimination-compensation moves.
+        params = {name: layer | {"bias": jnp.zeros(layer["kernel"].shape[-1])} for name, layer in dense.items()}
         inputs, labels = jnp.asarray(data.train_inputs), jnp.asarray(data.train_targets)
 
         def seen(seed: int) -> Seen:
@@ -117,13 +112,13 @@ def main(config: Config) -> None:
 
 def train_to_target(task: sweep.Task, mlp: networks.MLP, config: Config) -> networks.Params:
     """Plain SGD until an epoch reaches the target on held-out training images, 200 epochs at the most."""
-    data, optimizer, reached = hold_out(task.data), optax.sgd(config.learning_rate), 0.0
+    data, optimizer, network = hold_out(task.data), optax.sgd(config.learning_rate), networks.from_linen(mlp)
     inputs, targets = jnp.asarray(data.train_inputs), jnp.asarray(data.train_targets)
     state = train.start(mlp.init(jax.random.key(0), inputs[:1])["params"], optimizer, jax.random.key(1))
     options = {"optimizer": optimizer, "batch_size": config.batch_size}
     for _ in range(200):
-        state, _ = train.epoch(task.network, state, inputs, targets, task.loss, **options)
-        reached = float((task.network(state.params, data.test_inputs).argmax(-1) == data.test_targets).mean())
+        state, _ = train.epoch(network, state, inputs, targets, task.loss, **options)
+        reached = float((network(state.params, data.test_inputs).argmax(-1) == data.test_targets).mean())
         if reached >= config.target_accuracy:
             return state.params
     raise SystemExit(f"200 epochs of SGD reached {reached:.2%}; lower --target-accuracy or raise --learning-rate")

@@ -31,8 +31,7 @@ COSTLY = ("EC, all biases", sweep.STAGED, sweep.GRADUAL)
 class Config(flags.Digits):
     """Train a residual convnet on handwritten digits, prune it by several methods, and compare the test accuracies."""
 
-    channels: tuple[int, ...] = (24, 48, 64)
-    """Of each residual block; every change of width halves the image. A convolution of half the first comes before."""
+    channels: tuple[int, ...] = (24, 48, 64)  # Of each residual block; every change of width halves the image.
     norm: Literal["batch", "layer"] = "batch"  # Normalisation after each convolution.
     epochs: int | None = None  # Epochs of training. Default: 6, or 40 on fewer than 10,000 images.
     learning_rate: float = 2e-3  # Adam's, at the start; it falls to zero along a cosine.

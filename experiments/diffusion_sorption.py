@@ -40,8 +40,7 @@ class Config:
     methods: tuple[MethodName, ...] = tuple(name for name in METHODS if name != "ec-fisher")  # Criteria to compare.
     sparsities: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
     """Fractions of the weights to remove."""
-    small_network_sparsities: tuple[float, ...] = (0.5, 0.7, 0.9, 0.95)
-    """Where to train, from scratch, a small dense network of as many parameters as the pruned one keeps."""
+    small_network_sparsities: tuple[float, ...] = (0.5, 0.7, 0.9, 0.95)  # Of which to train small dense networks, too.
     staged_sparsities: tuple[float, ...] = (0.5, 0.7, 0.9, 0.95)  # The same for pruning in stages.
     stages: int = 10  # Stages of it.
     iterations: int = 5  # Steps of the repair in each stage.
@@ -64,22 +63,22 @@ def main(config: Config) -> None:
         config = replace(config, epochs=100, small_network_sparsities=(0.4, 0.7), staged_sparsities=(0.7,), **small)
     every_hidden = {f"2-{architecture}-1": _widths(architecture) for architecture in config.architectures}
     flags.require(config)
-    data = _data(config)
-    source, tuning = {"data": data[config.noise[0]].name}, config.fine_tuning_epochs
+    grid = {"cells": config.cells, "times": config.times, "initial_concentration": config.initial_concentration}
+    whole = {noise: diffusion_sorption.load(noise=noise, **grid) for noise in config.noise}
+    data = {noise: hold_out(level) for noise, level in whole.items()} if config.validation else whole
+    source, tuning, seeds = {"data": whole[config.noise[0]].name}, config.fine_tuning_epochs, range(config.seeds)
 
     with results.opened(config.output, config, data[config.noise[0]]) as rows, report.progress() as bar:
         for (layers, hidden), noise in itertools.product(every_hidden.items(), config.noise):
             where, name = source | {"layers": layers, "noise": noise}, f"{layers}, a = {noise:g}: "
             mlp, task = _task(hidden, data[noise], config)
-            optimizer = sweep.decaying_adam(task, config.learning_rate, config.epochs)
-            passes = bar.track(range(config.epochs), description=f"{name}training")
-            training = mlp, range(config.seeds), optimizer, passes
+            training = mlp, seeds, sweep.decaying_adam(task, config.learning_rate, config.epochs)
+            training += (bar.track(range(config.epochs), description=f"{name}training"),)
             params = results.trained(config.output, f"{layers}-{noise:g}", sweep.train_seeds, task, *training)
 
             inputs, targets = (jnp.asarray(array[: config.calibration]) for array in data[noise][1:3])
-            few = inputs[: config.nonlinear_calibration]
-            compared = criteria(task.network, inputs, targets, few, task.loss, "euclidean")
-
+            of_nonlinear = inputs[: config.nonlinear_calibration]
+            compared = criteria(task.network, inputs, targets, of_nonlinear, task.loss, "euclidean")
             table = sweep.Table(rows, bar, where, name=name)
             last = sweep.FINE_TUNED if tuning else sweep.PRUNED
             left = table.left(config.methods, config.sparsities, config.seeds, last)
@@ -113,12 +112,6 @@ def _widths(architecture: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)*", architecture):
         raise SystemExit(f"--architectures are widths of hidden layers like 64-64-64, got {architecture!r}")
     return tuple(map(int, architecture.split("-")))
-
-
-def _data(config: Config) -> dict[float, Dataset]:
-    grid = {"cells": config.cells, "times": config.times, "initial_concentration": config.initial_concentration}
-    data = {noise: diffusion_sorption.load(noise=noise, **grid) for noise in config.noise}
-    return {noise: hold_out(level) for noise, level in data.items()} if config.validation else data
 
 
 def _task(hidden: tuple[int, ...], data: Dataset, config: Config) -> tuple[networks.MLP, sweep.Task]:

@@ -1,15 +1,13 @@
 """Pruning a character language model without labels: ``python -m experiments.language``.
 
-It shows the cross-entropy of a small GPT on Shakespeare, pruned in one shot, by SparseGPT, in stages of
-elimination-compensation with each repair, and by gradual magnitude pruning, which alone sees labels and trains. The
-first start trains the network in five minutes on two cores; pruning takes half an hour more, all with --quick one
-minute. It writes results.csv, config.json and loss.png, and prints a table, where the seconds of the dense network are
-those of one gradient pass over the calibration inputs, and text by three of the networks.
+It shows the cross-entropy of a small GPT on Shakespeare, pruned in one shot, by SparseGPT, in stages with each repair,
+and by gradual magnitude pruning, which alone sees labels and trains. It takes half an hour on two cores, with --quick
+one minute. It writes results.csv, config.json and loss.png, and prints a table, where the seconds of the dense network
+are those of a gradient pass over the calibration inputs, and text by three of the networks.
 """
 
 import functools
 import itertools
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,8 +35,7 @@ COSTLY = ("EC, staged, biases", sweep.STAGED, "magnitude + survivors", sweep.GRA
 class Config:
     """Train a character GPT, prune its dense kernels by methods from magnitude to staged survivors, and compare."""
 
-    text: Path | None = None
-    """File of text, plain or gzipped. Default: $ECJAX_TEXT, else tiny_shakespeare, else the help of Python."""
+    text: Path | None = None  # File of text, or gzipped. Default: $ECJAX_TEXT, tiny_shakespeare or Python's own help.
     characters: int | None = None  # How many characters of the text to take. Default: all.
     layers: int = 3  # Blocks of attention and a hidden layer.
     width: int = 128  # Of the residual stream; the hidden layers are four times as wide.
@@ -47,8 +44,7 @@ class Config:
     epochs: int = 5  # Passes over the text in training.
     learning_rate: float = 4e-3  # Adam's, at its highest; it falls to zero along a cosine.
     batch_size: int = 64  # Sequences a training step.
-    sparsities: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-    """Fractions of the weights of dense kernels to remove."""
+    sparsities: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # Fractions to remove of the dense kernels.
     costly_sparsities: tuple[float, ...] = (0.7, 0.8, 0.9)  # The same for methods that take a hundred gradient passes.
     calibration: int = 512  # Calibration inputs, sequences of the training text.
     stages: int = 6  # Stages of the staged methods.
@@ -118,10 +114,9 @@ def methods(task: sweep.Task, params: networks.Params, config: Config) -> sweep.
         return prune.staged(network, params, seen.inputs, sparsity, **options)
 
     def gradual(seen: Seen, sparsity: float) -> prune.Pruned:
-        inputs, targets = (jnp.asarray(array) for array in task.data[1:3])
+        given = network, params, *map(jnp.asarray, task.data[1:3]), task.loss, sparsity
         options = {"epochs": config.gradual_epochs, "batch_size": config.batch_size, "key": seen.key}
-        given = network, params, inputs, targets, task.loss, sparsity
-        return prune.Pruned(*train.gradually(*given, optimizer=optimizer, **options)[:2])
+        return train.gradually(*given, optimizer=optimizer, **options)
 
     return {
         "magnitude": functools.partial(one_shot, criterion=score.magnitude),
@@ -167,8 +162,7 @@ def main(config: Config) -> None:
             shown[name] = results.trained(folder, name, lambda call=call: call(seen(0), near).params)
 
     title = f"{data.name}, GPT of {config.layers} layers of width {config.width}, {config.seeds} samples of inputs"
-    frame = rows.frame()
-    frame = frame.assign(bits=frame["test_loss"] / math.log(2), perplexity=np.exp(frame["test_loss"]))
+    frame = rows.frame().assign(perplexity=lambda f: np.exp(f["test_loss"]), bits=lambda f: f["test_loss"] / np.log(2))
     beside = side_by_side(task.network, shown, read, config.positions)
     report.end(folder, frame, {"test_loss": NATS}, title, beside, **OTHERS, **sweep.PRICE)
 

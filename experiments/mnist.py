@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import flax.linen as nn
 import jax.numpy as jnp
 
 from ecjax import networks
@@ -45,7 +46,7 @@ def main(config: Config) -> None:
     tuning = tuning if config.fine_tuning_epochs is None else config.fine_tuning_epochs
     config = replace(config, epochs=epochs, fine_tuning_epochs=tuning)
     features, layers = flags.widths(data, config.widths)
-    mlp = networks.MLP(features, activation=results.ACTIVATIONS[config.activation][0])
+    mlp = networks.MLP(features, getattr(nn, config.activation))
     task = sweep.Task(networks.from_linen(mlp), data, sweep.cross_entropy, sweep.CLASSIFIER_MEASURES, config.batch_size)
 
     folder = config.output or Path("results") / data.name.lower()
@@ -56,8 +57,8 @@ def main(config: Config) -> None:
         params = results.trained(folder, layers, sweep.train_seeds, task, mlp, range(config.seeds), optimizer, passes)
 
         inputs, labels = (jnp.asarray(array[: config.calibration]) for array in data[1:3])
-        few = inputs[: config.nonlinear_calibration]
-        compared = criteria(task.network, inputs, labels, few, task.loss, config.metric)
+        of_nonlinear = inputs[: config.nonlinear_calibration]
+        compared = criteria(task.network, inputs, labels, of_nonlinear, task.loss, config.metric)
 
         table, last = sweep.Table(rows, bar, {"data": data.name}, kept), sweep.FINE_TUNED if tuning else sweep.PRUNED
         left = table.left(config.methods, config.sparsities, config.seeds, last)

@@ -1,11 +1,10 @@
 """Whole neurons, channels and attention heads instead of weights: ``python -m experiments.neurons``.
 
-Four networks lose a growing part of their parameters with whole units: an MLP, a surrogate of a partial differential
-equation, a residual convnet and a character GPT. Four criteria choose the units, in stages, with the same repair and
-without labels. It shows what is left against the parameters, the operations and the measured time of the smaller
-network, next to dense networks that were trained at a smaller size from the start. It takes half an hour on two cores;
-on the digits with --quick one minute. It writes results.csv, config.json and units.png, and prints a table for each
-network, where a sparsity is that of the parameters, or of the widths of a small dense network.
+An MLP, a surrogate of a partial differential equation, a residual convnet and a character GPT lose parameters with
+whole units, which four criteria choose, in stages, with the same repair and without labels. It shows what is left
+against parameters, operations and measured time, next to dense networks of a smaller size. It takes half an hour on two
+cores; on the digits with --quick one minute. It writes results.csv, config.json and units.png, and prints a table for
+each network, where a sparsity is that of the parameters, or of the widths of a small dense network.
 """
 
 import functools
@@ -98,8 +97,7 @@ def main(config: Config) -> None:
             costs = {name: sweep.Measure(f"{words},\n% of dense", ".0f", factor=100.0) for name, words in COSTS.items()}
             tables.append(report.table(frame, problem.measures | costs | sweep.SECONDS, title))
             grid.append(panels(frame, *next(iter(problem.measures.items())), problem.name))
-    title = f"whole units removed, without labels or fine-tuning, {config.seeds} seeds"
-    report.figure(grid, title, folder / "units.png")
+    report.figure(grid, f"whole units, without labels or fine-tuning, {config.seeds} seeds", folder / "units.png")
     report.console().print(*tables, f"results.csv, config.json and units.png are in {folder}/")
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pandas as pd
 import tyro
 
@@ -166,14 +165,6 @@ def trained(folder: Path, name: str, train: Callable[..., Params], *arguments: A
     return params
 
 
-# By name: for JAX, and for NumPy alone; of GELU JAX's default, the approximation by tanh.
-ACTIVATIONS = {
-    "relu": (jax.nn.relu, lambda z: np.maximum(z, 0)),
-    "tanh": (jnp.tanh, np.tanh),
-    "gelu": (jax.nn.gelu, lambda z: 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))),
-}
-
-
 class Folder:
     """Collects pruned networks in a folder; each and its rows of the report are written at once."""
 
@@ -185,15 +176,14 @@ class Folder:
 
     def add(self, params: Params, method: str, sparsity: float, seed: int) -> None:
         """Measures a network if it is the first of its method and sparsity, and saves it then."""
-        network, inputs, (activation, by_numpy) = self.network, self.inputs, ACTIVATIONS[self.activation]
-        smaller, small = compact.compact(network, params, inputs)
-        activations = {"activation": activation, "numpy_activation": by_numpy}
-        for form in compact.report(network, params, smaller, small, inputs, **activations) if not seed else ():
+        smaller, small = compact.compact(self.network, params, self.inputs)
+        given = self.network, params, smaller, small, self.inputs
+        for form in compact.report(*given, activation=self.activation) if not seed else ():
             row = {"method": method, "sparsity": sparsity, "seed": seed} | form._asdict() | {"flops": form.flops.total}
             times = {f"microseconds_batch_{batch}": 1e6 * seconds for batch, seconds in row.pop("seconds").items()}
             if not self.rows.count(method=method, sparsity=sparsity, name=form.name, runtime=form.runtime):
                 self.rows.add(row | times)
-        compact.save(self.place(method, sparsity, seed), small, network=smaller, inputs=inputs)
+        compact.save(self.place(method, sparsity, seed), small, network=smaller, inputs=self.inputs)
 
     def place(self, method: str, sparsity: float, seed: int) -> Path:
         """The file of a network, which is there when all else that belongs to it is."""

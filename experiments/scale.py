@@ -10,7 +10,6 @@ It does not show how fast devices exchange what they must, nor the numerics of n
 import functools
 import itertools
 import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ecjax import devices, graph, metrics, networks, prune, repair, score
+from ecjax import devices, metrics, networks, prune, repair, score
 from experiments import flags, report, results, sweep
 
 CALLS = ("gradient", "EC, 1 probe", "selection", "repair, 1 step")
@@ -53,8 +52,10 @@ class Config:
 
     sizes: tuple[Literal["5M", "0.1B", "1.3B", "6.7B"], ...] = ("0.1B", "1.3B", "6.7B")  # By their parameters.
     devices: tuple[int, ...] = (8, 64)  # How many are simulated.
-    layouts: tuple[Literal["neurons", "all"], ...] = ("neurons", "all")
-    """Params spread by neurons over the mesh's axis "model", or fully: over "data" as well."""
+    layouts: tuple[Literal["neurons", "all"], ...] = (
+        "neurons",
+        "all",
+    )  # Params over the axis "model", or both.
     positions: int = 1024  # Of a sequence; each device along "data" has one sequence at a time.
     products: int = 10  # Products with the curvature in the step of the repair.
     output: Path = Path("results/scale")  # Folder for the results.
@@ -149,36 +150,6 @@ def calls(sizes: Sizes, layout: str, mesh: jax.sharding.Mesh, config: Config) ->
     yield step, params, kernels(bool), words, targets
 
 
-def compiled(call: Callable, *given: Any) -> dict[str, float]:
-    """What a device holds and moves, in bytes, and the operations of all of them; NaN where a loop is of any length."""
-    traced = jax.jit(call).trace(*given)
-    program, flops = traced.lower().compile(), graph.flops.of_jaxpr(traced.jaxpr)
-    memory, moved = program.memory_analysis(), list(collectives(program.as_text()))
-    return {
-        "arguments": memory.argument_size_in_bytes,
-        "temporary": memory.temp_size_in_bytes,
-        "output": memory.output_size_in_bytes,
-        "moved": sum(size * times for size, times in moved),
-        "largest": max((size for size, _ in moved), default=0),
-        "flops": math.nan if flops.unknown else flops.products,
-    }
-
-
-def collectives(text: str) -> Iterator[tuple[int, int]]:
-    """The bytes that a device gets from others in each exchange of a program, and how often; in loops as they turn."""
-    bodies = dict(re.findall(r"^(?:ENTRY )?(%[\w.\-]+) \(.*?\{\n(.*?)^\}", text, re.M | re.S))
-    times = dict.fromkeys(bodies, 1)
-    loop = r' while\(.*?body=(%[\w.\-]+)(?:.*known_trip_count":\{"n":"(\d+)")?'
-    exchange = r" = (.*?) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
-    for name, body in reversed(bodies.items()):  # a computation comes after all that it calls
-        for inside, turns in re.findall(loop, body):
-            times[inside] = times[name] * int(turns or 1)
-        for shapes in re.findall(exchange, body):
-            arrays = re.findall(r"[a-z]+(\d*)\[([\d,]*)\]", shapes)  # f32[8,16]; pred[8] are bytes
-            sizes = [math.prod(map(int, re.findall(r"\d+", shape))) * int(bits or 8) // 8 for bits, shape in arrays]
-            yield max(sizes, default=0), times[name]
-
-
 def main(config: Config) -> None:
     """Compiles everything, from the smallest network to the largest."""
     flags.require(config)
@@ -194,13 +165,14 @@ def main(config: Config) -> None:
                 if not rows.count(**keys):
                     bar.update(step, description=f"{size} on {count} devices, spread by {layout}: {name}")
                     with jax.set_mesh(mesh):
-                        found, seconds = sweep.clocked(compiled, *call, compiled=True)
-                    rows.add(keys | found | {"seconds": seconds})
+                        found, seconds = sweep.clocked(devices.account, *call, compiled=True)
+                    rows.add(keys | found._asdict() | {"seconds": seconds})
                     bar.advance(step)
     frame = rows.frame()
     figure(frame, config.output / "scale.png")
     megabytes = {f"{name} (MB)": frame[name] / 1e6 for name in ("arguments", "temporary", "output", "moved")}
-    frame["of a gradient"] = frame["flops"] / frame["flops"].where(frame["call"] == CALLS[0]).ffill()
+    products = frame["multiply_adds"]
+    frame["of a gradient"] = products / products.where(frame["call"] == CALLS[0]).ffill()
     formats = dict.fromkeys(("devices", "size", "layout", "call"), "{}") | dict.fromkeys(megabytes, "{:,.0f}")
     formats |= {"of a gradient": "{:.2f}", "seconds": "{:.0f}"}
     table = report.plain("of each device, by the compiler", frame.assign(**megabytes), formats)

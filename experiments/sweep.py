@@ -70,10 +70,7 @@ class Table:
     name: str = ""  # at the progress bar, before each method's
 
     def left(self, methods: Iterable[str], sparsities, seeds, phase: str = PRUNED) -> list[Case]:
-        """The cases without a finished row of a phase, or a saved network if it is to be; all go to the bar.
-
-        The sparsities, and how many seeds, are those of all methods, or by method those of each.
-        """
+        """The cases without a finished row of a phase or a saved network; sparsities and seeds of all, or by method."""
         levels, numbers = (x if isinstance(x, Mapping) else dict.fromkeys(methods, x) for x in (sparsities, seeds))
         cases = [case for m in methods for case in itertools.product([m], levels[m], range(numbers[m]))]
         left = [case for case in cases if not self.has(*case, phase)]
@@ -106,10 +103,10 @@ def decaying_adam(task: Task, learning_rate: float, epochs: int) -> optax.Gradie
 
 def train_seeds(task: Task, mlp: networks.MLP, seeds: Iterable[int], optimizer, epochs: Iterable[int]) -> Params:
     """Trains one network for each seed, side by side; the params come stacked along a leading axis."""
-    first = jnp.asarray(task.data.train_inputs[:1])
 
     def start(key):
-        return train.start(mlp.init(key, first)["params"], optimizer, jax.random.fold_in(key, 1))
+        params = mlp.init(key, jnp.asarray(task.data.train_inputs[:1]))["params"]
+        return train.start(params, optimizer, jax.random.fold_in(key, 1))
 
     return _fit(task, jax.vmap(start)(_keys(seeds)), None, optimizer, epochs)
 
@@ -166,10 +163,7 @@ def unpruned(task: Task, params: Params, method: str = DENSE, sparsity: float = 
 
 
 def one_shot(task: Task, params: Params, criteria, left: list[Case], optimizer, epochs: int) -> Iterator[Found]:
-    """Prunes the networks of every seed, stacked along a leading axis, and fine-tunes them for so many epochs.
-
-    Yields what is found for each dense network, and for each case that is left.
-    """
+    """Yields what is found for each dense network, and for each case left: pruned and fine-tuned, all seeds at once."""
     prune_seeds = jax.jit(jax.vmap(prune.one_shot, in_axes=(0, 0, None)))
     yield from unpruned(task, params)
     for method, of_method in itertools.groupby(left, lambda case: case[0]):
@@ -187,10 +181,10 @@ def one_shot(task: Task, params: Params, criteria, left: list[Case], optimizer, 
 def timed(
     task: Task, params: Params, methods: Methods, left: list[Case], seen=None, *, costly=(), gradient: float = 0.0
 ) -> Iterator[Found]:
-    """Prunes one network at a time, and takes the seconds, compilation aside; the costly methods run once, with it.
+    """Yields the same, one network after the other, with the seconds; those of costly methods are with compilation.
 
-    Yields what is found for each dense network, and for each case that is left. The methods get the params of a seed,
-    or what ``seen`` gives for it, and a sparsity. With the seconds of a gradient, rows hold the gradient passes too.
+    The methods get the params of a seed, or what ``seen`` gives for it, and a sparsity. With the seconds of a gradient,
+    rows hold the gradient passes too.
     """
     seen, compiled = seen or functools.partial(one_seed, params), set(costly)
 

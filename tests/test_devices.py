@@ -215,3 +215,34 @@ def test_two_processes_with_half_of_the_samples_each(tmp_path):
                 np.testing.assert_array_equal(found[name], leaf, name)
             else:
                 np.testing.assert_allclose(found[name], leaf, 1e-9, 1e-9 * np.abs(leaf).max(), err_msg=name)
+
+
+HLO = """
+%body.1 (arg: f32[4]) -> f32[4] {
+  %all-gather.3 = bf16[8,16]{1,0} all-gather(%x), dimensions={0}
+}
+
+ENTRY %main.2 (x: f32[4]) -> f32[4] {
+  %while.4 = f32[4]{0} while(%x), condition=%c.1, body=%body.1, backend_config={"known_trip_count":{"n":"24"}}
+  %all-reduce.5 = (f32[10]{0}, f32[2,3]{1,0}) all-reduce(%a, %b), replica_groups={}
+}
+"""
+
+
+def test_exchanges_inside_loops_count_as_often_as_they_turn():
+    assert sorted(devices._exchanges(HLO)) == [(40, 1), (2 * 8 * 16, 24)]
+
+
+def test_the_account_of_a_call_that_is_not_made():
+    """Of an array spread over eight devices, each holds an eighth, and gets the others' for a product."""
+    mesh = devices.mesh()
+    shape = jax.ShapeDtypeStruct((64, 16), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data")))
+    found = devices.account(lambda x: x @ x.T, shape)
+    assert (found.arguments, found.output) == (64 * 16 * 4 / 8, 64 * 64 * 4 / 8)
+    assert found.multiply_adds == 64 * 64 * 16
+    assert found.moved >= found.largest >= 7 / 8 * 64 * 16 * 4
+    alone = devices.account(lambda x: x @ x.T, jax.ShapeDtypeStruct((64, 16), jnp.float32))
+    assert (alone.arguments, alone.moved, alone.largest) == (64 * 16 * 4, 0, 0)
+    square = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    endless = devices.account(lambda x: jax.lax.while_loop(lambda y: (y < 1).any(), lambda y: y @ y, x), square)
+    assert math.isnan(endless.multiply_adds)

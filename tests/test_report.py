@@ -53,6 +53,17 @@ def test_the_sparse_forms_need_the_network_s_own_activation():
         reported(*example, activation=jnp.tanh, numpy_activation=np.sin)
 
 
+@pytest.mark.parametrize(("name", "activation"), [("relu", nn.relu), ("tanh", jnp.tanh), ("gelu", nn.gelu)])
+def test_an_activation_by_name_is_that_of_jax_and_of_numpy(name, activation):
+    forms = reported(*pruned_mlp(activation, 0.7), activation=name, batches=(1,))
+    assert [form.runtime for form in forms] == ["JAX"] * 3 + ["NumPy"] * 3
+
+
+def test_another_name_of_an_activation():
+    with pytest.raises(ValueError, match=r"^activation is 'swish'; it must be one of 'relu', 'tanh', 'gelu', or a "):
+        reported(*pruned_mlp(jnp.tanh, 0.7), activation="swish")
+
+
 def test_an_equinox_mlp_of_narrow_numbers():
     mlp = eqx.nn.MLP(5, 3, width_size=7, depth=2, activation=jnp.tanh, dtype=jnp.bfloat16, key=jax.random.key(0))
     network, inputs = lambda mlp, x: jax.vmap(mlp)(x), examples.inputs().astype(jnp.bfloat16)

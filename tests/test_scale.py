@@ -16,20 +16,6 @@ from experiments import scale
 
 ROOT = Path(__file__).parent.parent
 SMALL = scale.Sizes(layers=2, width=32, heads=4, groups=2, hidden=48, words=64)
-HLO = """
-%body.1 (arg: f32[4]) -> f32[4] {
-  %all-gather.3 = bf16[8,16]{1,0} all-gather(%x), dimensions={0}
-}
-
-ENTRY %main.2 (x: f32[4]) -> f32[4] {
-  %while.4 = f32[4]{0} while(%x), condition=%c.1, body=%body.1, backend_config={"known_trip_count":{"n":"24"}}
-  %all-reduce.5 = (f32[10]{0}, f32[2,3]{1,0}) all-reduce(%a, %b), replica_groups={}
-}
-"""
-
-
-def test_exchanges_inside_loops_count_as_often_as_they_turn():
-    assert sorted(scale.collectives(HLO)) == [(40, 1), (2 * 8 * 16, 24)]
 
 
 def example(seed=0):
@@ -85,7 +71,7 @@ def test_what_a_device_holds(tmp_path):
     for layout, parts in {"neurons": 2, "all": 8}.items():
         gradient, scores, _, step = (frame.loc[layout, call] for call in scale.CALLS)
         assert scores["temporary"] <= 2 * gradient["temporary"]
-        assert scores["flops"] <= 1.3 * gradient["flops"]
+        assert scores["multiply_adds"] <= 1.3 * gradient["multiply_adds"]
         assert scores["output"] <= 1.1 * 2 * copy / parts
         assert step["temporary"] <= 1.3 * (8 * copy / parts + gradient["temporary"])
         assert max(scores["largest"], step["largest"]) < stacked

@@ -23,6 +23,12 @@ from ecjax.compact.sparse import as_numpy, forward, of_chain, require_plain
 from ecjax.graph import Flops, count_flops
 
 _MOST_SECONDS, _LEAST_ROUNDS = 10.0, 3  # of the calls with one number of samples
+# By name: for JAX, and for NumPy alone; of GELU JAX's default, the approximation by tanh.
+_ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
+    "relu": (jax.nn.relu, lambda z: np.maximum(z, 0)),
+    "tanh": (jnp.tanh, np.tanh),
+    "gelu": (jax.nn.gelu, lambda z: 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))),
+}
 
 
 class _Sized(NamedTuple):
@@ -39,7 +45,7 @@ def report(
     smaller_params: Params,
     inputs: Inputs,
     *,
-    activation: Callable | None = None,
+    activation: Callable | str | None = None,
     numpy_activation: Callable[[np.ndarray], np.ndarray] | None = None,
     batches: Sequence[int] = (1, 256),
     repeats: int = 200,
@@ -56,7 +62,7 @@ def report(
         smaller_params: its parameters.
         inputs: what both are called with, repeated as often as a batch needs.
         activation: of a multilayer perceptron, elementwise, after every layer but the last; without it the sparse form
-            in JAX is left out.
+            in JAX is left out. Or by name "relu", "tanh" or "gelu", which stands for numpy_activation as well.
         numpy_activation: the same for NumPy arrays; without it the forms in NumPy are left out.
         batches: the numbers of samples that are timed.
         repeats: calls to take the median time of; fewer, but three, where all forms together take more than ten
@@ -79,6 +85,8 @@ def report(
         (['dense', 'compacted', 'sparse'], True)
     """
     _checks.require_positive(repeats, "repeats")
+    if isinstance(activation, str):
+        activation, numpy_activation = _by_name(activation, numpy_activation)
     _checks.require_inputs(inputs)
     for count in batches:
         _checks.require_positive(count, "a number of batches")
@@ -112,6 +120,14 @@ def report(
         for place, one in enumerate(sized)
     ]
     return Report(forms, difference=answers.gap(*outputs), greatest=answers.greatest(outputs[0]))
+
+
+def _by_name(name: str, numpy_activation: Callable | None) -> tuple[Callable, Callable]:
+    if name not in _ACTIVATIONS:
+        names = ", ".join(map(repr, _ACTIVATIONS))
+        raise ValueError(f"activation is {name!r}; it must be one of {names}, or a function")
+    activation, by_numpy = _ACTIVATIONS[name]
+    return activation, numpy_activation or by_numpy
 
 
 def _form(name: str, network: Network, params: Params, samples: Num[jax.Array, "few *features"]) -> Form:
