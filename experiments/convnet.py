@@ -40,9 +40,9 @@ class Config(flags.Digits):
     costly_sparsities: tuple[float, ...] = (0.9, 0.95)  # The same for methods that repair or train.
     calibration: int = 10_000  # Training images, without labels, that scores and repairs see.
     stages: int = 6  # Stages of the staged methods.
-    samples: float = 0.25  # Part of the calibration images that the stages before the last see.
+    samples: float = 0.5  # Part of the calibration images that the stages before the last see.
     iterations: int = 4  # Steps of a repair, in each stage but the last.
-    last_iterations: int = 12  # Steps after the last stage.
+    last_iterations: int = 16  # Steps after the last stage.
     products: int = 15  # Products with the curvature in each step.
     curvature: int = 250  # Calibration inputs that the curvature of a step is of.
     temperature: float = 4.0  # Of the Fisher metric in stages.
