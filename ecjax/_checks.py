@@ -109,6 +109,7 @@ def require_kernels(params: Params, given: Kernels, name: str) -> None:
         given: Kernels: masks, importances or shifts.
         name: what the message calls them.
     """
+    _trees.require_params(params)
     leaves = {path: np.shape(leaf) for path, leaf in _trees.by_path(params).items() if _trees.is_array(leaf)}
     found = {path: getattr(leaf, "shape", ()) for path, leaf in _trees.by_path(given).items()}
     if not found:

@@ -110,10 +110,18 @@ def whole(params: PyTree, static: tuple[tuple[str, Any], ...]) -> PyTree:
     return jax.tree_util.tree_map_with_path(choose, params, is_leaf=lambda leaf: leaf is None)
 
 
+def require_params(params: PyTree) -> None:
+    """Raises a ValueError for what pruning returned, given where its params are meant."""
+    if getattr(params, "_fields", ())[:2] == ("params", "masks"):
+        kind = type(params).__name__
+        raise ValueError(f"the params are a prune.{kind}, which holds masks as well; give its .params")
+
+
 def split(network: Callable, params: PyTree) -> tuple[Callable, PyTree, tuple[tuple[str, Any], ...]]:
     """The network and its params as they can go through ``jit``: of arrays alone; and the other leaves.
 
-    Params of arrays alone, and their network, come back as they are.
+    Params of arrays alone, and their network, come back as they are; what pruning returned is a ValueError.
     """
+    require_params(params)
     static = static_leaves(params)
     return (WithStatic(network, static), arrays(params), static) if static else (network, params, ())

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ecjax import networks, prune, repair, score, staged
@@ -75,8 +75,9 @@ def test_the_run_is_that_of_staged(trained):
 def test_whatever_the_values_what_comes_back_is_the_sparsest_affordable(values, most_lost, sparsest, stages, halvings):
     """Values of any order, by the number of weights that are left."""
     options = {"most_lost": most_lost, "sparsest": sparsest, "stages": stages, "halvings": halvings}
-    found = afford(lambda params: values[kept(params)], **options)
     dense = values[WEIGHTS]
+    assume(not 0 < dense <= 1 <= most_lost)
+    found = afford(lambda params: values[kept(params)], **options)
     assert found.least == dense - most_lost
     assert found.found in found.curve
     assert values[kept(found.params)] == found.found.value >= dense - most_lost
@@ -219,3 +220,10 @@ def test_a_criterion_of_ones_own_sees_what_is_left():
 
     afford(lambda _: 0.0, most_lost=0, sparsest=0.6, stages=2, criterion=criterion)
     assert left == [WEIGHTS, WEIGHTS - round(WEIGHTS * 0.6 * 0.875)]
+
+
+def test_points_where_evaluate_gives_a_fraction():
+    with pytest.raises(
+        ValueError, match=r"evaluate gave 0.5 .* with most_lost=1 nothing from 0 to 1 is too low; give a "
+    ):
+        afford(lambda _: 0.5, most_lost=1)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from ecjax import networks, prune, score, train
+from ecjax import compact, networks, prune, score, train
 from tests import examples
 
 NETWORK, PARAMS, INPUTS = examples.mlp()
@@ -122,6 +122,22 @@ def test_scores_with_nan():
     importance = networks.replace(MAGNITUDE.importance, {"Dense_1/kernel": jnp.full((7, 6), jnp.nan)})
     with pytest.raises(ValueError, match="importances 'Dense_1/kernel' hold NaN"):
         prune.one_shot(PARAMS, score.Scores(importance), 0.5)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda pruned: score.elimination_compensation(NETWORK, pruned, INPUTS),
+        lambda pruned: networks.layers(NETWORK, pruned, INPUTS),
+        lambda pruned: prune.one_shot(pruned, MAGNITUDE, 0.7),
+        lambda pruned: prune.staged(NETWORK, pruned, INPUTS, 0.7),
+        lambda pruned: prune.apply_masks(pruned, pruned.masks),
+        lambda pruned: compact.compact(NETWORK, pruned, INPUTS),
+    ],
+)
+def test_what_pruning_returned_where_its_params_are_meant(call):
+    with pytest.raises(ValueError, match=r"the params are a prune.Pruned, which holds masks as well; give its .params"):
+        call(prune.one_shot(PARAMS, MAGNITUDE, 0.5))
 
 
 def test_masks_unlike_the_params():

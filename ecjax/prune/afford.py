@@ -140,7 +140,8 @@ def afford(
         progress: True for a bar, as for ``staged``; or a function called with each network tried, the dense one first.
 
     Raises:
-        ValueError: bad input, as ``staged`` says; an ``evaluate`` that gives NaN or no number; ``most_lost`` below 0.
+        ValueError: bad input, as ``staged`` says; an ``evaluate`` that gives NaN or no number; ``most_lost`` below 0,
+            or of 1 and more where ``evaluate`` gives a fraction.
 
     Example:
         >>> held_out = jax.random.normal(jax.random.key(9), (100, 4))
@@ -163,6 +164,11 @@ def afford(
     if not math.isfinite(dense.value):
         raise ValueError(f"evaluate gave {dense.value} for the dense network; nothing is a little below that")
     least = dense.value - most_lost
+    if 0 < dense.value <= 1 <= most_lost:
+        raise ValueError(
+            f"evaluate gave {dense.value:.4g} for the dense network, so with most_lost={most_lost} nothing from 0 to 1 "
+            "is too low; give a fraction, 0.01 for one point, or let evaluate give percent"
+        )
 
     def go_on(before: _Point, share: float) -> _Point:
         reached = patterns.times(sparsest, share)
