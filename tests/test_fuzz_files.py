@@ -44,6 +44,12 @@ def small_images():
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def refused_before(tmp_path_factory):
+    """What the first refusal of a process imports is not counted."""
+    refuses(compact.load, tmp_path_factory.mktemp("before") / "net", forged(WRONG_CONTENT["a path of words"], DENSE))
+
+
 @contextlib.contextmanager
 def promptly(most_bytes: int):
     """Fails what takes more than that much memory, or five seconds of processor time."""
