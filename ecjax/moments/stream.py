@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sized
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Num, PRNGKeyArray
 
-from ecjax import _batches, _checks, _door, _precision, _progress
+from ecjax import _batches, _checks, _door, _memory, _precision, _progress
 from ecjax._types import Inputs, Metric, Network, Params, Patterns, Weights
 from ecjax.graph.ignored import ignored_in
 from ecjax.graph.layers import as_patterns
@@ -60,7 +60,7 @@ def of_inputs(
     require_probes(at.outputs, probes)
     seen = nothing(at.params, at.layers, at.metric, as_patterns(exclude), probes, of_weights=of_weights)
     given = at.params, at.inputs, at.weights, None, key
-    return _scan(at.network, int(batch_size), _batches.placement(at.inputs), seen, *given)
+    return _scanned(at.network, int(batch_size), _batches.placement(at.inputs), seen, *given)
 
 
 def update(
@@ -110,7 +110,7 @@ def update(
             f"{', '.join(f'{layer.kernel} {layer.shape}' for layer in at.layers)} in this network"
         )
     placement = _batches.placement(at.inputs)
-    return _scan(at.network, int(batch_size), placement, seen, at.params, at.inputs, at.weights, samples, key)
+    return _scanned(at.network, int(batch_size), placement, seen, at.params, at.inputs, at.weights, samples, key)
 
 
 class Batch(NamedTuple):
@@ -177,8 +177,8 @@ def of_batches(
                 seen = start(network, params, batch, **options)
             try:
                 seen = update(seen, network, params, batch, key=key, batch_size=batch_size)
-            except ValueError as error:
-                raise ValueError(
+            except (ValueError, MemoryError) as error:
+                raise type(error)(
                     f"batch {number}: {error}. To skip a batch, or to keep the moments of those before it, call "
                     "moments.update in a loop of your own"
                 ) from error
@@ -213,6 +213,11 @@ def require_probes(outputs: jax.ShapeDtypeStruct, probes: int | None) -> None:
             f"outputs of shape {outputs.shape[1:]} are {math.prod(outputs.shape[1:]):,} rows of the metric for each "
             "sample, a backward pass each; give probes=1, key=jax.random.key(0), for random combinations of them"
         )
+
+
+def _scanned(network: Network, batch_size: int, *given: Any) -> Moments:
+    with _memory.enough(f"lower batch_size={batch_size}, or give probes=1 and a key where there are many outputs"):
+        return _scan(network, batch_size, *given)
 
 
 @_precision.compiled("network", "batch_size", "placement")

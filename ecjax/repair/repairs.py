@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from ecjax import _batches, _checks, _door, _trees, metrics
+from ecjax import _batches, _checks, _door, _memory, _trees, metrics
 from ecjax._types import Inputs, Kernels, Metric, Network, Params, Patterns, Targets, Weights
 from ecjax.graph import Group, Layers
 from ecjax.graph.convolutions import in_loops
@@ -222,6 +222,7 @@ def go_on(
 
     Raises:
         ValueError: whatever of these can't be used, or an objective that overflows.
+        MemoryError: a device that runs out of memory; it says which size to lower.
     """
     metric = metric_of(repair, metrics.named(metric))
     given = {"metric": metric, "targets": targets, "weights": weights}
@@ -232,14 +233,16 @@ def go_on(
     sizes = repair.products, repair.batch_size, repair.curvature_samples
     problem = Problem(in_loops(at.network), _batches.blocks(at.inputs), *map(int, sizes))
     given = metric, state._replace(params=at.params), free, at.inputs, expected, at.weights
+    sizes = f"batch_size={repair.batch_size} or curvature_samples={repair.curvature_samples}"
     try:
-        found = gauss_newton.take_steps(problem, *given, steps=int(repair.iterations))
+        with _memory.enough(f"lower {sizes} of repair.{type(repair).__name__}"):
+            found = gauss_newton.take_steps(problem, *given, steps=int(repair.iterations))
+            _checks.require_finite(found.objective, "the objective of the repair")
     except (TypeError, ValueError) as error:
         why = next((words for cause, words in _NOT_DIFFERENTIABLE.items() if cause in str(error)), None)
         if why is None:
             raise
         raise ValueError(why) from error
-    _checks.require_finite(found.objective, "the objective of the repair")
     return found._replace(params=_trees.whole(found.params, at.static))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, PyTree
 
-from ecjax import _checks, _trees, graph
+from ecjax import _checks, _memory, _trees, graph
 from ecjax._types import Kernels, Params
 from ecjax.graph import Layers
 from ecjax.graph.layers import NO_LAYERS
@@ -73,10 +73,12 @@ def checked(scores: AnyScores) -> AnyScores:
 
     Raises:
         ValueError: an importance or what makes up for it is NaN or infinite: the params are, or squares overflow.
+        MemoryError: a device ran out of memory for them.
     """
     for field in dataclasses.fields(scores):
         if field.name != "layers":
-            _checks.require_finite(getattr(scores, field.name), f"{field.name.replace('_', ' ')}s")
+            with _memory.enough("lower batch_size, or give probes=1 and a key where there are many outputs"):
+                _checks.require_finite(getattr(scores, field.name), f"{field.name.replace('_', ' ')}s")
     return scores
 
 
