@@ -159,7 +159,7 @@ def _mlp(name: Literal["large", "surrogate"], config: Config) -> Problem:
 
 def _convnet(config: Config) -> Problem:
     data, full = config.load(), convnet.Config()
-    classes, epochs = int(data.train_targets.max()) + 1, 6 if len(data.train_inputs) >= 10_000 else 40
+    classes, epochs = int(data.train_targets.max()) + 1, 5 if len(data.train_inputs) >= 10_000 else 40
     inputs = jnp.asarray(data.train_inputs[: min(full.calibration, 2_000)])
 
     def module(width: float) -> convnet.ConvNet:
