@@ -259,7 +259,7 @@ def test_units_of_every_network(name, tmp_path, monkeypatch):
     monkeypatch.setattr(neurons.convnet, "Config", lambda: net)
     toy = {"layers": 1, "width": 8, "heads": 2, "positions": 8, "calibration": 64, "curvature": 8, "epochs": 1}
     gpt = language.Config(**toy)
-    monkeypatch.setattr(neurons.language, "Config", lambda: gpt)
+    monkeypatch.setattr(neurons.language, "Config", lambda **given: dataclasses.replace(gpt, **given))
     (tmp_path / "verses.txt").write_text("the quick brown fox jumps over the lazy dog; " * 60)
     size = {"networks": (name,), "epochs": 1, "fractions": (0.3,), "widths": (0.5,), "stages": 1, "iterations": 1}
     config = neurons.Config(data="digits", text=tmp_path / "verses.txt", output=tmp_path / "results", **size)
