@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import jax
 
+FEWER_ROWS = "or give probes=1 and a key where there are many outputs"  # of the metric, of scores
+
 
 @contextlib.contextmanager
 def enough(advice: str) -> Iterator[None]:

@@ -216,7 +216,7 @@ def require_probes(outputs: jax.ShapeDtypeStruct, probes: int | None) -> None:
 
 
 def _scanned(network: Network, batch_size: int, *given: Any) -> Moments:
-    with _memory.enough(f"lower batch_size={batch_size}, or give probes=1 and a key where there are many outputs"):
+    with _memory.enough(f"lower batch_size={batch_size}, {_memory.FEWER_ROWS}"):
         return _scan(network, batch_size, *given)
 
 

@@ -142,8 +142,9 @@ def named(repair: Any) -> Repair | None:
 
 def of_last_stage(repair: Repair | None) -> Repair | None:
     """The repair after the last stage of a run."""
-    last = getattr(repair, "last_iterations", None)
-    return dataclasses.replace(repair, iterations=last) if isinstance(repair, _Steps) and last else repair
+    if not isinstance(repair, _Steps) or repair.last_iterations is None:
+        return repair
+    return dataclasses.replace(repair, iterations=repair.last_iterations)
 
 
 def metric_of(repair: Biases | Survivors, of_run: metrics.Metric) -> metrics.Metric:
@@ -233,9 +234,9 @@ def go_on(
     sizes = repair.products, repair.batch_size, repair.curvature_samples
     problem = Problem(in_loops(at.network), _batches.blocks(at.inputs), *map(int, sizes))
     given = metric, state._replace(params=at.params), free, at.inputs, expected, at.weights
-    sizes = f"batch_size={repair.batch_size} or curvature_samples={repair.curvature_samples}"
+    lower = f"lower batch_size={repair.batch_size} or curvature_samples={repair.curvature_samples}"
     try:
-        with _memory.enough(f"lower {sizes} of repair.{type(repair).__name__}"):
+        with _memory.enough(f"{lower} of repair.{type(repair).__name__}"):
             found = gauss_newton.take_steps(problem, *given, steps=int(repair.iterations))
             _checks.require_finite(found.objective, "the objective of the repair")
     except (TypeError, ValueError) as error:

@@ -75,9 +75,9 @@ def checked(scores: AnyScores) -> AnyScores:
         ValueError: an importance or what makes up for it is NaN or infinite: the params are, or squares overflow.
         MemoryError: a device ran out of memory for them.
     """
-    for field in dataclasses.fields(scores):
-        if field.name != "layers":
-            with _memory.enough("lower batch_size, or give probes=1 and a key where there are many outputs"):
+    with _memory.enough(f"lower batch_size, {_memory.FEWER_ROWS}"):
+        for field in dataclasses.fields(scores):
+            if field.name != "layers":
                 _checks.require_finite(getattr(scores, field.name), f"{field.name.replace('_', ' ')}s")
     return scores
 
