@@ -1,8 +1,8 @@
 """Pruning a character language model without labels: ``python -m experiments.language``.
 
 It shows the cross-entropy of a small GPT on Shakespeare, pruned in one shot, by SparseGPT, in stages with each repair,
-and by gradual magnitude pruning, which alone sees labels and trains. It takes half an hour on two cores, with --quick
-one minute. It writes results.csv, config.json and loss.png, and prints a table, where the seconds of the dense network
+and by gradual magnitude pruning, which alone sees labels and trains. It takes up to forty minutes on two cores, with
+--quick one. It writes results.csv, config.json and loss.png, and prints a table, where the seconds of the dense network
 are those of a gradient pass over the calibration inputs, and text by three of the networks.
 """
 
@@ -151,12 +151,13 @@ def main(config: Config) -> None:
         seeds = dict.fromkeys(compared, config.seeds) | {sweep.GRADUAL: 1}  # which sees all the text, not a sample
         left, seen = table.left(compared, levels, seeds), functools.partial(calibration, data, config)
 
-        some = seen(0).inputs  # also for targets, as these do not change what a gradient takes
-        _, gradient = sweep.clocked(sweep.gradient_pass, network, params, some, some)
-        stacked = jax.tree.map(lambda leaf: leaf[None], params)
-        for found in sweep.timed(task, stacked, compared, left, seen, costly=COSTLY, gradient=gradient):
-            table.add(*found)
-        shown = {sweep.DENSE: params}
+        _, gradient = sweep.clocked(sweep.gradient_pass, network, params, *[seen(0).inputs] * 2)  # whatever the targets
+        stacked, shown = jax.tree.map(lambda leaf: leaf[None], params), {sweep.DENSE: params}
+        for found, pruned in sweep.timed(task, stacked, compared, left, seen, costly=COSTLY, gradient=gradient):
+            table.add(found, pruned)
+            method, sparsity, seed = (found[0][name] for name in ("method", "sparsity", "seed"))
+            if method in SHOWN and (sparsity, seed) == (near, 0):  # its text is shown below
+                results.trained(folder, f"{method}, {near:g}", lambda params: params, pruned)
         for method in (name for name in SHOWN if name in compared):
             name, call = f"{method}, {near:g}", compared[method]
             shown[name] = results.trained(folder, name, lambda call=call: call(seen(0), near).params)

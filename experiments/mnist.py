@@ -67,8 +67,7 @@ def main(config: Config) -> None:
             table.add(*found)
 
     title = f"{data.name}, MLP {layers}, {config.activation}, {config.seeds} seeds"
-    sizes = [report.sizes(kept)] if kept else []
-    report.end(folder, rows.frame(), sweep.CLASSIFIER_MEASURES, title, *sizes)
+    report.end(folder, rows.frame(), sweep.CLASSIFIER_MEASURES, title, *([report.sizes(kept)] if kept else []))
 
 
 if __name__ == "__main__":
