@@ -60,8 +60,11 @@ def test_every_recipe_is_among_those_below():
         "Masks that grow, and units after weights",
         "Saving, restoring and going on with Orbax",
         "A staged run that is stopped, and goes on",
+        "Training between the stages",
         "Dropout keys and auxiliary outputs",
         "Haiku",
+        "Batch statistics of an NNX module",
+        "A compact network somewhere else",
     ]
 
 
@@ -216,3 +219,30 @@ def test_zeros_stay_zero_in_any_chain(given, inside, around):
         (pruned.params, optimizer.init(pruned.params))
     )
     require_kept(tuned, pruned)
+
+
+def test_training_between_the_stages(given):
+    found = run("Training between the stages", given)
+    assert prune.sparsity(found["between"].masks) == pytest.approx(0.8, abs=0.01)
+    require_kept(found["between"].params, prune.Pruned(given["params"], found["between"].masks))
+
+
+def test_batch_statistics_of_nnx(given):
+    found = run("Batch statistics of an NNX module", given)
+    first = networks.by_path(found["nnx_pruned"].params)["layers/0/kernel"]
+    hidden = np.asarray(given["inputs"] @ first + found["anew"].layers[0].bias[...])
+    norm = found["anew"].layers[1]
+    np.testing.assert_allclose(norm.mean[...], hidden.reshape(8, 32, -1).mean((0, 1)), atol=0.05)
+    np.testing.assert_allclose(norm.var[...], hidden.reshape(8, 32, -1).var(1).mean(0), rtol=0.2, atol=1e-3)
+    outputs = found["nnx_network"](found["nnx_params"], given["inputs"])
+    np.testing.assert_allclose(outputs, found["anew"](given["inputs"]), rtol=1e-6)
+    assert not jnp.allclose(outputs, found["normalized"](given["inputs"]), atol=1e-3)
+
+
+def test_a_compact_network_somewhere_else(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = run("A compact network somewhere else", given)
+    expected = given["network"](found["removed"].params, given["inputs"])
+    np.testing.assert_allclose(found["answers"], expected, atol=1e-5)
+    np.testing.assert_allclose(found["program"].call(given["inputs"]), expected, atol=1e-5)
+    assert found["small"]["Dense_0"]["kernel"].shape == (8, 16)
