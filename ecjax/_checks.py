@@ -89,17 +89,15 @@ def require_known(targets: Array | np.ndarray) -> None:
         )
 
 
-def require_sparsity(sparsity: Any) -> None:
+def require_sparsity(sparsity: Any, name: str = "sparsity", counted: str = "weights") -> None:
     """Raises a ValueError unless the sparsity is a number in [0, 1]."""
+    what = f"in [0, 1], the fraction of {counted} to remove"
     if not isinstance(sparsity, float | int | np.number | np.ndarray | Array) or isinstance(sparsity, bool):
-        raise ValueError(
-            f"sparsity is {sparsity!r}, of type {type(sparsity).__name__}; it must be a number in [0, 1], the fraction "
-            "of weights to remove"
-        )
+        raise ValueError(f"{name} is {sparsity!r}, of type {type(sparsity).__name__}; it must be a number {what}")
     if np.ndim(sparsity) != 0:
-        raise ValueError(f"sparsity must be one number in [0, 1], got an array of shape {np.shape(sparsity)}")
+        raise ValueError(f"{name} must be one number in [0, 1], got an array of shape {np.shape(sparsity)}")
     if _is_known_false((sparsity >= 0) & (sparsity <= 1)):  # NaN fails too
-        raise ValueError(f"sparsity is {sparsity}; it must be in [0, 1], the fraction of weights to remove")
+        raise ValueError(f"{name} is {sparsity}; it must be {what}")
 
 
 def require_kernels(params: Params, given: Kernels, name: str) -> None:

@@ -13,6 +13,7 @@ The loop is short enough to be written by hand, with a schedule, a stop or measu
 
 import dataclasses
 import functools
+import os
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int, PRNGKeyArray
 
-from ecjax import _batches, _checks, _door, _precision, _progress, _trees, metrics, score
+from ecjax import _batches, _checkpoints, _checks, _door, _precision, _progress, _trees, metrics, score
 from ecjax._types import Inputs, Kernels, Metric, Network, Params, Patterns, Sparsities, Targets, Weights
 from ecjax.graph.layers import as_patterns
 from ecjax.moments.stream import has_many_rows
@@ -124,6 +125,7 @@ def staged(
     exclude: Patterns = (),
     key: PRNGKeyArray | None = None,
     progress: bool | Callable[[Stage], None] | None = None,
+    checkpoints: str | os.PathLike | None = None,
 ) -> Pruned:
     """Removes weights in stages, scores afresh before each and repairs after each.
 
@@ -156,9 +158,13 @@ def staged(
             256 rows a sample, for one probe.
         progress: True for a bar on stderr or in a notebook, with sparsity, objective and the time left (with rich,
             ``pip install 'ecjax[progress]'``; else a line for each stage); or a function called after each stage.
+        checkpoints: a folder for the state after each stage. A run that was stopped goes on there when it is called
+            again with the same arguments, on other devices too; one that has ended is read from it. It takes the
+            room of the params, masks and targets, two times. None keeps nothing.
 
     Raises:
-        ValueError: bad input, as ``one_shot``, the criterion and the repair say; what nothing would read.
+        ValueError: bad input, as ``one_shot``, the criterion and the repair say; what nothing would read; a folder of
+            checkpoints of another run.
 
     Example:
         >>> pruned = prune.staged(network, params, inputs, sparsity=0.75, stages=4, metric="fisher")
@@ -171,7 +177,7 @@ def staged(
     require_scope(scope, sparsity)
     criterion = criteria.giving(criteria.named(criterion, score.CRITERIA), Scores)
     given, of_run = (network, params, inputs, sparsity, stages, samples), (repair, metric, targets, weights)
-    return _in_stages(criterion, *given, *of_run, {"scope": scope}, exclude, None, key, progress)
+    return _in_stages(criterion, *given, *of_run, {"scope": scope}, exclude, None, key, progress, checkpoints)
 
 
 def staged_neurons(
@@ -194,6 +200,7 @@ def staged_neurons(
     masks: Kernels | None = None,
     key: PRNGKeyArray | None = None,
     progress: bool | Callable[[Stage], None] | None = None,
+    checkpoints: str | os.PathLike | None = None,
 ) -> Pruned:
     """Removes whole units in stages, as ``staged`` removes weights: neurons, channels, attention heads.
 
@@ -214,7 +221,8 @@ def staged_neurons(
         masks: of a network whose weights are pruned already, True where the weight stays; without them, a repair fills
             their zeros again.
         key: random key.
-        progress: as for ``staged``.
+        progress: as for ``staged``, like checkpoints.
+        checkpoints: a folder for the state after each stage.
 
     Raises:
         ValueError: bad input, as ``neurons``, the criterion and the repair say.
@@ -229,7 +237,7 @@ def staged_neurons(
     require_reachable(network, params, inputs, fraction, how, exclude)
     criterion = criteria.giving(criteria.named(criterion, score.NEURON_CRITERIA), NeuronScores)
     given, of_run = (network, params, inputs, fraction, stages, samples), (repair, metric, targets, weights)
-    return _in_stages(criterion, *given, *of_run, how._asdict(), exclude, masks, key, progress)
+    return _in_stages(criterion, *given, *of_run, how._asdict(), exclude, masks, key, progress, checkpoints)
 
 
 def _in_stages(
@@ -249,6 +257,7 @@ def _in_stages(
     masks,
     key,
     progress,
+    checkpoints,
 ) -> Pruned:
     _checks.require_positive(stages, "stages")
     stages, repair, _ = int(stages), repairs.named(repair), _count(samples, of_all=1)
@@ -257,13 +266,20 @@ def _in_stages(
     require_read(network, params, inputs, criterion=criterion, repair=repair, **options)
     options["targets"] = targets
     state = start(network, params, inputs, repair=repair, masks=masks, **options)
+    facts = {"sparsity": sparsity, "stages": stages, "samples": samples, "criterion": criterion, "repair": repair}
+    facts |= how | options | {"masks": masks, "params": params, "inputs": inputs}
+    facts = {name: value for name, value in facts.items() if value is not None}
     began = time.monotonic()
-    with _progress.told(progress, "stage", stages, ("sparsity", "objective")) as tell:
-        for number in range(1, stages + 1):
+    with (
+        _progress.told(progress, "stage", stages, ("sparsity", "objective")) as tell,
+        _checkpoints.kept(checkpoints, facts, state) as (done, state, keep),
+    ):
+        for number in range(done + 1, stages + 1):
             reached = patterns.times(sparsity, 1 - (1 - number / stages) ** 3)
             if number == stages:
                 samples, repair = None, repairs.of_last_stage(repair)
             state = step(network, state, inputs, reached, samples=samples, criterion=criterion, repair=repair, **how)
+            keep(number, state)
             if progress:
                 jax.block_until_ready(state.objective)
                 removed = of_weights(reached, how["scope"])
@@ -312,7 +328,8 @@ def start(
     if targets is None and repair is not None:
         # Samples that are spread over devices are few on each; together they stay where they are.
         targets = _outputs(at.network, _batches.blocks(at.inputs) > 1, at.params, at.inputs)
-    kept = {layer.kernel: jnp.ones(layer.shape, bool) for layer in at.layers}
+    leaves = _trees.by_path(at.params)
+    kept = {layer.kernel: jnp.ones_like(leaves[layer.kernel], bool) for layer in at.layers}  # spread as they are
     if masks is not None:
         params, before = apply_masks(params, masks), _trees.by_path(masks)
         strange = [path for path in before if path not in kept]

@@ -3,8 +3,7 @@
 It shows the test accuracy of a small residual network on handwritten digits, pruned in one shot, with its batch
 statistics taken anew, with all biases moved, in stages with all survivors moved, and by gradual magnitude pruning,
 which alone sees labels and trains. It takes half an hour on two cores, three minutes on the digits, one with --quick.
-It writes results.csv, config.json, accuracy.png and loss.png, and prints the table; a gradient pass is one over the
-calibration inputs, and scores take one random probe of the logits.
+It writes results.csv, config.json, accuracy.png and loss.png, and prints the table. Scores take one random probe.
 """
 
 import functools
@@ -48,6 +47,7 @@ class Config(flags.Digits):
     curvature: int = 250  # Calibration inputs that the curvature of a step is of.
     temperature: float = 4.0  # Of the Fisher metric in stages.
     gradual_epochs: int = 8  # Epochs of gradual pruning: about as many gradients as the repairs in stages.
+    keep_stages: bool = False  # A staged run that was stopped goes on after its last stage; seconds count from there.
     quick: bool = False  # A narrow network, one seed, two sparsities.
 
 
@@ -82,7 +82,7 @@ class Seen(NamedTuple):
     key: jax.Array
 
 
-def methods(task: sweep.Task, module: ConvNet, config: Config) -> sweep.Methods:
+def methods(task: sweep.Task, module: ConvNet, config: Config, folder: Path) -> sweep.Methods:
     """By name: from what is seen and a sparsity to all variables of the pruned network."""
     inputs, batch = jnp.asarray(task.data.train_inputs[: config.calibration]), {"batch_size": config.batch_size}
     steps = {"iterations": config.iterations, "products": config.products, "curvature_samples": config.curvature}
@@ -111,7 +111,8 @@ def methods(task: sweep.Task, module: ConvNet, config: Config) -> sweep.Methods:
         survivors = repair.Survivors(metric=metric, last_iterations=config.last_iterations, **steps, **batch)
         options = {"criterion": drawn, "repair": survivors, "stages": config.stages, "samples": config.samples}
         given = seen.network, seen.variables["params"], inputs, sparsity
-        return whole(seen, prune.staged(*given, key=seen.key, **options))
+        kept = folder / "stages" / f"{sparsity:g}-{jax.random.key_data(seen.key)[-1]}" if config.keep_stages else None
+        return whole(seen, prune.staged(*given, key=seen.key, checkpoints=kept, **options))
 
     def gradual(seen: Seen, sparsity: float) -> prune.Pruned:
         optimizer = sweep.decaying_adam(task, config.learning_rate, config.gradual_epochs)
@@ -151,7 +152,7 @@ def main(config: Config) -> None:
 
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(trained, range(config.seeds)))
         table = sweep.Table(rows, bar, {"data": data.name, "norm": config.norm})
-        compared = methods(task, module, config)
+        compared = methods(task, module, config, folder)
         levels = {name: config.costly_sparsities if name in COSTLY else config.sparsities for name in compared}
         left = table.left(compared, levels, config.seeds)
 

@@ -39,6 +39,6 @@ def require(config: object, *, repeating: tuple[str, ...] = ()) -> None:
             raise SystemExit(f"{flag} must be at least {least}, got {value}")
         if isinstance(value, tuple) and name not in repeating and len(set(value)) < len(value):
             raise SystemExit(f"{flag} must not repeat anything, got {list(value)}")
-        outside = name.endswith(("sparsities", "fractions")) and [part for part in value if not 0 <= part <= 1]
-        if outside:
+        fractions = value if name.endswith(("sparsities", "fractions")) else ()
+        if outside := [part for part in fractions if not 0 <= part <= 1]:
             raise SystemExit(f"{flag} must lie in [0, 1], got {outside}")

@@ -3,8 +3,7 @@
 It shows two classifiers of handwritten digits and a surrogate of a partial differential equation, pruned to high
 sparsity in one shot, by the combinatorial brain surgeon, and in stages with each repair. Only "labels" sees labels, and
 nothing is fine-tuned. It takes half an hour on two cores; on the digits with --quick two minutes. It writes
-results.csv, config.json and frontier.png, which has panels for the convnet and the GPT once experiments.convnet and
-experiments.language have run, and prints a table for each network with the seconds of each method.
+results.csv, config.json and frontier.png, with panels for convnet and GPT once these have run, and prints tables.
 """
 
 import functools

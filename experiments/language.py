@@ -1,9 +1,8 @@
 """Pruning a character language model without labels: ``python -m experiments.language``.
 
 It shows the cross-entropy of a small GPT on Shakespeare, pruned in one shot, by SparseGPT, in stages with each repair,
-and by gradual magnitude pruning, which alone sees labels and trains. It takes up to forty minutes on two cores, with
---quick one. It writes results.csv, config.json and loss.png, and prints a table, where the seconds of the dense network
-are those of a gradient pass over the calibration inputs, and text by three of the networks.
+and by gradual magnitude pruning, which alone sees labels and trains. It takes half an hour on two cores, with --quick a
+minute. It writes results.csv, config.json and loss.png, and prints a table, and text by three of the networks.
 """
 
 import functools
@@ -48,13 +47,16 @@ class Config:
     costly_sparsities: tuple[float, ...] = (0.7, 0.8, 0.9)  # The same for methods that take a hundred gradient passes.
     calibration: int = 512  # Calibration inputs, sequences of the training text.
     stages: int = 6  # Stages of the staged methods.
-    iterations: int = 3  # Steps of a repair in each stage.
+    samples: float = 0.25  # Part of the calibration inputs that the stages before the last see.
+    iterations: int = 2  # Steps of a repair in each stage but the last.
+    last_iterations: int = 8  # Steps after the last stage.
     products: int = 10  # Products with the curvature in each step of a repair.
     curvature: int = 96  # Calibration inputs that the curvature is of.
     temperature: float = 4.0  # Of the Fisher metric of all criteria.
-    gradual_epochs: int = 3  # Passes over the text of gradual pruning: about as many gradients as staged survivors see.
+    gradual_epochs: int = 2  # Passes over the text of gradual pruning: about as many gradients as staged survivors see.
     gradual_learning_rate: float = 1e-3  # Of gradual pruning.
     seeds: int = 1  # How many samples of calibration inputs to average over.
+    keep_stages: bool = False  # A staged run that was stopped goes on after its last stage; seconds count from there.
     validation: bool = False  # Measure on the validation part of the text instead, to choose settings by.
     quick: bool = False  # A network of one narrow block on a part of the text, and few calibration inputs.
     output: Path | None = None  # Folder for the results. Default: results/language- and the name of the text.
@@ -88,7 +90,7 @@ class Seen(NamedTuple):
     key: Array
 
 
-def methods(task: sweep.Task, params: networks.Params, config: Config) -> sweep.Methods:
+def methods(task: sweep.Task, params: networks.Params, config: Config, folder: Path) -> sweep.Methods:
     """By name: from what is seen and a sparsity to the pruned network."""
     network, metric = task.network, metrics.Fisher(config.temperature)
     optimizer = sweep.decaying_adam(task, config.gradual_learning_rate, config.gradual_epochs)
@@ -102,16 +104,19 @@ def methods(task: sweep.Task, params: networks.Params, config: Config) -> sweep.
         return one_shot(seen, sparsity, drawn)
 
     def repaired(seen: Seen, sparsity: float) -> prune.Pruned:
-        """One shot by magnitude, and then as many steps as all stages take together."""
+        """One shot by magnitude, and then as many steps as all stages take together, on all inputs."""
         pruned, dense = one_shot(seen, sparsity, score.magnitude), network(params, seen.inputs)
-        steps = config.iterations * config.stages
+        steps = config.iterations * (config.stages - 1) + config.last_iterations
         survivors = repair.Survivors(iterations=steps, metric=metrics.Fisher(4.0), **sizes)
         return pruned._replace(params=survivors(network, pruned.params, pruned.masks, seen.inputs, dense))
 
-    def staged(seen: Seen, sparsity: float, how) -> prune.Pruned:
-        criterion = functools.partial(score.elimination_compensation, probes=1)
-        options = {"stages": config.stages, "criterion": criterion, "repair": how, "metric": metric, "key": seen.key}
-        return prune.staged(network, params, seen.inputs, sparsity, **options)
+    def staged(seen: Seen, sparsity: float, repairing) -> prune.Pruned:
+        criterion, steps = functools.partial(score.elimination_compensation, probes=1), config.last_iterations
+        how = repairing(iterations=config.iterations, last_iterations=steps, **sizes)
+        place = f"{repairing.__name__}-{sparsity:g}-{jax.random.key_data(seen.key)[-1]}"
+        kept = folder / "stages" / place if config.keep_stages else None
+        options = {"stages": config.stages, "samples": config.samples, "criterion": criterion, "checkpoints": kept}
+        return prune.staged(network, params, seen.inputs, sparsity, repair=how, metric=metric, key=seen.key, **options)
 
     def gradual(seen: Seen, sparsity: float) -> prune.Pruned:
         given = network, params, *map(jnp.asarray, task.data[1:3]), task.loss, sparsity
@@ -124,8 +129,8 @@ def methods(task: sweep.Task, params: networks.Params, config: Config) -> sweep.
         "optimal brain damage": functools.partial(probed, criterion=score.optimal_brain_damage),
         "EC": functools.partial(probed, criterion=score.elimination_compensation),
         "SparseGPT": lambda seen, sparsity: surgeon.sparse_gpt(network, params, seen.inputs, sparsity),
-        "EC, staged, biases": functools.partial(staged, how=repair.Biases(iterations=config.iterations, **sizes)),
-        sweep.STAGED: functools.partial(staged, how=repair.Survivors(iterations=config.iterations, **sizes)),
+        "EC, staged, biases": functools.partial(staged, repairing=repair.Biases),
+        sweep.STAGED: functools.partial(staged, repairing=repair.Survivors),
         "magnitude + survivors": repaired,
         sweep.GRADUAL: gradual,
     }
@@ -146,7 +151,7 @@ def main(config: Config) -> None:
     with results.opened(folder, config, data) as rows, report.progress() as bar:
         passes = bar.track(range(config.epochs), description="training")
         params = results.trained(folder, "dense", train_on, task, module, read.train, config, passes)
-        table, compared = sweep.Table(rows, bar, {"data": data.name}), methods(task, params, config)
+        table, compared = sweep.Table(rows, bar, {"data": data.name}), methods(task, params, config, folder)
         levels = {method: config.costly_sparsities if method in COSTLY else config.sparsities for method in compared}
         seeds = dict.fromkeys(compared, config.seeds) | {sweep.GRADUAL: 1}  # which sees all the text, not a sample
         left, seen = table.left(compared, levels, seeds), functools.partial(calibration, data, config)

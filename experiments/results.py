@@ -24,7 +24,7 @@ from ecjax import compact
 from ecjax.networks import Params
 
 _PACKAGES = ("ecjax", "jax", "jaxlib", "flax", "optax", "numpy", "tensorflow-datasets", "scikit-learn")
-_NO_NUMBER = {"output", "data_dir", "python"}  # they change no number; other data are told apart by their digest
+_NO_NUMBER = {"output", "data_dir", "keep_stages", "python"}  # change none; other data are told by their digest
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EISDIR}
 _ROOM = 2**24  # bytes, more than a run of default size writes without --save
 _ELSEWHERE = "Choose another folder, or delete this one to start afresh"

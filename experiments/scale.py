@@ -52,10 +52,7 @@ class Config:
 
     sizes: tuple[Literal["5M", "0.1B", "1.3B", "6.7B"], ...] = ("0.1B", "1.3B", "6.7B")  # By their parameters.
     devices: tuple[int, ...] = (8, 64)  # How many are simulated.
-    layouts: tuple[Literal["neurons", "all"], ...] = (
-        "neurons",
-        "all",
-    )  # Params over the axis "model", or both.
+    layouts: tuple[Literal["neurons", "all"], ...] = ("neurons", "all")  # Params over the axis "model", or both.
     positions: int = 1024  # Of a sequence; each device along "data" has one sequence at a time.
     products: int = 10  # Products with the curvature in the step of the repair.
     output: Path = Path("results/scale")  # Folder for the results.

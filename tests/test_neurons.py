@@ -116,7 +116,8 @@ def test_every_neuron_but_one_of_each_layer_may_go():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"fraction": 1.2}, "sparsity is 1.2"),
+        ({"fraction": 1.2}, r"fraction is 1.2; it must be in \[0, 1\], the fraction of units"),
+        ({"fraction": {"nothing": 0.5}}, "the pattern 'nothing' of the fraction gets no group: .* The groups that may"),
         ({"scope": "neuron"}, "scope is 'neuron'; for neurons it must be one of 'network', 'layer'"),
         (
             {"criterion": lambda *_: score.NeuronScores({"Dense_0/kernel": np.zeros(3)})},

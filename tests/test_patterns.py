@@ -69,7 +69,7 @@ def test_neurons(example):
     assert np.asarray(masks["Dense_0/kernel"]).all()
     assert int(np.asarray(masks["Dense_1/kernel"]).any(0).sum()) == 3
     with pytest.raises(
-        ValueError, match=r"'Dense_2/\*' of the sparsity gets no kernel.* Dense_0/kernel, Dense_1/kernel$"
+        ValueError, match=r"'Dense_2/\*' of the fraction gets no group.* Dense_0/kernel, Dense_1/kernel$"
     ):
         prune.staged_neurons(*example, {"Dense_2/*": 0.5}, stages=2, repair=None)
 

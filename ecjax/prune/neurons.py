@@ -101,7 +101,7 @@ def as_how(fraction: Any, scope: Any, by: Any, multiple_of: Any) -> How:
     Raises:
         ValueError: a fraction outside [0, 1], or what does not go together.
     """
-    patterns.require_sparsities(fraction)
+    patterns.require_sparsities(fraction, patterns.UNITS)
     if scope not in NEURON_SCOPES:
         raise ValueError(f"scope is {scope!r}; for neurons it must be one of {', '.join(map(repr, NEURON_SCOPES))}")
     if by not in BY:

@@ -8,18 +8,22 @@ from typing import Any
 from ecjax import _checks
 from ecjax._types import Sparsities, Sparsity
 
+# What errors say: the argument, what it is a fraction of, and what a pattern is to match.
+WEIGHTS, UNITS = ("sparsity", "weights", "kernel"), ("fraction", "units, or of their cost,", "group")
 
-def require_sparsities(sparsity: Any) -> None:
+
+def require_sparsities(sparsity: Any, words: tuple[str, str, str] = WEIGHTS) -> None:
     """Raises a ValueError unless this is a number in [0, 1], or one for each of several patterns of paths."""
+    name, counted, _ = words
     if not isinstance(sparsity, Mapping):
-        _checks.require_sparsity(sparsity)
+        _checks.require_sparsity(sparsity, name, counted)
         return
     if not sparsity:
-        raise ValueError("sparsity is {}; give it a number for each pattern of paths: {'*': 0.8}")
+        raise ValueError(f"{name} is {{}}; give it a number for each pattern of paths: {{'*': 0.8}}")
     for pattern, number in sparsity.items():
         if not isinstance(pattern, str):
-            raise ValueError(f"sparsity of {pattern!r}; it must be of a pattern of paths, such as 'Dense_0/*'")
-        _checks.require_sparsity(number)
+            raise ValueError(f"{name} of {pattern!r}; it must be of a pattern of paths, such as 'Dense_0/*'")
+        _checks.require_sparsity(number, name, counted)
 
 
 def times(sparsity: Sparsities | None, factor: float) -> Sparsities:
@@ -32,17 +36,20 @@ def times(sparsity: Sparsities | None, factor: float) -> Sparsities:
     return sparsity * factor
 
 
-def groups(sparsity: Sparsities, kernels: Iterable[str]) -> list[tuple[Sparsity, list[str]]]:
+def groups(
+    sparsity: Sparsities, kernels: Iterable[str], words: tuple[str, str, str] = WEIGHTS
+) -> list[tuple[Sparsity, list[str]]]:
     """The kernels that are pruned together, and to which sparsity: those of each pattern, of which the first counts.
 
     Args:
         sparsity: one for all kernels, or one for each pattern, as in ``fnmatch``.
-        kernels: their paths.
+        kernels: their paths; or the names of groups of units.
+        words: what errors call them.
 
     Raises:
         ValueError: a pattern that gets no kernel, or patterns of which the order could be lost.
     """
-    kernels = list(kernels)
+    kernels, (name, _, one) = list(kernels), words
     if not isinstance(sparsity, Mapping):
         return [(sparsity, kernels)]
     matched = {pattern: [path for path in kernels if _matches(path, pattern)] for pattern in sparsity}
@@ -51,15 +58,15 @@ def groups(sparsity: Sparsities, kernels: Iterable[str]) -> list[tuple[Sparsity,
     if of_several and not kept_in_order:
         raise ValueError(
             f"several of the patterns {', '.join(map(repr, sparsity))} match '{of_several[0]}', and a dict that goes "
-            "through jit loses its order; give a collections.OrderedDict, or patterns of which one matches each kernel"
+            f"through jit loses its order; give a collections.OrderedDict, or patterns of which one matches each {one}"
         )
     taken, found = set(), []
     for pattern, number in sparsity.items():
         here = [path for path in matched[pattern] if path not in taken]
         if not here:
             raise ValueError(
-                f"the pattern {pattern!r} of the sparsity gets no kernel: it matches none, or others before it match "
-                f"all of them. The kernels that may be pruned are {', '.join(kernels)}"
+                f"the pattern {pattern!r} of the {name} gets no {one}: it matches none, or others before it match "
+                f"all of them. The {one}s that may be pruned are {', '.join(kernels)}"
             )
         taken.update(here)
         found.append((number, here))

@@ -105,7 +105,7 @@ def _without(
 
 def _removed(network, params, inputs, importance, fraction: Sparsities, how: How) -> dict[str, Bool[Array, " units"]]:
     removed = {name: jnp.zeros(value.shape, bool) for name, value in importance.items()}
-    for number, names in patterns.groups(fraction, importance):
+    for number, names in patterns.groups(fraction, importance, patterns.UNITS):
         for together in [names] if how.scope == "network" else [[name] for name in names]:
             here = {name: importance[name] for name in together}
             cost = None if how.by == "units" else _cost(network, params, inputs, together, how.by)
@@ -210,7 +210,7 @@ def require_reachable(
     if not any(able.values()):
         raise ValueError(f"no unit of this network can go: {_why_none(inner, arrays, inputs, how, exclude)}")
     if how.by == "units" or isinstance(fraction, Mapping):
-        patterns.groups(fraction, groups)
+        patterns.groups(fraction, groups, patterns.UNITS)
         return
     cost = _cost(inner, arrays, inputs, list(groups), how.by)
     most = 1 - units.least_cost([group.length for group in groups.values()], how.multiple_of, cost)

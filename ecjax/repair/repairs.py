@@ -184,7 +184,7 @@ def movable(
     frozen = chosen(repair.frozen, list(leaves))
     biases, removed = {layer.bias for layer in layers}, of_removed_units(groups, leaves, kept)
     free = {
-        path: kept.get(path, ~removed[path] if path in removed else jnp.ones(leaf.shape, bool))
+        path: kept.get(path, ~removed[path] if path in removed else jnp.ones_like(leaf, bool))
         for path, leaf in leaves.items()
         if path not in frozen and jnp.issubdtype(leaf.dtype, jnp.floating)
         if path in biases or isinstance(repair, Survivors)

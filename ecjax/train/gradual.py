@@ -113,7 +113,8 @@ def gradually(
         _checks.require_positive(count, name)
     of_arrays, arrays, static = _trees.split(network, params)
     layers = _door.layers(of_arrays, arrays, seen, exclude=exclude, need="any", each_alone=False)
-    masks = _trees.as_kernels(params, {layer.kernel: jnp.ones(layer.shape, bool) for layer in layers})
+    leaves = _trees.by_path(arrays)
+    masks = _trees.as_kernels(params, {x.kernel: jnp.ones_like(leaves[x.kernel], bool) for x in layers})
 
     options = {"loss": loss, "optimizer": optimizer, "batch_size": int(batch_size)}
     options["frozen"] = chosen(exclude, list(_trees.by_path(params)))

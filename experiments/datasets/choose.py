@@ -33,10 +33,9 @@ def load(name: str, folder: Path | None = None) -> Dataset:
     """
     if name not in LOADERS:
         raise ValueError(f"data is {name!r}; it must be {' or '.join(map(repr, LOADERS))}")
-    if folder is None and os.environ.get("ECJAX_DATA_DIR"):
-        folder = Path(os.environ["ECJAX_DATA_DIR"])
+    named = folder or os.environ.get("ECJAX_DATA_DIR")
     try:
-        return LOADERS[name](folder)
+        return LOADERS[name](Path(named) if named else None)
     except ConnectionError as reason:
         words = f"MNIST could not be fetched ({reason}), so this runs on scikit-learn's digits; to provide it, put its"
         print(f"{words} four idx files in a folder and name that with --data-dir or ECJAX_DATA_DIR", file=sys.stderr)

@@ -35,8 +35,7 @@ def load(file: Path | None = None, characters: int | None = None, *, prepared_in
     knows of the language. A file that can't be read is an OSError, one that holds no text a ValueError. Only the first
     ``characters`` are taken. tiny_shakespeare is ``prepared_in`` a folder of TensorFlow Datasets, or its usual place.
     """
-    if file is None and os.environ.get("ECJAX_TEXT"):
-        file = Path(os.environ["ECJAX_TEXT"])
+    file = file or (Path(named) if (named := os.environ.get("ECJAX_TEXT")) else None)
     name, text = (file.name.split(".")[0], _read(file)) if file else ("tiny_shakespeare", _fetched_once(prepared_in))
     if text is None:
         words = "tiny_shakespeare could not be fetched, so this runs on the language reference in Python's own help()"
