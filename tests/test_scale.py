@@ -1,5 +1,6 @@
 """What large transformers would take on many devices, and that a small one gives the same on eight as on one."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import pandas as pd
 import pytest
 
 from ecjax import devices, networks, prune, repair, score
-from experiments import scale
+from experiments import language, scale
+from tests import examples
 
 ROOT = Path(__file__).parent.parent
 SMALL = scale.Sizes(layers=2, width=32, heads=4, groups=2, hidden=48, words=64)
@@ -56,6 +58,64 @@ def test_fully_spread_params_give_what_one_device_gives():
     labels = jnp.roll(here[1], -1, 1)
     moved = [how(scale.network, params, masks, words, labels) for params, words in (here, there)]
     assert_close(moved[1], moved[0], 1e-2)
+
+
+def of_language(seed=0):
+    """A GPT with biases."""
+    words = jax.random.randint(jax.random.key(seed), (16, 8), 0, 11)
+    return examples.of_module(language.GPT(characters=11, layers=1, width=16, heads=2), words)
+
+
+def on_eight(given):
+    mesh = devices.mesh(2, jax.devices()[:8])
+    params = devices.shard_params(given.network, given.params, given.inputs, mesh)
+    return given._replace(params=params, inputs=devices.shard_samples(given.inputs, mesh))
+
+
+STEPS = {"iterations": 1, "products": 4, "batch_size": 2, "curvature_samples": 16, "metric": "fisher"}
+STAGED = {"stages": 2, "metric": "fisher"}
+
+
+def repaired(how):
+    def call(network, params, inputs):
+        masks = prune.one_shot(params, score.magnitude(network, params, inputs), 0.5).masks
+        return how(network, params, masks, inputs, network(params, inputs))
+
+    return call
+
+
+CALLS = {
+    "biases": repaired(repair.Biases(**STEPS)),
+    "staged": functools.partial(prune.staged, sparsity=0.5, repair=repair.Survivors(**STEPS), **STAGED),
+    "staged_neurons": functools.partial(prune.staged_neurons, fraction=0.4, repair=repair.Survivors(**STEPS), **STAGED),
+}
+NETWORKS = {"GPT": of_language, "widths that do not divide": lambda: examples.mlp((15, 9, 5), samples=16, features=7)}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_repairs_and_stages_on_eight_devices(network, name):
+    given = NETWORKS[network]()
+    found, expected = CALLS[name](*on_eight(given)), CALLS[name](*given)
+    if isinstance(expected, prune.Pruned):
+        jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, (found.masks, expected.masks)))
+        found, expected = found.params, expected.params
+    assert_close(found, expected, 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["staged", "staged_neurons"])
+def test_stages_of_fully_spread_params(name):
+    here = example()
+    there, options = spread(*here, devices.mesh(2, jax.devices()[:8])), {"key": jax.random.key(2)}
+    found, expected = (CALLS[name](scale.network, *given, **options) for given in (there, here))
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, (found.masks, expected.masks)))
+    assert_close(found.params, expected.params, 2e-2)
+    for path, leaf in networks.by_path(found.params).items():
+        parts = [array.sharding.shard_shape(array.shape) for array in (leaf, networks.by_path(there[0])[path])]
+        assert np.prod(parts[0]) <= np.prod(parts[1]), path  # a device holds no more than before
 
 
 @pytest.mark.slow
