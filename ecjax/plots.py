@@ -135,7 +135,8 @@ def mask(
     """The mask of a kernel as an image: which weights stay, or how many neurons still read each input.
 
     Args:
-        mask: of one kernel; its last axis is that of neurons, all others are those of inputs (transpose it if not).
+        mask: of one kernel; its last axis is that of neurons or channels, all others are those of inputs (transpose it
+            if not).
         shape: of the inputs as an image, such as (28, 28): then each pixel is the number of neurons that read it.
             Further axes, such as channels, are added up.
         ax: where to draw; matplotlib's current Axes if None.
@@ -167,13 +168,14 @@ def mask(
         how: dict[str, Any] = {"aspect": "auto", "interpolation": interpolation, "interpolation_stage": "rgba"}
         ax.imshow(matrix, cmap=colours, vmin=0, vmax=1, **how)
         inputs = f" ({' × '.join(map(str, mask.shape[:-1]))})" if mask.ndim > 2 else ""
-        ax.set(xlabel="neuron", ylabel=f"input{inputs}")
+        ax.set(xlabel="output" if mask.ndim > 2 else "neuron", ylabel=f"input{inputs}")
         ax.set_title(f"{matrix.sum():,} of {matrix.size:,} weights left", fontsize="medium")
         return ax
     reads = matrix.sum(1).reshape(shape)
     image = ax.imshow(reads.sum(tuple(range(2, reads.ndim))), cmap="cividis", vmin=0, interpolation="nearest")
     ax.set(xticks=[], yticks=[])
-    ax.figure.colorbar(image, ax=ax, label="neurons that read it", ticks=MaxNLocator(integer=True))
+    of_pixel = "neurons that read it" if mask.ndim == 2 else "weights that read it"
+    ax.figure.colorbar(image, ax=ax, label=of_pixel, ticks=MaxNLocator(integer=True))
     return ax
 
 

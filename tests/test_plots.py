@@ -107,7 +107,7 @@ def test_a_mask_as_an_image():
     kernel = np.random.default_rng(0).random((3, 3, 2, 5)) < 0.3
     ax = draw(plots.mask(jnp.asarray(kernel)))
     np.testing.assert_array_equal(ax.get_images()[-1].get_array(), kernel.reshape(18, 5))
-    assert ax.get_ylabel() == "input (3 × 3 × 2)"
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("output", "input (3 × 3 × 2)")
 
 
 def test_reads_of_each_pixel():
