@@ -53,7 +53,7 @@ class Config:
     products: int = 10  # Products with the curvature in each step of a repair.
     curvature: int = 96  # Calibration inputs that the curvature is of.
     temperature: float = 4.0  # Of the Fisher metric of all criteria.
-    gradual_epochs: int = 2  # Passes over the text of gradual pruning: about as many gradients as staged survivors see.
+    gradual_epochs: int = 3  # Passes over the text of gradual pruning: about as many gradients as staged survivors see.
     gradual_learning_rate: float = 1e-3  # Of gradual pruning.
     seeds: int = 1  # How many samples of calibration inputs to average over.
     keep_stages: bool = False  # A staged run that was stopped goes on after its last stage; seconds count from there.

@@ -2,9 +2,8 @@
 
 An MLP, a surrogate of a partial differential equation, a residual convnet and a character GPT lose parameters with
 whole units, which four criteria choose, in stages, with the same repair and without labels. It shows what is left
-against parameters, operations and measured time, next to dense networks of a smaller size. It takes half an hour on two
-cores; on the digits with --quick one minute. It writes results.csv, config.json and units.png, and prints a table for
-each network, where a sparsity is that of the parameters, or of the widths of a small dense network.
+against parameters, operations and time, next to dense networks trained small. It takes half an hour on two cores; on
+the digits with --quick a minute. It writes results.csv, config.json and units.png, and prints a table for each network.
 """
 
 import functools
@@ -45,8 +44,10 @@ class Config(flags.Digits):
     text: Path | None = None  # Text of the GPT, as for experiments.language.
     fractions: tuple[float, ...] = (0.5, 0.7, 0.9)  # Fractions of the parameters to remove with whole units.
     widths: tuple[float, ...] = (0.75, 0.5, 0.25)  # Of dense networks trained small, as a part of the full widths.
-    stages: int = 4  # Stages of pruning.
-    iterations: int = 3  # Steps of the repair in each stage.
+    stages: int = 6  # Stages of pruning.
+    samples: float = 0.25  # Part of the calibration inputs that the stages before the last see.
+    iterations: int = 2  # Steps of the repair in each stage but the last.
+    last_iterations: int = 8  # Steps after the last stage.
     epochs: int | None = None  # Epochs of training. Default: those of the experiments that the networks are from.
     quick: bool = False  # The MLP alone, two fractions, one smaller network.
 
@@ -90,8 +91,7 @@ def main(config: Config) -> None:
                 for method, fraction, _ in (case for case in left if case[2] == seed):
                     call = functools.partial(smaller, problem, *dense, method, fraction, seed, config)
                     found, seconds = sweep.clocked(call, compiled=True)
-                    keys = {"seed": seed, "seconds": seconds}
-                    table.add(*sized(problem, dense, found, method, fraction, sweep.PRUNED, **keys))
+                    table.add(*sized(problem, dense, found, method, fraction, sweep.PRUNED, seed=seed, seconds=seconds))
 
             frame, title = rows.frame().query("network == @problem.name"), f"{shared['data']}, {problem.name}"
             costs = {name: sweep.Measure(f"{words},\n% of dense", ".0f", factor=100.0) for name, words in COSTS.items()}
@@ -109,9 +109,10 @@ def smaller(
     if method == "EC, staged":
         criterion = functools.partial(criterion, metric=problem.metric, probes=1 if many else None)
     draws = method == "random, staged" or (method == "EC, staged" and many)
-    options = {"stages": config.stages, "repair": problem.repair, "key": jax.random.key(seed) if draws else None}
+    how = replace(problem.repair, iterations=config.iterations, last_iterations=config.last_iterations)
+    options = {"criterion": criterion, "repair": how, "key": jax.random.key(seed) if draws else None}
     given = network, params, problem.inputs, fraction
-    pruned = prune.staged_neurons(*given, by="parameters", criterion=criterion, **options)
+    pruned = prune.staged_neurons(*given, by="parameters", stages=config.stages, samples=config.samples, **options)
     return compact.compact(network, pruned.params, problem.inputs)
 
 
@@ -153,7 +154,7 @@ def _mlp(name: Literal["large", "surrogate"], config: Config) -> Problem:
 
     measures = ACCURACY if large else {"test_loss": sweep.ERROR}
     inputs = jnp.asarray(found.task.data.train_inputs[: found.calibration])
-    given = found.epochs, inputs, metrics.named(found.metric), replace(found.survivors, iterations=config.iterations)
+    given = found.epochs, inputs, metrics.named(found.metric), found.survivors
     return Problem(found.name, found.task.data, measures, module, train, *given, {})
 
 
@@ -168,16 +169,15 @@ def _convnet(config: Config) -> Problem:
     def train(net: convnet.ConvNet, seed: int, passes: Iterable[int]) -> Params:
         return convnet.train_on(net, data, replace(full, epochs=config.epochs or epochs), seed, passes)
 
-    sizes = {"iterations": config.iterations, "products": full.products, "curvature_samples": full.curvature}
-    how = repair.Survivors(metric=metrics.Fisher(full.temperature), batch_size=full.batch_size, **sizes)
-    given = epochs, inputs, metrics.Fisher(), how
+    sizes = {"products": full.products, "curvature_samples": full.curvature, "batch_size": full.batch_size}
+    given = epochs, inputs, metrics.Fisher(), repair.Survivors(metric=metrics.Fisher(full.temperature), **sizes)
     return Problem("residual convnet", data, ACCURACY, module, train, *given, {"train": False})
 
 
 def _gpt(config: Config) -> Problem:
     """The network of experiments.language."""
-    full = language.Config(text=config.text, validation=config.validation)
-    full = replace(full, epochs=config.epochs or full.epochs)
+    epochs = config.epochs or language.Config.epochs
+    full = language.Config(text=config.text, validation=config.validation, epochs=epochs)
     read, data = language.load(full)
 
     def module(width: float) -> language.GPT:
@@ -188,9 +188,9 @@ def _gpt(config: Config) -> Problem:
         return {"params": language.train_on(task, net, read.train, full, passes, seed)}
 
     metric, inputs = metrics.Fisher(full.temperature), language.calibration(data, full, 0).inputs
-    sizes = {"iterations": config.iterations, "products": full.products, "curvature_samples": full.curvature}
-    given = full.epochs, inputs, metric, repair.Survivors(metric=metric, **sizes)
-    return Problem("character GPT", data, {"test_loss": language.NATS}, module, train, *given, {})
+    how = repair.Survivors(metric=metric, products=full.products, curvature_samples=full.curvature)
+    given = module, train, full.epochs, inputs, metric, how
+    return Problem("character GPT", data, {"test_loss": language.NATS}, *given, {})
 
 
 PROBLEMS = {
