@@ -54,7 +54,7 @@ class Config:
     curvature: int = 96  # Calibration inputs that the curvature is of.
     temperature: float = 4.0  # Of the Fisher metric of all criteria.
     gradual_epochs: int = 3  # Passes over the text of gradual pruning: about as many gradients as staged survivors see.
-    gradual_learning_rate: float = 1e-3  # Of gradual pruning.
+    gradual_learning_rate: float = 5e-3  # Of gradual pruning.
     seeds: int = 1  # How many samples of calibration inputs to average over.
     keep_stages: bool = False  # A staged run that was stopped goes on after its last stage; seconds count from there.
     validation: bool = False  # Measure on the validation part of the text instead, to choose settings by.
