@@ -1,6 +1,7 @@
 """What large transformers would take on many devices, and that a small one gives the same on eight as on one."""
 
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -136,3 +137,17 @@ def test_what_a_device_holds(tmp_path):
         assert step["temporary"] <= 1.3 * (8 * copy / parts + gradient["temporary"])
         assert max(scores["largest"], step["largest"]) < stacked
     assert (tmp_path / "scale.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("size", scale.Config().sizes)
+@pytest.mark.parametrize("count", scale.Config().devices)
+def test_all_that_is_compiled_by_default_can_be_laid_out(size, count):
+    model = max(2, math.isqrt(count))  # as in its main
+    parts, axes = {"model": model, "data": count // model, None: 1}, []
+
+    def leaf(shape, *names):
+        axes.extend(zip(shape, names, strict=False))
+
+    scale.initial(scale.SIZES[size], leaf)
+    assert axes
+    assert all(length % parts[name] == 0 for length, name in axes)
