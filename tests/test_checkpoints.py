@@ -32,7 +32,10 @@ def same(first, second):
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-@pytest.mark.parametrize("stages", [1, 2, 3])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("stages", [pytest.param(1, marks=SLOW), 2, pytest.param(3, marks=SLOW)])
 def test_weights_go_on_bit_for_bit(tmp_path, monkeypatch, stages):
     example, how = examples.mlp(), HOW | {"samples": 0.5}
     expected = prune.staged(*example, 0.75, **how)
@@ -59,6 +62,7 @@ def test_units_with_a_key_and_weights_go_on(tmp_path):
     same(prune.staged_neurons(*example, 0.5, checkpoints=tmp_path, **how), expected)
 
 
+@pytest.mark.slow
 def test_a_module_of_equinox_goes_on(tmp_path):
     import equinox as eqx
 

@@ -160,7 +160,7 @@ def test_another_configuration_is_refused(tmp_path):
         mnist.main(replace(SMALL, output=tmp_path, seeds=3, sparsities=(0.5,)))
     message = f"{tmp_path} holds another run: --seeds was 2 there, is 3; --sparsities was [0.5, 0.8] there, is [0.5]."
     assert str(refusal.value) == f"{message} Choose another folder, or delete this one to start afresh"
-    with pytest.raises(SystemExit, match=r"--stages was absent there, is 4; .*activation was relu there, is absent"):
+    with pytest.raises(SystemExit, match=r"--stages was absent there, is 6; .*activation was relu there, is absent"):
         neurons.main(neurons.Config(data="digits", output=tmp_path))
     with pytest.raises(SystemExit, match="--validation was False there, is True"):
         mnist.main(replace(SMALL, output=tmp_path, validation=True))
