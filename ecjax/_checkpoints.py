@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import inspect
 import json
 import os
@@ -17,6 +18,7 @@ from jax import Array
 from jaxtyping import PyTree
 
 from ecjax import _trees
+from ecjax._writing import write_whole
 
 _FACTS = "run.json"
 _ALIKE = 0.05  # of the spread of the targets: far more than rounding on other devices
@@ -56,8 +58,9 @@ def kept(folder: str | os.PathLike | None, facts: Mapping[str, Any], state: Any)
         if number:
             found = manager.restore(number, args=ocp.args.StandardRestore(_arrays(state)))
             earlier = _with_arrays(state, found)
-            if "targets" not in facts:  # those of the run are the network's own answers
-                _require_same_answers(folder, state.targets, earlier.targets)
+            own = state.targets is not None and "targets" not in facts  # the network's own answers
+            if own and not _near(state.targets, earlier.targets):
+                raise _of_another_run(folder, "the network answers otherwise than it did there")
             state = earlier
         yield number, state, save
 
@@ -65,7 +68,11 @@ def kept(folder: str | os.PathLike | None, facts: Mapping[str, Any], state: Any)
 def _arrays(state: PyTree) -> dict[str, Array | np.ndarray]:
     """The arrays of a state under their number; random keys as what they are made of."""
     leaves = enumerate(jax.tree.leaves(state))
-    return {str(n): jax.random.key_data(x) if _is_key(x) else x for n, x in leaves if _trees.is_array(x)}
+    return {str(number): _numbers(leaf) for number, leaf in leaves if _trees.is_array(leaf)}
+
+
+def _numbers(leaf: Array | np.ndarray) -> Array | np.ndarray:
+    return jax.random.key_data(leaf) if _trees.is_key(leaf) else leaf
 
 
 def _with_arrays(state: PyTree, found: Mapping[str, Array | np.ndarray]) -> PyTree:
@@ -75,43 +82,37 @@ def _with_arrays(state: PyTree, found: Mapping[str, Array | np.ndarray]) -> PyTr
         array = found[str(number)]
         if isinstance(leaf, jax.Array) and not leaf.committed:
             array = jnp.asarray(np.asarray(array))  # which Orbax has tied to the device where it was
-        return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf)) if _is_key(leaf) else array
+        if not _trees.is_key(leaf):
+            return array
+        return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf))
 
     leaves, tree = jax.tree.flatten(state)
     return jax.tree.unflatten(tree, [back(*numbered) for numbered in enumerate(leaves)])
 
 
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def _claim(folder: Path, facts: dict[str, str]) -> None:
     """Writes down what the folder is for, or compares with what it says."""
-    path, partial = folder / _FACTS, folder / f".{_FACTS}"
+    path = folder / _FACTS
     if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"checkpoints={str(folder)!r} holds other files, and no run in stages; name a new folder")
-        if jax.process_index() == 0:
+        if jax.process_index() == 0:  # of several, the others may come while this one writes
+            if folder.exists() and any(folder.iterdir()):
+                raise ValueError(
+                    f"checkpoints={str(folder)!r} holds other files, and no run in stages; name a new folder"
+                )
             folder.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(facts, indent=2))
-            partial.replace(path)  # so that it is whole or not there
+            write_whole(path, json.dumps(facts, indent=2).encode())
         return
     before = json.loads(path.read_text())
     names = [name for name in facts | before if facts.get(name) != before.get(name)]
     if names:
-        differing = "; ".join(f"{name} was {before.get(name)} there, is {facts.get(name)}" for name in names)
-        raise ValueError(
-            f"checkpoints={str(folder)!r} holds another run: {differing}. Name another folder, or delete this one to "
-            "start afresh"
-        )
+        differing = (f"{name} was {before.get(name)} there, is {facts.get(name)}" for name in names)
+        raise _of_another_run(folder, "; ".join(differing))
 
 
-def _require_same_answers(folder: Path, now: Any, before: Any) -> None:
-    if now is not None and not _near(now, before):
-        raise ValueError(
-            f"checkpoints={str(folder)!r} holds another run: the network answers otherwise than it did there. Name "
-            "another folder, or delete this one to start afresh"
-        )
+def _of_another_run(folder: Path, why: str) -> ValueError:
+    return ValueError(
+        f"checkpoints={str(folder)!r} holds another run: {why}. Name another folder, or delete this one to start afresh"
+    )
 
 
 @jax.jit
@@ -129,14 +130,16 @@ def _told(value: Any) -> str:
         return f"{type(value).__name__}({', '.join(given)})"
     if callable(value) and (inner := inspect.unwrap(value)) is not value:
         return _told(inner)
-    if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
+    if callable(value):
+        named = value if hasattr(value, "__qualname__") else type(value)  # a plain object's repr is where it lies
+        return f"{named.__module__}.{named.__qualname__}"
     arrays = {path: leaf for path, leaf in _trees.by_path(value).items() if _trees.is_array(leaf)}
     if not arrays:
         return repr(value)
-    numbers = [_checksum(jax.random.key_data(leaf) if _is_key(leaf) else leaf) for leaf in arrays.values()]
-    shapes = ", ".join(f"{path} {leaf.dtype}{list(leaf.shape)}".strip() for path, leaf in list(arrays.items())[:2])
-    return f"{len(arrays)} arrays of sum {sum(map(int, numbers)) % 2**32:08x} ({shapes}{', …' * (len(arrays) > 2)})"
+    shapes = [f"{path} {leaf.dtype}{list(leaf.shape)}".strip() for path, leaf in arrays.items()]
+    sums = [int(_checksum(_numbers(leaf))) for leaf in arrays.values()]
+    every = hashlib.sha256(repr([*zip(shapes, sums, strict=True)]).encode()).hexdigest()[:8]
+    return f"{len(arrays)} arrays of sum {every} ({', '.join(shapes[:2])}{', …' * (len(arrays) > 2)})"
 
 
 @jax.jit
@@ -148,7 +151,7 @@ def _checksum(array: Array) -> Array:
     else:
         words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[array.dtype.itemsize]
         bits = jax.lax.bitcast_convert_type(array, words).astype(jnp.uint32)
-    odd = jnp.zeros(bits.shape, jnp.uint32) + jnp.uint32(1)
+    odd = jnp.ones(bits.shape, jnp.uint32)
     for axis in range(bits.ndim):
         odd = odd * jnp.uint32(2654435761) + 2 * jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
     return (bits * odd).sum(dtype=jnp.uint32)

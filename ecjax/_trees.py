@@ -83,6 +83,11 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
 
 
+def is_key(leaf: Any) -> bool:
+    """Whether an array holds random keys, of which numbers are to be asked for."""
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
 def shapes(params: PyTree) -> PyTree:
     """The shape and the dtype in place of each array."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)

@@ -2,8 +2,8 @@
 
 An MLP and a surrogate of a partial differential equation, or a residual convnet and a character GPT, lose parameters
 with whole units, which four criteria choose, in stages, with the same repair and without labels. It shows what is left
-against parameters, operations and time, next to dense networks trained small. It takes ten minutes on two cores; on the
-digits with --quick one. It writes results.csv, config.json and units.png, and prints a table for each network.
+against parameters, operations and time, next to dense networks trained small. It takes five minutes on two cores; on
+the digits with --quick one. It writes results.csv, config.json and units.png, and prints a table for each network.
 """
 
 import functools

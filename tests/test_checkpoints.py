@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from ecjax import networks, prune, repair, score, staged
+from ecjax._checkpoints import _told
 from tests import examples
 
 ROOT = Path(__file__).parents[1]
@@ -87,9 +88,11 @@ OTHERS = {
     "repair": ({"repair": repair.Survivors(iterations=2)}, "repair was .*iterations=1.* there, is .*iterations=2"),
     "criterion": ({"criterion": "magnitude", "repair": None, "metric": "euclidean"}, "criterion was .*magnitude"),
     "exclude": ({"exclude": "Dense_0/*"}, "exclude was .* there, is 'Dense_0"),
-    "inputs": ({"inputs": examples.mlp().inputs + 1}, "inputs was 1 arrays of sum .* there, is 1 arrays of sum"),
-    "params": ({"params": jax.tree.map(jnp.negative, examples.mlp().params)}, "params was 6 arrays of sum"),
-    "network": ({"network": networks.from_linen(networks.MLP((7, 6, 3), jnp.sin))}, "the network answers otherwise"),
+}
+OTHER_GIVEN = {
+    "inputs": (lambda inputs: inputs + 1, "inputs was 1 arrays of sum .* there, is 1 arrays of sum"),
+    "params": (lambda params: jax.tree.map(jnp.negative, params), "params was 6 arrays of sum"),
+    "network": (lambda _: networks.from_linen(networks.MLP((7, 6, 3), jnp.sin)), "the network answers otherwise"),
 }
 
 
@@ -108,6 +111,15 @@ def test_another_run_is_refused(folder, change, message):
         prune.staged(**given, checkpoints=folder)
 
 
+@pytest.mark.parametrize("name", OTHER_GIVEN)
+def test_a_run_of_something_else_is_refused(folder, name):
+    change, message = OTHER_GIVEN[name]
+    given = examples.mlp()._asdict()
+    given[name] = change(given[name])
+    with pytest.raises(ValueError, match=message):
+        prune.staged(**given, sparsity=0.75, checkpoints=folder, **HOW)
+
+
 def test_a_folder_of_other_files_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds other files, and no run in stages; name a new folder"):
@@ -122,8 +134,6 @@ def test_what_tells_a_run_is_readable(folder):
 
 
 def test_one_bit_changes_the_sum():
-    from ecjax._checkpoints import _told
-
     array = np.zeros((3, 4), np.float32)
     other, swapped = array.copy(), array.copy()
     other[1, 2] = 1e-45
@@ -131,6 +141,23 @@ def test_one_bit_changes_the_sum():
     sums = {_told({"a": given}) for given in (array, other, swapped, array.astype(np.float16), array > 0)}
     assert len(sums) == 5
     assert len({_told(array), _told(jnp.asarray(array))}) == 1
+
+
+def test_leaves_that_change_places_are_other_params():
+    array = np.arange(12, dtype=np.float32).reshape(3, 4)
+    params = {"a": array, "b": 2 * array, "c": array + 1}
+    assert len({_told(params), _told(params | {"a": params["b"], "b": params["a"]}), _told(params | {"d": array})}) == 3
+
+
+class Halved:
+    """A criterion that is an object."""
+
+    def __call__(self, network, params, inputs):
+        return score.magnitude(network, params, inputs)
+
+
+def test_an_object_is_told_by_its_kind_and_not_by_where_it_lies():
+    assert _told(Halved()) == _told(Halved()) == "tests.test_checkpoints.Halved"
 
 
 PROCESS = """

@@ -10,8 +10,8 @@ import numpy as np
 
 from ecjax import _checks, _precision, _trees
 from ecjax._types import Inputs, Network, Params
+from ecjax._writing import write_whole
 from ecjax.compact import answers
-from ecjax.compact.writing import write_whole
 
 _HOW = "flatbuffers is not installed: pip install 'ecjax[files]'"
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")

@@ -15,8 +15,8 @@ from jaxtyping import Num
 
 from ecjax import _checks, _door, _trees, graph
 from ecjax._types import Inputs, Network, Params
+from ecjax._writing import write_whole
 from ecjax.compact import answers, bits
-from ecjax.compact.writing import write_whole
 
 _FORMAT, _VERSION = "ecjax.compact", "2"
 _HOW = "safetensors is not installed: pip install 'ecjax[files]'"
@@ -220,7 +220,7 @@ def _facts(array: np.ndarray) -> dict[str, Any]:
 
 def _numbers(leaf: Any) -> tuple[np.ndarray, dict[str, str]]:
     """A leaf as NumPy knows it, and for random keys, as in the state of an NNX module, how numbers come from them."""
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if _trees.is_key(leaf):
         return np.asarray(jax.random.key_data(leaf)), {"random_keys": str(jax.random.key_impl(leaf))}
     return np.asarray(leaf), {}
 

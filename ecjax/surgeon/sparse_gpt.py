@@ -105,7 +105,7 @@ def sparse_gpt(
     with _progress.told(progress, "kernel", len(layers), ("path",)) as tell:
         for number, layer in enumerate(layers, start=1):
             kernel = _trees.by_path(pruned)[layer.kernel]
-            masks[layer.kernel] = jnp.ones(layer.shape, bool)
+            masks[layer.kernel] = jnp.ones_like(kernel, bool)
             if layer.weights:
                 of_inputs = hessian(at.network, layer, int(batch_size), pruned, at.inputs)
                 matrices = graph.as_matrices(kernel, layer.layout).astype(of_inputs.dtype)
