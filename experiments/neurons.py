@@ -175,9 +175,9 @@ def _convnet(config: Config) -> Problem:
 
 
 def _gpt(config: Config) -> Problem:
-    """The network of experiments.language."""
+    """The network of experiments.language, on half of its calibration sequences."""
     epochs = config.epochs or language.Config.epochs
-    full = language.Config(text=config.text, validation=config.validation, epochs=epochs)
+    full = language.Config(text=config.text, validation=config.validation, epochs=epochs, calibration=256, curvature=48)
     read, data = language.load(full)
 
     def module(width: float) -> language.GPT:
