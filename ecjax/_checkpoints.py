@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import PyTree
 
-from ecjax import _trees
+from ecjax import _checksum, _trees
 from ecjax._writing import write_whole
 
 _FACTS = "run.json"
@@ -137,21 +137,6 @@ def _told(value: Any) -> str:
     if not arrays:
         return repr(value)
     shapes = [f"{path} {leaf.dtype}{list(leaf.shape)}".strip() for path, leaf in arrays.items()]
-    sums = [int(_checksum(_numbers(leaf))) for leaf in arrays.values()]
+    sums = [int(_checksum.of_array(_numbers(leaf))) for leaf in arrays.values()]
     every = hashlib.sha256(repr([*zip(shapes, sums, strict=True)]).encode()).hexdigest()[:8]
     return f"{len(arrays)} arrays of sum {every} ({', '.join(shapes[:2])}{', …' * (len(arrays) > 2)})"
-
-
-@jax.jit
-def _checksum(array: Array) -> Array:
-    """The sum of the bits of all entries, each times another odd number, modulo 2³²: the same on any devices."""
-    array = jnp.stack([array.real, array.imag]) if jnp.iscomplexobj(array) else jnp.asarray(array)
-    if jnp.issubdtype(array.dtype, jnp.bool_):
-        bits = array.astype(jnp.uint32)
-    else:
-        words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[array.dtype.itemsize]
-        bits = jax.lax.bitcast_convert_type(array, words).astype(jnp.uint32)
-    odd = jnp.ones(bits.shape, jnp.uint32)
-    for axis in range(bits.ndim):
-        odd = odd * jnp.uint32(2654435761) + 2 * jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    return (bits * odd).sum(dtype=jnp.uint32)

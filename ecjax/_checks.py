@@ -70,7 +70,8 @@ def require_targets(inputs: Inputs, targets: Array | np.ndarray) -> None:
 def require_weights(weights: Array | np.ndarray, outputs: tuple[int, ...]) -> None:
     """Raises a ValueError unless there is a weight of at least 0 for each sample, or each position, of such outputs."""
     shape = getattr(weights, "shape", ())
-    if not shape or shape not in (outputs[:1], outputs[:-1]) or not jnp.issubdtype(weights.dtype, jnp.number):
+    numbers = shape and (jnp.issubdtype(weights.dtype, jnp.number) or weights.dtype == bool)
+    if not numbers or shape not in (outputs[:1], outputs[:-1]):
         or_positions = f", or {outputs[:-1]}" if len(outputs) > 2 else ""
         raise ValueError(f"weights {_describe(weights)} must be numbers of shape {outputs[:1]}{or_positions}")
     if _is_known_false((weights >= 0).all() & (weights < np.inf).all() & (weights > 0).any()):
@@ -122,12 +123,14 @@ def require_kernels(params: Params, given: Kernels, name: str) -> None:
 
 def require_masks(params: Params, masks: Kernels) -> None:
     """Raises a ValueError unless the masks are boolean and shaped like the kernels of ``params``."""
+    _trees.require_params(masks, "masks")
     require_kernels(params, masks, "masks")
     require_boolean(masks)
 
 
 def require_boolean(masks: Kernels) -> None:
     """Raises a ValueError unless all masks are boolean."""
+    _trees.require_params(masks, "masks")
     for path, mask in _trees.by_path(masks).items():
         if mask.dtype != bool:
             raise ValueError(f"mask '{path}' is {mask.dtype}; masks are boolean, True where the weight stays")

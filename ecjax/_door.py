@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen, nnx
 from jax import Array
 from jaxtyping import PyTree
 
@@ -98,6 +99,7 @@ def enter(
     outputs = jax.ShapeDtypeStruct((inputs.shape[0], *facts.row[0]), facts.row[1])
     if weights is not None:
         _checks.require_weights(weights, outputs.shape)
+        weights = weights.astype(outputs.dtype) if weights.dtype == bool else weights
     metrics.require_outputs(metric, outputs, _few_outputs(network, params, inputs, metric))
     return Entered(network, params, inputs, facts.layers, outputs, metric, weights, static)
 
@@ -202,7 +204,14 @@ def _traced(params, inputs, *, network, exclude) -> _Facts:
 
 
 def _require_hashable(network: Callable) -> None:
-    """Raises a ValueError unless ``jit`` can tell the network from others."""
+    """Raises a ValueError for a module in place of its function, or for what ``jit`` can't tell from others."""
+    inner = network.network if isinstance(network, WithStatic) else network
+    for kind, door in ((linen.Module, "networks.from_linen(module)"), (nnx.Module, "networks.from_nnx(module)")):
+        if isinstance(inner, kind):
+            raise ValueError(
+                f"the network is a module, {type(inner).__name__}; it must be a pure function (params, inputs) -> "
+                f"outputs, which {door} makes of it"
+            )
     try:
         hash(network)
     except TypeError as error:

@@ -115,11 +115,11 @@ def whole(params: PyTree, static: tuple[tuple[str, Any], ...]) -> PyTree:
     return jax.tree_util.tree_map_with_path(choose, params, is_leaf=lambda leaf: leaf is None)
 
 
-def require_params(params: PyTree) -> None:
-    """Raises a ValueError for what pruning returned, given where its params are meant."""
+def require_params(params: PyTree, name: str = "params") -> None:
+    """Raises a ValueError for what pruning returned, given where its params, or its masks, are meant."""
     if getattr(params, "_fields", ())[:2] == ("params", "masks"):
-        kind = type(params).__name__
-        raise ValueError(f"the params are a prune.{kind}, which holds masks as well; give its .params")
+        kind, other = type(params).__name__, "masks" if name == "params" else "params"
+        raise ValueError(f"the {name} are a prune.{kind}, which holds {other} as well; give its .{name}")
 
 
 def split(network: Callable, params: PyTree) -> tuple[Callable, PyTree, tuple[tuple[str, Any], ...]]:

@@ -123,6 +123,7 @@ def staged(
     weights: Weights | None = None,
     scope: str | tuple[int, int] = "network",
     exclude: Patterns = (),
+    masks: Kernels | None = None,
     key: PRNGKeyArray | None = None,
     progress: bool | Callable[[Stage], None] | None = None,
     checkpoints: str | os.PathLike | None = None,
@@ -154,6 +155,8 @@ def staged(
             that lose least of their importance get it first, and r is 1.
         exclude: patterns of paths of leaves that are not pruned and do not count. A repair moves them like all that
             is left, unless ``repair.Survivors(frozen=...)`` names them.
+        masks: of a network that is pruned already, True where the weight stays. What they removed stays removed and
+            counts; without them, a repair may fill its zeros again. The stages go from their sparsity to r.
         key: random key, split over the stages, for criteria that draw; where outputs with positions have more than
             256 rows a sample, for one probe.
         progress: True for a bar on stderr or in a notebook, with sparsity, objective and the time left (with rich,
@@ -177,7 +180,7 @@ def staged(
     require_scope(scope, sparsity)
     criterion = criteria.giving(criteria.named(criterion, score.CRITERIA), Scores)
     given, of_run = (network, params, inputs, sparsity, stages, samples), (repair, metric, targets, weights)
-    return _in_stages(criterion, *given, *of_run, {"scope": scope}, exclude, None, key, progress, checkpoints)
+    return _in_stages(criterion, *given, *of_run, {"scope": scope}, exclude, masks, key, progress, checkpoints)
 
 
 def staged_neurons(
@@ -269,13 +272,16 @@ def _in_stages(
     facts = {"sparsity": sparsity, "stages": stages, "samples": samples, "criterion": criterion, "repair": repair}
     facts |= how | options | {"masks": masks, "params": params, "inputs": inputs}
     facts = {name: value for name, value in facts.items() if value is not None}
+    starts = 0.0
+    if masks is not None and sparsity is not None and "by" not in how:  # of units, masks tell no fraction
+        starts = patterns.begun(sparsity, _trees.by_path(state.masks))
     began = time.monotonic()
     with (
         _progress.told(progress, "stage", stages, ("sparsity", "objective")) as tell,
         _checkpoints.kept(checkpoints, facts, state) as (done, state, keep),
     ):
         for number in range(done + 1, stages + 1):
-            reached = patterns.times(sparsity, 1 - (1 - number / stages) ** 3)
+            reached = patterns.times(sparsity, 1 - (1 - number / stages) ** 3, starts)
             if number == stages:
                 samples, repair = None, repairs.of_last_stage(repair)
             state = step(network, state, inputs, reached, samples=samples, criterion=criterion, repair=repair, **how)

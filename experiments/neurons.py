@@ -1,9 +1,8 @@
 """Whole neurons, channels and attention heads instead of weights: ``python -m experiments.neurons``.
 
-An MLP and a surrogate of a partial differential equation, or a residual convnet and a character GPT, lose parameters
-with whole units, which four criteria choose, in stages, with the same repair and without labels. It shows what is left
-against parameters, operations and time, next to dense networks trained small. It takes five minutes on two cores; on
-the digits with --quick one. It writes results.csv, config.json and units.png, and prints a table for each network.
+Networks lose whole units, which four criteria choose, in stages, with the same repair and without labels. It shows what
+is left against parameters, operations and time, next to dense networks trained small. It takes five minutes on two
+cores; on the digits with --quick one. It writes results.csv, config.json and units.png, and prints tables.
 """
 
 import functools
@@ -135,8 +134,9 @@ def trained(folder: Path, problem: Problem, width: float, seed: int, bar, config
 
 def panels(frame: pd.DataFrame, column: str, measure: sweep.Measure, name: str) -> list[report.Panel]:
     """A measure against what the smaller networks do without: parameters, operations and time."""
-    against = {cost: measure._replace(axis=f"fraction saved of the {words}") for cost, words in COSTS.items()}
-    return [(name, frame.assign(sparsity=(1 - frame[cost]).round(2)), column, how) for cost, how in against.items()]
+    of, saved = measure._replace, 1 - frame.groupby(["method", "sparsity"])[[*COSTS]].transform("mean")
+    axes = {cost: f"fraction saved of the {words}" for cost, words in COSTS.items()}
+    return [(name, frame.assign(sparsity=saved[cost]), column, of(axis=axis)) for cost, axis in axes.items()]
 
 
 def _mlp(name: Literal["large", "surrogate"], config: Config) -> Problem:

@@ -227,3 +227,12 @@ def test_points_where_evaluate_gives_a_fraction():
         ValueError, match=r"evaluate gave 0.5 .* with most_lost=1 nothing from 0 to 1 is too low; give a "
     ):
         afford(lambda _: 0.5, most_lost=1)
+
+
+def test_a_loss_is_asked_about():
+    def said(value):
+        dense, found = prune.Tried(0.0, 0.56, float("inf"), True), prune.Tried(0.99, value, 0.01, True)
+        return str(prune.Afforded({}, None, found, 0.55, (dense, found)))
+
+    assert "is it a loss? Higher is better" in said(0.96)
+    assert "is it a loss" not in said(0.565)

@@ -1,12 +1,14 @@
 """Bad input gets a ValueError that says what was given and what is allowed, before any work."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
-from ecjax import compact, networks, prune, score, train
+from ecjax import compact, networks, prune, repair, score, train
 from tests import examples
 
 NETWORK, PARAMS, INPUTS = examples.mlp()
@@ -133,11 +135,53 @@ def test_scores_with_nan():
         lambda pruned: prune.staged(NETWORK, pruned, INPUTS, 0.7),
         lambda pruned: prune.apply_masks(pruned, pruned.masks),
         lambda pruned: compact.compact(NETWORK, pruned, INPUTS),
+        lambda pruned: compact.save("net", pruned),
+        lambda pruned: networks.to_nnx(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), pruned),
     ],
 )
 def test_what_pruning_returned_where_its_params_are_meant(call):
     with pytest.raises(ValueError, match=r"the params are a prune.Pruned, which holds masks as well; give its .params"):
         call(prune.one_shot(PARAMS, MAGNITUDE, 0.5))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        prune.sparsity,
+        lambda pruned: prune.apply_masks(PARAMS, pruned),
+        lambda pruned: prune.summary(PARAMS, pruned),
+        lambda pruned: repair.Survivors()(NETWORK, PARAMS, pruned, INPUTS, NETWORK(PARAMS, INPUTS)),
+    ],
+)
+def test_what_pruning_returned_where_its_masks_are_meant(call):
+    with pytest.raises(ValueError, match=r"the masks are a prune.Pruned, which holds params as well; give its .masks"):
+        call(prune.one_shot(PARAMS, MAGNITUDE, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("module", "door"), [(nn.Dense(2), "from_linen"), (nnx.Linear(4, 2, rngs=nnx.Rngs(0)), "from_nnx")]
+)
+def test_a_module_in_place_of_its_function(module, door):
+    with pytest.raises(
+        ValueError, match=rf"the network is a module, (Dense|Linear); .* networks.{door}\(module\) makes"
+    ):
+        score.magnitude(module, PARAMS, INPUTS)
+
+
+def test_a_pattern_that_names_what_holds_leaves():
+    with pytest.raises(ValueError, match=r"'Dense_0' matches no leaf of the params \(did you mean 'Dense_0/\*'\?\)"):
+        score.magnitude(NETWORK, PARAMS, INPUTS, exclude="Dense_0")
+    with pytest.raises(ValueError, match=r"match all of them \(did you mean 'Dense_0/\*'\?\)"):
+        prune.one_shot(PARAMS, MAGNITUDE, {"Dense_0": 0.5})
+
+
+@pytest.mark.usefixtures("without_checked_types")
+def test_a_criterion_that_needs_more_than_its_name():
+    with pytest.raises(ValueError, match=r"functools.partial\(score.gradient_magnitude, targets=labels, loss=loss\)"):
+        prune.staged(NETWORK, PARAMS, INPUTS, 0.5, criterion="gradient_magnitude")
+    with pytest.raises(ValueError, match="criterion is Scores") as caught:
+        prune.staged(NETWORK, PARAMS, INPUTS, 0.5, criterion=MAGNITUDE)
+    assert len(str(caught.value)) < 600
 
 
 def test_masks_unlike_the_params():
@@ -181,6 +225,11 @@ def test_epochs_below_one():
 
 
 @pytest.mark.usefixtures("without_checked_types")
+def test_a_repair_takes_no_batches():
+    with pytest.raises(ValueError, match="got one of type generator"):
+        repair.Survivors()(NETWORK, PARAMS, prune.one_shot(PARAMS, MAGNITUDE, 0.5).masks, (x for x in [INPUTS]), INPUTS)
+
+
 def test_inputs_of_several_arrays_are_refused_with_what_to_do_instead():
     network, params, inputs = examples.mlp()
     both = {"features": inputs, "mask": inputs > 0}

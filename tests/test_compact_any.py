@@ -1,5 +1,6 @@
 """Networks of any kind made smaller: what is removed, what can be folded, and what has to stay."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,6 +90,23 @@ def test_a_head_that_nothing_reads_goes_as_a_whole():
         "v": (4, 1, 4),
         "o": (1, 4, 3),
     }
+
+
+def test_a_network_that_answers_otherwise_with_smaller_params_is_told():
+    """Equinox's attention divides by the root of a head's width as it finds it."""
+    attention = eqx.nn.MultiheadAttention(2, 8, dtype=jnp.float64, key=jax.random.key(0))
+    params = eqx.tree_at(lambda a: (a.query_proj.weight, a.key_proj.weight), attention, _narrowed(attention))
+    network = lambda attention, x: jax.vmap(lambda row: attention(row, row, row))(x)  # noqa: E731
+    inputs = array(5, 3, 8)
+    with pytest.warns(UserWarning, match="takes the smaller params too, and answers otherwise"):
+        smaller, small = compact.compact(network, params, inputs)
+    np.testing.assert_allclose(smaller(small, inputs), network(params, inputs), rtol=1e-9)
+
+
+def _narrowed(attention):
+    """Queries and keys whose last feature of each head is zero."""
+    gone = (jnp.arange(8) % 4 == 3)[:, None]
+    return tuple(jnp.where(gone, 0, part.weight) for part in (attention.query_proj, attention.key_proj))
 
 
 def test_constants_go_on_until_a_bias_takes_them():

@@ -69,6 +69,28 @@ def test_stages_that_begin_with_masks():
         staged.start(network, params, inputs, masks=sparse.masks, exclude="Dense_2/*")
 
 
+@pytest.mark.parametrize("wanted", [0.8, {"Dense_0/*": 0.9, "*": 0.75}])
+def test_a_pruned_network_is_pruned_further_in_stages(wanted):
+    """Towards labels, which would let weights come back; and along the cubic from where the masks are."""
+    network, params, inputs = examples.mlp(widths=(8, 7, 3))
+    sparse = prune.one_shot(params, score.magnitude(network, params, inputs), 0.7)
+    targets, reached = -2 * network(params, inputs), []
+    options = {"stages": 3, "targets": targets, "progress": lambda stage: reached.append(stage.sparsity)}
+    assert zeros(sparse.params)[removed(sparse.masks)].all()
+    anew = prune.staged(network, sparse.params, inputs, wanted, **options)
+    assert (removed(sparse.masks) & ~removed(anew.masks)).any()  # the test sees what it looks for
+    reached.clear()
+    further = prune.staged(network, sparse.params, inputs, wanted, masks=sparse.masks, **options)
+    assert not (removed(sparse.masks) & ~removed(further.masks)).any()
+    assert zeros(further.params)[removed(further.masks)].all()
+    if wanted == 0.8:
+        assert removed(further.masks).sum() == round(0.8 * removed(further.masks).size)
+        begun = removed(sparse.masks).mean()
+        np.testing.assert_allclose(reached, [begun + (0.8 - begun) * (1 - (1 - t / 3) ** 3) for t in (1, 2, 3)])
+    with pytest.raises(ValueError, match="would come back"):
+        prune.staged(network, sparse.params, inputs, 0.5, stages=2, masks=sparse.masks)
+
+
 def test_params_are_no_masks():
     params = examples.mlp().params
     with pytest.raises(ValueError, match="masks are boolean"):

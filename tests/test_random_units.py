@@ -29,6 +29,11 @@ def test_random_networks_without_random_units(first):
     jax.clear_caches()  # no network is seen again
 
 
+def test_a_flat_kernel_loses_all_units():
+    """Of a kernel that is one axis nothing is left then, which tells not whether inputs or neurons have gone."""
+    assert outcome(294) == "smaller"
+
+
 def outcome(seed: int) -> str:
     """Checks one random network; returns "smaller", or "whole" where no unit can go."""
     case = random_networks.draw(seed)

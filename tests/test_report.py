@@ -124,6 +124,12 @@ def test_a_report_is_honest_where_nothing_is_faster():
     assert "No faster" not in str(both)
 
 
+def test_a_report_says_where_the_networks_may_have_changed_places():
+    asked = "The first network is the smaller one"
+    assert asked not in str(compact.Report([DENSE, SMALLER]))
+    assert asked in str(compact.Report([DENSE, SMALLER._replace(parameters=3000)]))
+
+
 def test_a_report_is_a_table_in_text_in_html_and_for_rich():
     report = compact.Report([DENSE, SMALLER], difference=1e-7, greatest=2.0)
     lines = str(report).splitlines()

@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from ecjax import networks
+from ecjax import compact, networks, prune, repair
 from tests import zoo
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -57,6 +58,9 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="no collection 'batch_stats' with anything in it, but: 'params'"):
         networks.batch_statistics(module, variables["params"], {"params": variables["params"]}, inputs, train=True)
 
+    with pytest.raises(ValueError, match=r"takes a flax.linen.Module, and this is one of flax.nnx"):
+        networks.batch_statistics(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), {}, {}, inputs)
+
     class Other(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -67,3 +71,53 @@ def test_what_is_refused():
     variables = Other().init(jax.random.key(0), inputs[:, 0, 0])
     with pytest.raises(ValueError, match="the statistics of Other do not move by s ← m s"):
         networks.batch_statistics(Other(), {}, variables, inputs[:, 0, 0])
+
+
+class InNNX(nnx.Module):
+    def __init__(self):
+        self.hidden = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+        self.norm = nnx.BatchNorm(4, rngs=nnx.Rngs(1))
+        self.head = nnx.Linear(4, 2, rngs=nnx.Rngs(2))
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.norm(self.hidden(x))))
+
+
+def of_linen():
+    module, inputs = Normed(), zoo.array(6, 4, 4, 2)
+    variables = module.init(jax.random.key(0), inputs, train=False)
+    return lambda variables, x: module.apply(variables, x, train=False), variables, inputs
+
+
+def of_nnx():
+    module = InNNX()
+    module.eval()
+    return lambda module, x: module(x), module, zoo.array(6, 3)
+
+
+@pytest.mark.parametrize(("make", "path"), [(of_linen, "batch_stats/first/mean"), (of_nnx, "norm/mean/value")])
+def test_a_repair_moves_none_that_are_among_the_params(make, path):
+    network, params, inputs = make()
+    with pytest.raises(ValueError, match=f"the params hold batch statistics, '{path}', which a repair would move"):
+        prune.staged(network, params, inputs, 0.5, stages=1)
+    still = repair.Survivors(frozen=("batch_stats/*",) if make is of_linen else ("norm/mean/*", "norm/var/*"))
+    pruned = prune.staged(network, params, inputs, 0.5, stages=1, repair=still)
+    before, after = (networks.by_path(tree)[path] for tree in (params, pruned.params))
+    np.testing.assert_array_equal(before, after)
+    assert prune.staged(network, params, inputs, 0.5, stages=1, repair="biases").masks is not None
+
+
+def test_a_module_does_not_take_fewer_units_than_its_statistics_have():
+    module = InNNX()
+    module.eval()
+    network, params = networks.from_nnx(module)
+    inputs = zoo.array(6, 3)
+    pruned = prune.neurons(network, params, inputs, 0.5)
+    smaller, small = compact.compact(network, pruned.params, inputs)
+    assert small["norm"]["scale"].shape == (2,)
+    np.testing.assert_allclose(smaller(small, inputs), network(pruned.params, inputs), rtol=1e-5, atol=1e-6)
+    with pytest.raises(
+        ValueError, match="the statistics 'norm/mean' of 4 units, and 'norm/bias' is of 2 now; call the"
+    ):
+        networks.to_nnx(module, small)
+    assert networks.to_nnx(module, pruned.params)(inputs).shape == (6, 2)

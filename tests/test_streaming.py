@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ecjax import moments, prune, score
+from ecjax import _checksum, moments, prune, score
 from tests import examples
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -115,3 +115,36 @@ def test_bad_moments_are_refused():
         moments.of_batches(example.network, example.params, [example.inputs, dirty])
     with pytest.raises(ValueError, match=r"batches is one array, of shape \(23, 5\); give a list"):
         moments.of_batches(*example)
+
+
+def test_moments_of_other_params_are_refused():
+    """What samples say holds for the params that they went through, to the last bit; bits are told by their place."""
+    network, params, inputs = examples.mlp(samples=20)
+    other = jax.tree.map(lambda leaf: leaf, params)
+    other["Dense_0"]["kernel"] = params["Dense_0"]["kernel"][::-1]
+    seen = moments.of_inputs(network, params, inputs)
+    begun = moments.start(network, params, inputs)
+    message = "these moments are of other params"
+    with pytest.raises(ValueError, match=message):
+        moments.update(seen, network, other, inputs)
+    with pytest.raises(ValueError, match=message):
+        moments.merge(seen, moments.update(begun, network, other, inputs))
+    for call in (score.elimination_compensation_from_moments, score.optimal_brain_damage_from_moments):
+        with pytest.raises(ValueError, match=message):
+            call(other, seen)
+    whole = moments.of_inputs(network, params, inputs, of_weights=False)
+    with pytest.raises(ValueError, match=message):
+        score.neuron_elimination_compensation_from_moments(other, whole)
+    same = jax.tree.map(np.asarray, params)
+    merged = moments.merge(moments.merge(begun, seen), moments.update(begun, network, same, inputs))
+    assert score.elimination_compensation_from_moments(params, merged).importance is not None
+    traced = jax.jit(lambda params, inputs: moments.of_inputs(network, params, inputs))(params, inputs)
+    assert traced.params == 0
+    assert moments.update(traced, network, other, inputs).params > 0  # nothing tells what was traced
+
+
+@pytest.mark.parametrize("dtype", [jnp.int4, jnp.bfloat16, jnp.int8, bool, jnp.complex64])
+def test_arrays_of_any_numbers_have_a_sum(dtype):
+    one = jnp.arange(8).astype(dtype)
+    assert _checksum.of_array(one) != _checksum.of_array(one[::-1])
+    assert _checksum.of_params([one, one[:2]]) != _checksum.of_params([one[:2], one])

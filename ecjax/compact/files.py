@@ -80,8 +80,9 @@ class Saved(NamedTuple):
         except ValueError as error:
             raise ValueError(
                 f"{error}. The params are in nested dicts unless compact.load is given like=: params of the network "
-                "in its own containers, with what else it holds as it was saved, such as dropout in inference mode. A "
-                "module that is to take them needs their widths, those of saved.params"
+                "in its own containers, with what else it holds as it was saved, such as dropout in inference mode. "
+                "Params that compact.compact made smaller are taken by the network that came with them; a module takes "
+                "pruned params with their zeros, which a file keeps as small, and what is loaded can be compacted again"
             ) from error
         name = "the params were saved from another network (of another activation, or a norm over features that went?)"
         answers.require_same(name, found, self.examples.outputs, (network, params, inputs))
@@ -121,6 +122,7 @@ def save(
     numpy_files = _safetensors()
     if (network is None) != (inputs is None):
         raise ValueError("a network needs inputs, and inputs need the network that answers them: give both or neither")
+    _trees.require_params(params)
     names = _trees.by_path(params)  # refuses two leaves of one name
     leaves = {tuple(map(_key, steps)): leaf for steps, leaf in jax.tree_util.tree_leaves_with_path(params)}
     arrays = {steps: leaf for steps, leaf in leaves.items() if _trees.is_array(leaf)}

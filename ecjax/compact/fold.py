@@ -1,5 +1,6 @@
 """A smaller network with the same function: units that pruning has cut off are folded away, and arrays get smaller."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -18,6 +19,10 @@ from ecjax.graph.reading import Reading
 from ecjax.graph.smaller import Removed
 
 _Site = tuple[int, ...]
+_OTHERWISE = (
+    "the network that was given takes the smaller params too, and answers otherwise with them, as where it divides by "
+    "a width that is smaller now: call the smaller network that comes with them, and no other"
+)
 
 
 def compact(network: Network, params: Params, inputs: Inputs) -> tuple[Network, Params]:
@@ -37,6 +42,9 @@ def compact(network: Network, params: Params, inputs: Inputs) -> tuple[Network, 
     functions, Equinox and NNX modules do. Where ``networks.from_linen`` made it of a ``networks.MLP``, it is that of
     the MLP with the smaller widths. Otherwise it is the given network evaluated with fewer units
     (``graph.without_units``): a pure function as ever, traced anew for every shape of inputs.
+
+    Call the smaller network that comes back, and no other: a module may take the smaller params and answer otherwise,
+    as Equinox's attention does, which divides by the root of what is now the width of a head. A warning says so.
 
     Args:
         params: its parameters, with exact zeros where weights were removed.
@@ -63,8 +71,10 @@ def compact(network: Network, params: Params, inputs: Inputs) -> tuple[Network, 
     smaller, small = graph.without_units(network, folded.params, folded.groups, folded.removed)
     reference = (network, params, folded.samples)
     for other in (network, _of_module(network, small)):
-        if other is not None and _answers_alike(other, small, folded, reference):
-            return other, small
+        if other is not None and _takes(other, small, folded):
+            if _answers_alike(other, small, folded, reference):
+                return other, small
+            warnings.warn(_OTHERWISE, stacklevel=2)
     found = answers.of(smaller, small, folded.samples)
     answers.require_same("the smaller network is not the one that was given", found, folded.outputs, reference)
     return smaller, small
@@ -212,15 +222,17 @@ def _of_module(network: Network, small: Params) -> Network | None:
     )
 
 
-def _answers_alike(network: Network, small: Params, folded: _Folded, reference: tuple) -> bool:
-    """Whether a network takes the smaller params, and gives the outputs of the one that was given."""
+def _takes(network: Network, small: Params, folded: _Folded) -> bool:
+    """Whether a network takes the smaller params, and gives outputs of the same shape."""
     inner, arrays, _ = _trees.split(network, small)
     try:
-        shape = jax.eval_shape(inner, arrays, folded.samples).shape
+        return jax.eval_shape(inner, arrays, folded.samples).shape == folded.outputs.shape
     except Exception:  # whatever a network raises that is of other widths
         return False
-    if shape != folded.outputs.shape:
-        return False
+
+
+def _answers_alike(network: Network, small: Params, folded: _Folded, reference: tuple) -> bool:
+    """Whether a network that takes the smaller params gives the outputs of the one that was given."""
     try:
         found = answers.of(network, small, folded.samples)
         answers.require_same("", found, folded.outputs, reference)

@@ -115,6 +115,8 @@ def _is_faster(form: Form, dense: Form, count: int) -> bool:
 
 def _notes(report: Report) -> list[str]:
     notes = [f"The outputs differ by up to {report.difference:.2g}, where they reach {report.greatest:.2g}."]
+    if len(report) > 1 and report[1].parameters > report[0].parameters:
+        notes.append("The first network is the smaller one: was the second given in its place?")
     slow = [words for form in report for words in _slow(form, _dense(report, form))]
     if slow:
         notes.append(f"No faster than dense, by the number of samples: {'; '.join(slow)}.")

@@ -108,9 +108,11 @@ class Groups(tuple[Group, ...]):
 
 
 def _cells(groups: Groups) -> list[tuple[str, ...]]:
-    rows = [("units", "made by", "read by", "can go")]
+    rows, names = [("units", "made by", "read by", "can go")], iter(groups.named)
     for group in groups:
-        can = f"no: {'; '.join(group.reasons)}" if group.reasons else "yes"
+        name = next(names) if group.free else ""
+        of_several = f", as '{name}'" if group.free and name != group.produced[0] else ""
+        can = f"no: {'; '.join(group.reasons)}" if group.reasons else f"yes{of_several}"
         rows.append((f"{group.length:,}", _names(group.produced), _names(group.read), can))
     return rows
 

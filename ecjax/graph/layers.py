@@ -155,9 +155,17 @@ def chosen(patterns: Iterable[str] | str, paths: Sequence[str]) -> frozenset[str
     for pattern in patterns:
         here = fnmatch.filter(paths, pattern) if pattern not in paths else [pattern]
         if not here:
-            raise ValueError(f"the pattern {pattern!r} matches no leaf of the params; they are {', '.join(paths)}")
+            hint = inside(pattern, paths)
+            raise ValueError(
+                f"the pattern {pattern!r} matches no leaf of the params{hint}; they are {', '.join(paths)}"
+            )
         found.update(here)
     return frozenset(found)
+
+
+def inside(pattern: str, paths: Iterable[str]) -> str:
+    """What an error adds where a pattern names what holds leaves."""
+    return f" (did you mean '{pattern}/*'?)" if any(path.startswith(f"{pattern}/") for path in paths) else ""
 
 
 def kernels(layers: Sequence[Layer], params: PyTree) -> dict[str, Any]:

@@ -155,14 +155,24 @@ def _units(coupled: Coupled, kept: Kept, shape: tuple[int, ...]) -> dict[int, In
         ValueError: what is to go is no group of units for inputs of this shape.
     """
     atoms, stays = coupled.atoms, {}
-    along = []
+    along, emptied = [], []
     for path, axes in coupled.leaves.items():
         for axis, here in zip(axes, kept[path], strict=True):
-            for atom in dict.fromkeys(atoms.smallest(axis)):
+            of_axis = dict.fromkeys(atoms.smallest(axis))
+            tells = here.any() or len(of_axis) == 1  # which of several has lost all of its units
+            emptied += [] if tells else [of_axis]
+            for atom in of_axis:
                 for units in units_along(axis, atom, atoms):
-                    known = stays.setdefault(atom, np.zeros(atoms.lengths[atom], bool))
-                    known[units[here & (units >= 0)]] = True
+                    if tells:
+                        known = stays.setdefault(atom, np.zeros(atoms.lengths[atom], bool))
+                        known[units[here & (units >= 0)]] = True
                     along.append((path, here, axis, atom, units))
+    for of_axis in emptied:
+        unknown = [atom for atom in of_axis if atom not in stays]
+        if all(stays[atom].any() for atom in of_axis if atom in stays):
+            unknown.sort(key=lambda atom: atom in atoms.pins)
+            stays |= {atom: np.zeros(atoms.lengths[atom], bool) for atom in unknown[:1]}
+        stays |= {atom: np.ones(atoms.lengths[atom], bool) for atom in unknown if atom not in stays}
     left: dict[tuple, np.ndarray] = {}
     for path, here, axis, atom, units in along:
         mine = left.setdefault((path, axis, id(here)), np.ones(len(here), bool))

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, PyTree
 
-from ecjax import _checks, _door, _trees, graph, metrics
+from ecjax import _checks, _checksum, _door, _trees, graph, metrics
 from ecjax._types import Inputs, Metric, Network, Params, Patterns
 from ecjax.graph import Layer, Layers
 from ecjax.graph.layers import as_patterns
@@ -63,7 +63,7 @@ class InputMoments(NamedTuple):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["samples", "layers", "metric"],
+    data_fields=["samples", "layers", "metric", "params"],
     meta_fields=["read", "exclude", "probes", "of_weights"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +74,12 @@ class Moments:
         samples: how many, a number.
         layers: ``LayerMoments``, or ``InputMoments``, by the kernel's path; inputs and neurons are those of the kernel
             as a matrix ``(in, out)``.
-        metric: of the outputs; its numbers are leaves. What follows is static.
+        metric: of the outputs; its numbers are leaves. What follows is static, but for the last.
         read: the layers of the network.
         exclude: patterns of what was left alone.
         probes: how many random combinations of the metric's rows; None for all rows.
         of_weights: whether these are moments for each weight, not for each input of a layer.
+        params: a sum of the bits of the params that they are of, which tells others; 0 before the first samples.
 
     Example:
         >>> seen = moments.of_inputs(network, params, inputs, metric="fisher")
@@ -93,17 +94,21 @@ class Moments:
     exclude: tuple[str, ...] = ()
     probes: int | None = None
     of_weights: bool = True
+    params: PyTree = 0
+
+
+_SAVED = "samples", "layers", "params"
 
 
 def _to_state(seen: Moments) -> dict:
-    state = flax.serialization.to_state_dict({"samples": seen.samples, "layers": seen.layers})
+    state = flax.serialization.to_state_dict({name: getattr(seen, name) for name in _SAVED})
     return state | {"taken": _taken(seen)}
 
 
 def _from_state(seen: Moments, state: dict) -> Moments:
     _require_alike(_taken(seen), state.get("taken", "moments of which nothing is said"))
-    state = {name: state[name] for name in ("samples", "layers")}
-    found = flax.serialization.from_state_dict({"samples": seen.samples, "layers": seen.layers}, state)
+    state = {name: state[name] for name in _SAVED}
+    found = flax.serialization.from_state_dict({name: getattr(seen, name) for name in _SAVED}, state)
     return dataclasses.replace(seen, **found)
 
 
@@ -167,7 +172,7 @@ def nothing(
         found = {layer.kernel: nothing_of(layer, leaves[layer.kernel]) for layer in read}
     else:
         found = {layer.kernel: of_neurons(layer) for layer in graph.chain(read)[1:]}
-    return Moments(jnp.zeros(()), found, metric, read, exclude, probes, of_weights)
+    return Moments(jnp.zeros(()), found, metric, read, exclude, probes, of_weights, jnp.uint32(0))
 
 
 def nothing_of(layer: Layer, kernel: Array | np.ndarray) -> LayerMoments:
@@ -202,8 +207,8 @@ def merge(first: Moments, second: Moments) -> Moments:
         second: moments of others, of the same network and params, taken in the same way.
 
     Raises:
-        ValueError: moments of other layers, or taken with another metric, other probes or another ``exclude``. Under
-            ``jit`` the numbers of a metric, as its temperature, can't be compared.
+        ValueError: moments of other layers or other params, or taken with another metric, other probes or another
+            ``exclude``. Under ``jit`` the params and the numbers of a metric, as its temperature, can't be compared.
 
     Example:
         >>> seen = moments.of_inputs(network, params, inputs, metric="fisher")
@@ -216,8 +221,10 @@ def merge(first: Moments, second: Moments) -> Moments:
     _require_alike(_taken(first, known), _taken(second, known))
     if first.read != second.read:
         raise ValueError(f"these moments are of networks whose layers differ: {first.read}\n\nand\n\n{second.read}")
+    _require_same(first.params, second.params)
     layers = {path: merge_layer(layer, second.layers[path]) for path, layer in first.layers.items()}
-    return dataclasses.replace(first, samples=first.samples + second.samples, layers=layers)
+    params = jnp.maximum(first.params, second.params)
+    return dataclasses.replace(first, samples=first.samples + second.samples, layers=layers, params=params)
 
 
 def _taken(seen: Moments, numbers: bool = True) -> str:
@@ -238,6 +245,29 @@ def described(seen: Moments) -> str:
 def _require_alike(first: str, second: str) -> None:
     if first != second:
         raise ValueError(f"these moments were taken in different ways and can't be put together: {first}; and {second}")
+
+
+def of_same_params(seen: Moments, params: Params) -> Moments:
+    """The moments, which from now on are of these params, if the samples so far have gone through no others.
+
+    Under ``jit`` and ``vmap`` nothing tells.
+
+    Raises:
+        ValueError: moments of other params.
+    """
+    if not _checks.are_known((seen.params, params)):
+        return seen
+    params = _checksum.of_params(params)
+    _require_same(seen.params, params)
+    return dataclasses.replace(seen, params=params)
+
+
+def _require_same(first: Array | np.ndarray, second: Array | np.ndarray) -> None:
+    if _checks.are_known((first, second)) and first != second and 0 not in (first, second):
+        raise ValueError(
+            "these moments are of other params: what samples say holds for the params that they went through. Take the "
+            "moments anew with these, or give the params that the moments are of"
+        )
 
 
 def merge_layer(first: LayerMoments | InputMoments, second) -> LayerMoments | InputMoments:
@@ -272,5 +302,6 @@ def require(params: Params, seen: Moments, *, of_weights: bool) -> None:
             f"moments of other layers: {described(seen)} given; {', '.join(wanted)} "
             f"{'for each weight' if of_weights else 'for each input'} of these params are needed: {leaves}"
         )
+    of_same_params(seen, _trees.arrays(params))
     if _checks.are_known(seen.samples) and seen.samples == 0:
         raise ValueError("these moments are of no samples; update them with a batch of inputs first")

@@ -14,7 +14,7 @@ from ecjax import _batches, _checks, _door, _memory, _precision, _progress
 from ecjax._types import Inputs, Metric, Network, Params, Patterns, Weights
 from ecjax.graph.ignored import ignored_in
 from ecjax.graph.layers import as_patterns
-from ecjax.moments.additive import Moments, described, merge, nothing, start
+from ecjax.moments.additive import Moments, described, merge, nothing, of_same_params, start
 from ecjax.moments.blocks import of_blocks
 
 _MOST_ROWS = 256  # of the metric, each of which is a backward pass
@@ -59,7 +59,7 @@ def of_inputs(
     at = _door.enter(network, params, inputs, exclude=exclude, metric=metric, weights=weights, **counts)
     require_probes(at.outputs, probes)
     seen = nothing(at.params, at.layers, at.metric, as_patterns(exclude), probes, of_weights=of_weights)
-    given = at.params, at.inputs, at.weights, None, key
+    seen, given = of_same_params(seen, at.params), (at.params, at.inputs, at.weights, None, key)
     return _scanned(at.network, int(batch_size), _batches.placement(at.inputs), seen, *given)
 
 
@@ -85,7 +85,7 @@ def update(
         batch_size: samples at a time, on each device.
 
     Raises:
-        ValueError: as ``of_inputs``, or moments of a network with other layers.
+        ValueError: as ``of_inputs``, or moments of a network with other layers or other params.
 
     Example:
         >>> seen = moments.update(moments.start(network, params, inputs), network, params, inputs[:150])
@@ -109,6 +109,7 @@ def update(
             f"moments of other layers: {described(seen)} given, "
             f"{', '.join(f'{layer.kernel} {layer.shape}' for layer in at.layers)} in this network"
         )
+    seen = of_same_params(seen, at.params)
     placement = _batches.placement(at.inputs)
     return _scanned(at.network, int(batch_size), placement, seen, at.params, at.inputs, at.weights, samples, key)
 

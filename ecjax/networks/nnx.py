@@ -5,7 +5,7 @@ from typing import Any, cast
 from flax import nnx
 from jax import Array
 
-from ecjax._trees import by_path, replace
+from ecjax._trees import by_path, replace, require_params
 from ecjax._types import Inputs, Network, Params
 
 
@@ -66,7 +66,8 @@ def to_nnx(module: object, params: Params) -> nnx.Module:
             ``compact.compact`` (attributes such as ``in_features`` then still tell the old widths).
 
     Raises:
-        ValueError: no NNX module, or params under other paths than the module's.
+        ValueError: no NNX module, params under other paths than the module's, or fewer units than its batch statistics
+            have: of those the smaller network of ``compact.compact`` knows.
 
     Example:
         >>> module = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
@@ -77,6 +78,7 @@ def to_nnx(module: object, params: Params) -> nnx.Module:
         (6, 0)
     """
     _require_module(module)
+    require_params(params)
     graph, state, others = nnx.split(module, nnx.Param, ...)
     own = nnx.to_pure_dict(state)
     expected, given = by_path(own), by_path(params)
@@ -84,6 +86,14 @@ def to_nnx(module: object, params: Params) -> nnx.Module:
         if path not in given or path not in expected:
             there = "has no such variable" if path in given else "needs it"
             raise ValueError(f"the params do not fit the module at '{path}': the module {there}")
+    for path, statistic in by_path(nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))).items():
+        for beside, leaf in expected.items():
+            alike = beside.rpartition("/")[0] == path.rpartition("/")[0] and leaf.shape == statistic.shape
+            if alike and given[beside].shape != leaf.shape:
+                raise ValueError(
+                    f"the module keeps the statistics '{path}' of {leaf.size} units, and '{beside}' is of "
+                    f"{given[beside].size} now; call the smaller network that compact.compact gave with these params"
+                )
     return cast("nnx.Module", nnx.merge(graph, replace(own, given), nnx.to_pure_dict(others)))
 
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import Array, lax
 
-from ecjax import _checks, _precision
+from ecjax import _checks, _precision, _trees
 from ecjax._types import Inputs, Params
 from ecjax.graph.convolutions import in_loops
 
@@ -55,6 +56,11 @@ def batch_statistics(
     """
     _checks.require_inputs(inputs)
     _checks.require_positive(batch_size, "batch_size")
+    if isinstance(module, nnx.Module):
+        raise ValueError(
+            "batch_statistics takes a flax.linen.Module, and this is one of flax.nnx, whose own calls in training mode "
+            "move its statistics; ecjax/RECIPES.md shows how they are taken anew"
+        )
     if not jax.tree.leaves(variables.get(COLLECTION)):
         held = ", ".join(map(repr, variables)) or "none"
         raise ValueError(f"the variables hold no collection 'batch_stats' with anything in it, but: {held}")
@@ -75,6 +81,13 @@ def batch_statistics(
             "not known; train the module on instead"
         )
     return {**fixed, COLLECTION: found}
+
+
+def statistics_in(params: Params) -> set[str]:
+    """The paths of batch statistics among params: a Linen collection of its name, or variables of an NNX module."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    of_nnx = tuple(_trees.path_name(steps) + "/" for steps, leaf in leaves if isinstance(leaf, nnx.BatchStat))
+    return {path for path in _trees.by_path(params) if COLLECTION in path.split("/") or f"{path}/".startswith(of_nnx)}
 
 
 @dataclasses.dataclass(frozen=True)

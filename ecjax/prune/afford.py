@@ -18,6 +18,8 @@ from ecjax.repair import Repair
 from ecjax.score.criteria import Criterion
 from ecjax.staged import State, require_read, start, step
 
+_SPARSE = 0.9  # where pruning makes nothing better
+
 
 class Tried(NamedTuple):
     """One network that was evaluated.
@@ -268,4 +270,6 @@ def _notes(afforded: Afforded) -> list[str]:
     price = f"This took {stages} and {afforded.evaluations} evaluations."
     if found.sparsity == afforded.curve[-1].sparsity:
         price += " Nothing sparser was tried: raise sparsest."
+    if found.value > dense.value + max(dense.value - afforded.least, 0) and found.sparsity > _SPARSE:
+        price += " It has more than the dense network: is it a loss? Higher is better, so give minus a loss."
     return [f"{what}; {afforded.least:.4g} is affordable, the dense network has {dense.value:.4g}.", price]

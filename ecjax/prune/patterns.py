@@ -5,8 +5,11 @@ import fnmatch
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
 from ecjax import _checks
 from ecjax._types import Sparsities, Sparsity
+from ecjax.graph.layers import inside
 
 # What errors say: the argument, what it is a fraction of, and what a pattern is to match.
 WEIGHTS, UNITS = ("sparsity", "weights", "kernel"), ("fraction", "units, or of their cost,", "group")
@@ -26,14 +29,24 @@ def require_sparsities(sparsity: Any, words: tuple[str, str, str] = WEIGHTS) -> 
         _checks.require_sparsity(number, name, counted)
 
 
-def times(sparsity: Sparsities | None, factor: float) -> Sparsities:
-    """The sparsity, or that of each pattern, times a number; the number itself for none, of N:M."""
+def times(sparsity: Sparsities | None, factor: float, begun: Any = 0.0) -> Sparsities:
+    """A part of the way to the sparsity, or to that of each pattern, from where it begins; the part itself for N:M."""
     if sparsity is None:
         return factor
     if isinstance(sparsity, Mapping):
         kind = collections.OrderedDict if isinstance(sparsity, collections.OrderedDict) else dict
-        return kind((pattern, number * factor) for pattern, number in sparsity.items())
-    return sparsity * factor
+        starts = begun if isinstance(begun, Mapping) else dict.fromkeys(sparsity, begun)
+        return kind((pattern, times(number, factor, starts[pattern])) for pattern, number in sparsity.items())
+    return sparsity if factor == 1 else begun + (sparsity - begun) * factor
+
+
+def begun(sparsity: Sparsities, masks: Mapping[str, Any]) -> Sparsities:
+    """The sparsity that masks have, or that of the kernels of each pattern, by the paths of these."""
+    shares = [
+        sum(jnp.sum(~masks[path]) for path in paths) / max(sum(masks[path].size for path in paths), 1)
+        for _, paths in groups(sparsity, masks)
+    ]
+    return dict(zip(sparsity, shares, strict=True)) if isinstance(sparsity, Mapping) else shares[0]
 
 
 def groups(
@@ -66,7 +79,7 @@ def groups(
         if not here:
             raise ValueError(
                 f"the pattern {pattern!r} of the {name} gets no {one}: it matches none, or others before it match "
-                f"all of them. The {one}s that may be pruned are {', '.join(kernels)}"
+                f"all of them{inside(pattern, kernels)}. The {one}s that may be pruned are {', '.join(kernels)}"
             )
         taken.update(here)
         found.append((number, here))

@@ -215,7 +215,7 @@ def _curvature(
 
 
 def _signs(key: PRNGKeyArray, like: Array) -> Array:
-    """Random signs, a bit for each: drawn as ``jax.random.rademacher`` does, with 32 bits, they take five such arrays."""
+    """Random signs of a bit each: with 32, as ``jax.random.rademacher`` draws them, they take five such arrays."""
     *rows, columns = like.shape
     drawn = jax.random.bits(key, (*rows, -(-columns // 8)), jnp.uint8)
     return 2 * jnp.unpackbits(drawn, axis=-1, count=columns).astype(like.dtype) - 1

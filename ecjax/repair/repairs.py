@@ -14,6 +14,7 @@ from ecjax.graph import Group, Layers
 from ecjax.graph.convolutions import in_loops
 from ecjax.graph.gone import of_removed_units
 from ecjax.graph.layers import chosen
+from ecjax.networks.statistics import statistics_in
 from ecjax.repair import gauss_newton
 from ecjax.repair.gauss_newton import Free, Problem, State
 from ecjax.repair.targets import as_outputs
@@ -177,7 +178,8 @@ def movable(
         groups: whose units can go, by name.
 
     Raises:
-        ValueError: masks that do not fit, patterns that match nothing, or nothing that could move.
+        ValueError: masks that do not fit, patterns that match nothing, nothing that could move, or batch statistics
+            that would.
     """
     _checks.require_masks(params, masks)
     leaves, kept = _trees.by_path(params), _trees.by_path(masks)
@@ -189,6 +191,13 @@ def movable(
         if path not in frozen and jnp.issubdtype(leaf.dtype, jnp.floating)
         if path in biases or isinstance(repair, Survivors)
     }
+    moved = sorted(free.keys() & statistics_in(params))
+    if moved:
+        raise ValueError(
+            f"the params hold batch statistics, '{moved[0]}', which a repair would move like weights. Keep them out of "
+            "the params (Linen: networks.from_linen(module, variables=...); NNX: networks.from_nnx(module)), or still, "
+            f"with repair.{type(repair).__name__}(frozen={tuple(moved)!r})"
+        )
     if not free:
         what = "bias of a kernel" if isinstance(repair, Biases) else "parameter"
         raise ValueError(
@@ -264,6 +273,7 @@ def held(params: Params, masks: Kernels, moved: Params, groups: Mapping[str, Gro
 
 def _alone(repair, network, params, masks, inputs, targets, weights) -> Params:
     """A repair that is no part of a run."""
+    _checks.require_inputs(inputs)
     _checks.require_masks(params, masks)
     named(repair)
     start = gauss_newton.start(_trees.masked(params, masks), repair.damping)

@@ -62,8 +62,8 @@ def named(criterion: Any, names: Mapping[str, Criterion]) -> Criterion:
     found = names.get(criterion) if isinstance(criterion, str) else criterion
     if not isinstance(found, Callable):
         raise ValueError(
-            f"criterion is {criterion!r}; it must be one of {', '.join(map(repr, names))}, or a function "
-            "(network, params, inputs) -> scores, such as functools.partial(score.random, key=key)"
+            f"criterion is {criterion!r:.80}; it must be one of {', '.join(map(repr, names))}, or a function (network, "
+            "params, inputs) -> scores, such as functools.partial(score.gradient_magnitude, targets=labels, loss=loss)"
         )
     return found
 
