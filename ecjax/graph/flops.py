@@ -100,7 +100,7 @@ def of_jaxpr(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> Flops:
 def of_equation(equation: core.JaxprEqn, operands: Sequence[Shape], results: Sequence[Shape]) -> Flops:
     """Counts the operations of one equation that holds no jaxpr, for operands and results of these shapes.
 
-    With the shapes of ``graph.smaller.Cut`` these are the operations of the equation after units have gone.
+    With the shapes of ``graph.cut.Cut`` these are the operations of the equation after units have gone.
     """
     name = equation.primitive.name
     kinds = [getattr(variable.aval, "dtype", np.dtype(bool)) for variable in (*equation.invars, *equation.outvars)]
