@@ -158,7 +158,8 @@ def staged(
         masks: of a network that is pruned already, True where the weight stays. What they removed stays removed and
             counts; without them, a repair may fill its zeros again. The stages go from their sparsity to r.
         key: random key, split over the stages, for criteria that draw; where outputs with positions have more than
-            256 rows a sample, for one probe.
+            256 rows a sample, for one probe. One that could take probes, as elimination-compensation, does not mind it
+            where it takes none.
         progress: True for a bar on stderr or in a notebook, with sparsity, objective and the time left (with rich,
             ``pip install 'ecjax[progress]'``; else a line for each stage); or a function called after each stage.
         checkpoints: a folder for the state after each stage. A run that was stopped goes on there when it is called
@@ -223,7 +224,7 @@ def staged_neurons(
         exclude: patterns of paths of leaves that are not pruned; a repair moves them unless they are frozen.
         masks: of a network whose weights are pruned already, True where the weight stays; without them, a repair fills
             their zeros again.
-        key: random key.
+        key: random key, as for ``staged``.
         progress: as for ``staged``, like checkpoints.
         checkpoints: a folder for the state after each stage.
 

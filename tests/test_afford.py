@@ -234,5 +234,7 @@ def test_a_loss_is_asked_about():
         dense, found = prune.Tried(0.0, 0.56, float("inf"), True), prune.Tried(0.99, value, 0.01, True)
         return str(prune.Afforded({}, None, found, 0.55, (dense, found)))
 
-    assert "is it a loss? Higher is better" in said(0.96)
-    assert "is it a loss" not in said(0.565)
+    assert "does evaluate give a loss? Higher is better" in said(0.96)
+    assert "a loss" not in said(0.565)
+    with pytest.warns(UserWarning, match="does evaluate give a loss"):
+        afford(lambda params: 100 - float(kept(params)), most_lost=1, sparsest=0.95, stages=2, halvings=1)

@@ -230,6 +230,7 @@ def test_a_repair_takes_no_batches():
         repair.Survivors()(NETWORK, PARAMS, prune.one_shot(PARAMS, MAGNITUDE, 0.5).masks, (x for x in [INPUTS]), INPUTS)
 
 
+@pytest.mark.usefixtures("without_checked_types")
 def test_inputs_of_several_arrays_are_refused_with_what_to_do_instead():
     network, params, inputs = examples.mlp()
     both = {"features": inputs, "mask": inputs > 0}

@@ -101,6 +101,12 @@ def test_a_network_that_answers_otherwise_with_smaller_params_is_told():
     with pytest.warns(UserWarning, match="takes the smaller params too, and answers otherwise"):
         smaller, small = compact.compact(network, params, inputs)
     np.testing.assert_allclose(smaller(small, inputs), network(params, inputs), rtol=1e-9)
+    np.testing.assert_allclose(jax.jit(smaller)(_numbers(small), inputs), network(params, inputs), rtol=1e-9)
+
+
+def _numbers(module):
+    """Without what is no number: ``jit`` makes arrays of the others, as of the rate of the dropout."""
+    return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array | float | int) else None, module)
 
 
 def _narrowed(attention):

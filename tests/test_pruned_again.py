@@ -1,5 +1,7 @@
 """Pruning what is pruned already: what was removed stays removed."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +69,16 @@ def test_stages_that_begin_with_masks():
     assert zeros(state.params)[removed(sparse.masks)].all()
     with pytest.raises(ValueError, match="masks say what stays of 'Dense_2/kernel', which is excluded"):
         staged.start(network, params, inputs, masks=sparse.masks, exclude="Dense_2/*")
+
+
+def test_biases_are_shifted_once():
+    """Also where the scores are still those of the dense params."""
+    network, params, inputs = examples.mlp(widths=(8, 7, 3))
+    scores = score.elimination_compensation(network, params, inputs)
+    first = prune.one_shot(params, scores, 0.5)
+    second = prune.one_shot(first.params, scores, 0.7, masks=first.masks)
+    at_once = prune.one_shot(params, scores, 0.7)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), second, at_once)
 
 
 @pytest.mark.parametrize("wanted", [0.8, {"Dense_0/*": 0.9, "*": 0.75}])

@@ -114,6 +114,16 @@ def test_survivors_of_any_other_masks(trained):
         assert before < accuracy(trained) - 0.1 < after
 
 
+def test_a_key_that_another_network_would_need_changes_nothing(trained):
+    options = {"stages": 1, "metric": "fisher", "repair": None}
+    with_key, without = (
+        prune.staged(NETWORK, trained, INPUTS, 0.5, key=k, **options) for k in (jax.random.key(3), None)
+    )
+    jax.tree.map(np.testing.assert_array_equal, with_key, without)
+    units = [prune.staged_neurons(NETWORK, trained, INPUTS, 0.5, key=k, **options) for k in (jax.random.key(3), None)]
+    jax.tree.map(np.testing.assert_array_equal, *units)
+
+
 def test_labels_instead_of_outputs(trained):
     spoilt = jax.tree.map(lambda leaf: 0.3 * leaf, trained)
     spoilt = spoilt | {"Dense_1": jax.tree.map(lambda leaf: leaf[..., ::-1], spoilt["Dense_1"])}
@@ -146,7 +156,7 @@ def test_labels_instead_of_outputs(trained):
         ({"criterion": lambda _, params, __: params}, "the criterion gave dict; score.Scores is needed here"),
         ({"criterion": score.neuron_norm}, "the criterion gave NeuronScores; score.Scores is needed"),
         ({"criterion": "random"}, "this criterion draws at random: give key="),
-        ({"key": jax.random.key(0)}, "key is for criteria that draw"),
+        ({"criterion": "magnitude", "key": jax.random.key(0)}, "key is for criteria that draw"),
         ({"progress": 3}, "progress is 3; it must be True, for a bar, or a function"),
         ({"repair": None, "targets": LABELS[:50]}, "targets are what a repair aims at, and there is none"),
         (

@@ -19,6 +19,7 @@ from ecjax._writing import write_whole
 from ecjax.compact import answers, bits
 
 _FORMAT, _VERSION = "ecjax.compact", "2"
+_WORDS = 300  # letters of what a network says to params that are not its own; it may print them whole
 _HOW = "safetensors is not installed: pip install 'ecjax[files]'"
 
 
@@ -79,10 +80,11 @@ class Saved(NamedTuple):
             found = answers.of(network, params, inputs)
         except ValueError as error:
             raise ValueError(
-                f"{error}. The params are in nested dicts unless compact.load is given like=: params of the network "
-                "in its own containers, with what else it holds as it was saved, such as dropout in inference mode. "
-                "Params that compact.compact made smaller are taken by the network that came with them; a module takes "
-                "pruned params with their zeros, which a file keeps as small, and what is loaded can be compacted again"
+                f"{str(error)[:_WORDS]}. The params are in nested dicts unless compact.load is given like=: params of "
+                "the network in its own containers, with what else it holds as it was saved, such as dropout in "
+                "inference mode. What compact.compact made smaller is taken by the network that came with it, and "
+                "pruned params with their zeros by a module; a file keeps these as small, and what is loaded can be "
+                "compacted again"
             ) from error
         name = "the params were saved from another network (of another activation, or a norm over features that went?)"
         answers.require_same(name, found, self.examples.outputs, (network, params, inputs))

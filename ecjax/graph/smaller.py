@@ -68,12 +68,20 @@ def without_units(network: Callable, params: PyTree, groups: Groups, removed: Re
     evaluate = jax.jit(functools.partial(_smaller, inner, shapes, kept))
 
     def smaller(params: PyTree, inputs: Inputs) -> Array:
-        arrays = _trees.arrays(params)
+        arrays = _numbers_aside(_trees.arrays(params), shapes)
         if not isinstance(inputs.shape[0], int):  # any number of samples, for jax.export: axes are matched by numbers
             return jax.vmap(lambda sample: evaluate(arrays, sample[None])[0])(inputs)
         return evaluate(arrays, inputs)
 
     return smaller, cut(params, kept)
+
+
+def _numbers_aside(params: PyTree, shapes: dict[str, tuple[int, ...]]) -> PyTree:
+    """The params without numbers that were no arrays, such as the rate of a dropout, and are where ``jit`` has them."""
+    by_jit = {path for path, leaf in _trees.by_path(params).items() if path not in shapes and leaf.shape == ()}
+    if not by_jit:
+        return params
+    return jax.tree_util.tree_map_with_path(lambda at, leaf: None if _trees.path_name(at) in by_jit else leaf, params)
 
 
 def cut(params: PyTree, kept: Kept) -> PyTree:

@@ -61,7 +61,8 @@ def to_nnx(module: object, params: Params) -> nnx.Module:
     """A new module like ``module``, with the values of its ``nnx.Param`` variables taken from ``params``.
 
     Args:
-        module: the ``flax.nnx.Module`` that was given to ``from_nnx``; it stays as it is.
+        module: the ``flax.nnx.Module`` that was given to ``from_nnx``; it stays as it is. The new one has its mode and
+            its batch statistics as they are now: in evaluation mode, and not trained since, it is the network.
         params: as ``from_nnx`` gives them, pruned or trained since; also with the smaller arrays of
             ``compact.compact`` (attributes such as ``in_features`` then still tell the old widths).
 

@@ -1,6 +1,7 @@
 """The sparsest network that is good enough, by a number of one's own: ``prune.afford``."""
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from ecjax.score.criteria import Criterion
 from ecjax.staged import State, require_read, start, step
 
 _SPARSE = 0.9  # where pruning makes nothing better
+_LOSS = "What is left has more than the dense network: does evaluate give a loss? Higher is better, so give minus it."
 
 
 class Tried(NamedTuple):
@@ -190,7 +192,10 @@ def afford(
     if best is first:  # of the kernels that the sparsest has a number for, and no others
         masks = jax.tree.map(jnp.ones_like, of_stages[0].state.masks)
     curve = sorted([dense, *(point.tried for point in of_stages + between)])
-    return Afforded(best.state.params, masks, best.tried, least, tuple(curve))
+    found = Afforded(best.state.params, masks, best.tried, least, tuple(curve))
+    if _may_be_loss(found):
+        warnings.warn(_LOSS, stacklevel=2)
+    return found
 
 
 def _in_stages(
@@ -263,6 +268,11 @@ def _cells(afforded: Afforded) -> list[tuple[str, ...]]:
     return rows
 
 
+def _may_be_loss(afforded: Afforded) -> bool:
+    dense, found = afforded.curve[0], afforded.found
+    return found.value > dense.value + (dense.value - afforded.least) and found.sparsity > _SPARSE
+
+
 def _notes(afforded: Afforded) -> list[str]:
     found, dense = afforded.found, afforded.curve[0]
     what = f"Sparsity {found.sparsity:.4f} has {found.value:.4g}" if found.sparsity else "No weight may go"
@@ -270,6 +280,6 @@ def _notes(afforded: Afforded) -> list[str]:
     price = f"This took {stages} and {afforded.evaluations} evaluations."
     if found.sparsity == afforded.curve[-1].sparsity:
         price += " Nothing sparser was tried: raise sparsest."
-    if found.value > dense.value + max(dense.value - afforded.least, 0) and found.sparsity > _SPARSE:
-        price += " It has more than the dense network: is it a loss? Higher is better, so give minus a loss."
+    if _may_be_loss(afforded):
+        price += f" {_LOSS}"
     return [f"{what}; {afforded.least:.4g} is affordable, the dense network has {dense.value:.4g}.", price]

@@ -41,8 +41,11 @@ def further(
     ranked = {  # below everything else, also below survivors of importance 0
         path: jnp.where(kept[path], value, -jnp.inf) if path in kept else value for path, value in scored.items()
     }
-    importance = _trees.replace(scores.importance, ranked)
-    scores = dataclasses.replace(scores, importance=importance)
+    scores = dataclasses.replace(scores, importance=_trees.replace(scores.importance, ranked))
+    if scores.bias_shift is not None:  # what went before has shifted its biases, whatever params the scores are of
+        shifts = _trees.by_path(scores.bias_shift)
+        left = {path: jnp.where(kept[path], shift, 0) for path, shift in shifts.items() if path in kept}
+        scores = dataclasses.replace(scores, bias_shift=_trees.replace(scores.bias_shift, left))
     pruned = least_important(params, scores, sparsity, scope=scope, exclude=exclude)
     after = _trees.by_path(pruned.masks)
     back = sum(jnp.sum(~mask & after.get(path, True)) for path, mask in kept.items())

@@ -130,14 +130,13 @@ def require_read(
         raise ValueError(f"metric={metric!r} is {nobody}; leave it out, or let {one} take metric=")
     if "weights" in unread and weights is not None:
         raise ValueError(f"weights are {nobody}; leave them out")
-    probed, positions = reads(criterion, "probes") and has_many_rows(outputs), len(outputs.shape) > 2
-    if probed and key is None:
+    if reads(criterion, "probes") and has_many_rows(outputs) and key is None:
         raise ValueError(
             "the outputs have so many positions that the criterion takes random probes of them: give key=, such as "
             "jax.random.key(0)"
         )
-    # With positions, one more of them may be what makes a key necessary: the same call works for all.
-    if key is not None and not draws(criterion) and not (reads(criterion, "probes") and positions):
+    # One that could take probes may need a key for another network: the same call works for all.
+    if key is not None and not draws(criterion) and not reads(criterion, "probes"):
         raise ValueError("key is for criteria that draw, such as 'random'; this one does not, so leave it out")
     require_drawn(criterion, key)
 
