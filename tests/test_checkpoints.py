@@ -196,4 +196,4 @@ def test_killed_and_gone_on_in_another_process(tmp_path, devices):
             np.testing.assert_array_equal(found[name], expected[name])
         np.testing.assert_array_equal(found[name] == 0, expected[name] == 0)
     # Rounding moves where a step of few samples ends in directions that these hardly tell.
-    np.testing.assert_allclose(found["outputs"], expected["outputs"], atol=0.05 * np.std(expected["outputs"]))
+    np.testing.assert_allclose(found["outputs"], expected["outputs"], atol=0.1 * np.std(expected["outputs"]))
