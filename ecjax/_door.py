@@ -144,7 +144,7 @@ def units(network: Network, params: Params, inputs: Any, *, exclude: Patterns = 
 
 def groups(network: Network, params: Params, inputs: Any) -> Groups:
     """All groups of a network, whose params are arrays alone."""
-    _require_hashable(network)
+    _require_function(network)
     if isinstance(inputs, jax.ShapeDtypeStruct):
         return of_coupled(couple(network, params, shape_of_two(inputs)))
     try:
@@ -167,7 +167,7 @@ def _traced_groups(params, inputs, *, network) -> _OfUnits:
 def _facts(network, params, inputs, *, exclude, need, each_alone) -> _Facts:
     _checks.require_array(inputs)
     patterns = as_patterns(exclude)
-    _require_hashable(network)
+    _require_function(network)
     if isinstance(inputs, jax.ShapeDtypeStruct):
         facts = _read(params, shape_of_two(inputs), network=network, exclude=patterns)
     else:
@@ -203,7 +203,7 @@ def _traced(params, inputs, *, network, exclude) -> _Facts:
     return _read(_trees.shapes(params), shape_of_two(inputs), network=network, exclude=exclude)
 
 
-def _require_hashable(network: Callable) -> None:
+def _require_function(network: Callable) -> None:
     """Raises a ValueError for a module in place of its function, or for what ``jit`` can't tell from others."""
     inner = network.network if isinstance(network, WithStatic) else network
     for kind, door in ((linen.Module, "networks.from_linen(module)"), (nnx.Module, "networks.from_nnx(module)")):

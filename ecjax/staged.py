@@ -282,7 +282,7 @@ def _in_stages(
         _checkpoints.kept(checkpoints, facts, state) as (done, state, keep),
     ):
         for number in range(done + 1, stages + 1):
-            reached = patterns.times(sparsity, 1 - (1 - number / stages) ** 3, starts)
+            reached = patterns.towards(sparsity, 1 - (1 - number / stages) ** 3, starts)
             if number == stages:
                 samples, repair = None, repairs.of_last_stage(repair)
             state = step(network, state, inputs, reached, samples=samples, criterion=criterion, repair=repair, **how)

@@ -134,9 +134,9 @@ def trained(folder: Path, problem: Problem, width: float, seed: int, bar, config
 
 def panels(frame: pd.DataFrame, column: str, measure: sweep.Measure, name: str) -> list[report.Panel]:
     """A measure against what the smaller networks do without: parameters, operations and time."""
-    of, saved = measure._replace, 1 - frame.groupby(["method", "sparsity"])[[*COSTS]].transform("mean")
+    saved = 1 - frame.groupby(["method", "sparsity"])[[*COSTS]].transform("mean")
     axes = {cost: f"fraction saved of the {words}" for cost, words in COSTS.items()}
-    return [(name, frame.assign(sparsity=saved[cost]), column, of(axis=axis)) for cost, axis in axes.items()]
+    return [(name, frame.assign(sparsity=saved[of]), column, measure._replace(axis=axis)) for of, axis in axes.items()]
 
 
 def _mlp(name: Literal["large", "surrogate"], config: Config) -> Problem:

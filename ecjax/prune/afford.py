@@ -175,7 +175,7 @@ def afford(
         )
 
     def go_on(before: _Point, share: float) -> _Point:
-        reached = patterns.times(sparsest, share)
+        reached = patterns.towards(sparsest, share)
         state = step(network, before.state, inputs, reached, criterion=criterion, repair=repair, scope=scope)
         removed = sparsity(state.masks)
         value = _value(evaluate, state.params, f"sparsity {removed:.4f}")

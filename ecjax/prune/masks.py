@@ -145,7 +145,7 @@ def require_scope(scope: Any, sparsity: Any) -> None:
 
 def of_weights(sparsity: Sparsities, scope: str | tuple[int, int]) -> Sparsities:
     """The fraction of weights removed; for (N, M), the fraction of groups that have the pattern says it."""
-    return patterns.times(sparsity, 1 - scope[0] / scope[1]) if isinstance(scope, tuple) else sparsity
+    return patterns.towards(sparsity, 1 - scope[0] / scope[1]) if isinstance(scope, tuple) else sparsity
 
 
 def apply_masks(params: Params, masks: Kernels) -> Params:

@@ -29,15 +29,15 @@ def require_sparsities(sparsity: Any, words: tuple[str, str, str] = WEIGHTS) -> 
         _checks.require_sparsity(number, name, counted)
 
 
-def times(sparsity: Sparsities | None, factor: float, begun: Any = 0.0) -> Sparsities:
-    """A part of the way to the sparsity, or to that of each pattern, from where it begins; the part itself for N:M."""
+def towards(sparsity: Sparsities | None, part: float, start: Any = 0.0) -> Sparsities:
+    """A part of the way to the sparsity, or to that of each pattern, from where it starts; the part itself for N:M."""
     if sparsity is None:
-        return factor
+        return part
     if isinstance(sparsity, Mapping):
         kind = collections.OrderedDict if isinstance(sparsity, collections.OrderedDict) else dict
-        starts = begun if isinstance(begun, Mapping) else dict.fromkeys(sparsity, begun)
-        return kind((pattern, times(number, factor, starts[pattern])) for pattern, number in sparsity.items())
-    return sparsity if factor == 1 else begun + (sparsity - begun) * factor
+        starts = start if isinstance(start, Mapping) else dict.fromkeys(sparsity, start)
+        return kind((pattern, towards(number, part, starts[pattern])) for pattern, number in sparsity.items())
+    return sparsity if part == 1 else start + (sparsity - start) * part
 
 
 def begun(sparsity: Sparsities, masks: Mapping[str, Any]) -> Sparsities:

@@ -76,7 +76,7 @@ def elimination_compensation(
         batch_size=batch_size,
         exclude=exclude,
     )
-    return elimination_compensation_from_moments(params, seen)
+    return checked(_elimination_compensation(_trees.arrays(params), seen))
 
 
 def elimination_compensation_from_moments(params: Params, seen: Moments) -> Scores:
@@ -151,7 +151,7 @@ def optimal_brain_damage(
         batch_size=batch_size,
         exclude=exclude,
     )
-    return optimal_brain_damage_from_moments(params, seen)
+    return checked(_optimal_brain_damage(_trees.arrays(params), seen))
 
 
 def optimal_brain_damage_from_moments(params: Params, seen: Moments) -> Scores:

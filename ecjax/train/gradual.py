@@ -130,7 +130,7 @@ def gradually(
             params = _trees.whole(run.state.params, static)
             draw = None if of_criterion is None else jax.random.fold_in(of_criterion, number)
             scores = criteria.given(criterion, exclude=exclude, key=draw)(network, params, seen)
-            reached = patterns.times(sparsity, 1 - (1 - number / stages) ** 3)
+            reached = patterns.towards(sparsity, 1 - (1 - number / stages) ** 3)
             params, masks = further(params, scores, masks, reached, scope=scope, exclude=exclude)
             run = run._replace(state=run.state._replace(params=_trees.split(network, params)[1]))
             if progress:
