@@ -39,6 +39,8 @@ from ecjax.score.criteria import Criterion
 
 __all__ = ["Stage", "State", "finish", "staged", "staged_neurons", "start", "step"]
 
+_LEAST_SAMPLES = 2000  # of an early stage
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -139,8 +141,8 @@ def staged(
             ``one_shot``. Each follows the schedule. Left out for N:M.
         stages: how many.
         samples: how many of the inputs the stages before the last see, for scores and repair alike, others in each; a
-            number, or a fraction such as 0.25. The last sees all, as they do if this is None. With a part of them, few
-            ``iterations`` and more ``last_iterations`` of the repair, a run takes much less and loses little more.
+            number, or a fraction such as 0.25. If None, half of them and at least 2,000 where ``Survivors`` repair,
+            which make up for it, and all otherwise. The last stage sees all.
         criterion: ``(network, params, inputs) -> Scores``, by name (``score.CRITERIA``) or as a function;
             elimination-compensation if None. One that takes ``metric``, ``exclude`` or ``key`` gets those of the run,
             unless ``functools.partial`` has given it others.
@@ -149,7 +151,7 @@ def staged(
             targets) -> params``, which gets ``metric`` and ``exclude`` if it takes them. Whatever it gives, removed
             weights stay zero.
         metric: of the outputs (``metrics``), for the criterion and the repair; Fisher at a temperature of the repair's
-            own, 4 for survivors and 1 for biases, unless the repair is given a metric.
+            own, that of ``metrics.temperature`` for survivors and 1 for biases, unless the repair is given a metric.
         targets: what the repair aims at: the outputs of the dense network if None, or see ``repair.Survivors``.
         scope: where weights compete, as in ``one_shot``. A pattern (N, M) grows over the stages: the groups of M inputs
             that lose least of their importance get it first, and r is 1.
@@ -276,6 +278,8 @@ def _in_stages(
     starts = 0.0
     if masks is not None and sparsity is not None and "by" not in how:  # of units, masks tell no fraction
         starts = patterns.begun(sparsity, _trees.by_path(state.masks))
+    if samples is None and isinstance(repair, Survivors):
+        samples = max(inputs.shape[0] // 2, _LEAST_SAMPLES)
     began = time.monotonic()
     with (
         _progress.told(progress, "stage", stages, ("sparsity", "objective")) as tell,
@@ -283,9 +287,9 @@ def _in_stages(
     ):
         for number in range(done + 1, stages + 1):
             reached = patterns.towards(sparsity, 1 - (1 - number / stages) ** 3, starts)
-            if number == stages:
-                samples, repair = None, repairs.of_last_stage(repair)
-            state = step(network, state, inputs, reached, samples=samples, criterion=criterion, repair=repair, **how)
+            last = number == stages
+            given = {"samples": None if last else samples, "repair": repairs.of_stage(repair, last=last)}
+            state = step(network, state, inputs, reached, criterion=criterion, **given, **how)
             keep(number, state)
             if progress:
                 jax.block_until_ready(state.objective)
@@ -373,7 +377,7 @@ def step(
             (N, M), the fraction of groups that have the pattern. Never lower than before.
         samples: how many of the inputs this stage sees, or which fraction, others than the stage before; all if None.
         criterion: gives Scores, or NeuronScores.
-        repair: of this stage.
+        repair: of this stage, with ten iterations unless it says another number.
         scope: where weights or units compete.
         by: what a fraction of units is of, as in ``neurons``, like multiple_of.
         multiple_of: what the number of units left in a group is a multiple of.

@@ -38,7 +38,7 @@ ARCHITECTURES = {
     "24 scanned layers": scale.Sizes(layers=24, width=128, heads=4, groups=4, hidden=512, words=65),
 }
 AGREEMENT = {"Spearman": math.nan, "same kept at 0.9": math.nan}  # of what is not compared with the exact ranking
-COLUMNS = {"method": "{:32}", "median (ms)": "{:,.1f}"}
+COLUMNS = {"method": "{:35}", "median (ms)": "{:,.1f}", "first (s)": "{:.1f}"}
 COLUMNS |= dict.fromkeys(("relative time", "relative\nmultiply-adds"), "{:,.2f}")
 COLUMNS |= dict.fromkeys(("XLA (MB)", "process (MB)"), "{:,.0f}") | dict.fromkeys(AGREEMENT, "{:.4f}")
 Given = tuple[Network | None, Params | None, jax.Array]  # a network, its params and inputs
@@ -114,7 +114,7 @@ def cases(config: Config) -> Iterator[tuple[str, int, str | tuple[int, ...], int
         ways.append(Method(f"{name} (Fisher), 1 probe", functools.partial(criterion, **options)))
     for number, name in enumerate(config.architectures):
         yield "network", number, name, config.architecture_samples, ways
-    yield "pruning to 0.9", 0, config.base, samples, pruning(config)
+    yield "pruning to 0.98", 0, config.base, samples, pruning(config)
     # The outputs of a fresh network have little in common, which is hard for probes.
     every = scoring((*hidden, 1000), config.probes)
     ways = [method for method in every if method.name in (GRADIENT, "EC") or "probe" in method.name]
@@ -145,22 +145,24 @@ def scoring(widths: tuple[int, ...], numbers_of_probes: tuple[int, ...]) -> list
 
 
 def pruning(config: Config) -> list[Method]:
-    """Pruning to a tenth of the weights, from scores to repaired params, and a gradient pass to compare with."""
+    """Pruning to 0.98, from scores to repaired params, what parts of it take, and a gradient pass to compare with."""
 
-    def one_shot(network, params, inputs):
-        return prune.one_shot(params, EC(network, params, inputs, metric="fisher"), 0.9)
+    def one_shot(network, params, inputs, criterion, **options):
+        return prune.one_shot(params, criterion(network, params, inputs, **options), 0.98)
 
     def surgery(network, params, inputs, *, name):
         few = inputs[: config.gradients]
         labels = jnp.arange(len(few)) % config.base[-1]
         gradients = surgeon.loss_gradients(network, params, few, labels, sweep.cross_entropy)
-        prune_by = brain_surgeon.methods(network, params, brain_surgeon.Config(damping=1e-5))[name]
-        return prune_by(brain_surgeon.Seen(few, gradients, jax.random.key(0)), 0.9)
+        prune_by = brain_surgeon.methods(network, params, brain_surgeon.Config())[name]
+        return prune_by(brain_surgeon.Seen(few, gradients, jax.random.key(0)), 0.98)
 
-    calls = {"EC, one shot": one_shot}
-    for how in (None, *repair.REPAIRS):
-        call = functools.partial(prune.staged, sparsity=0.9, stages=config.stages, repair=how, metric="fisher")
-        calls[f"EC, {config.stages} stages{f', {how}' if how else ''}"] = call
+    calls = {"magnitude, one shot": functools.partial(one_shot, criterion=score.magnitude)}
+    calls["EC, one shot"] = functools.partial(one_shot, criterion=EC, metric="fisher")
+    hows = {"no repair": None, **repair.REPAIRS, "one step each": repair.Survivors(iterations=1)}
+    for name, how in (hows | {"one product a step": repair.Survivors(products=1)}).items():
+        call = functools.partial(prune.staged, sparsity=0.98, stages=config.stages, repair=how, metric="fisher")
+        calls[f"EC, {config.stages} stages, {name}"] = call
     for name in ("WoodFisher", "CBS-S + CBS-U"):
         calls[f"{name}, {config.gradients} gradients"] = functools.partial(surgery, name=name)
     return [Method(GRADIENT, gradient_pass), *(Method(*item, one_program=False) for item in calls.items())]
@@ -228,7 +230,7 @@ def measured(method: Method, unit: Method, given: Given, rounds: int, seconds: f
     factor, of_unit = (len(inputs) / len(part) for part in parts)
     reference = functools.partial(unit.call, network, params, parts[1])
     call = reference if method is unit else functools.partial(method.call, network, params, parts[0])
-    taken, of_reference, process_bytes = by_turns(call, reference, rounds=rounds, seconds=seconds)
+    taken, of_reference, process_bytes, first = by_turns(call, reference, rounds=rounds, seconds=seconds)
     account, taking = devices.Account(*[math.nan] * 6), functools.partial(method.call, network)
     account = devices.account(taking, params, parts[0]) if method.one_program else account
     return {
@@ -237,22 +239,23 @@ def measured(method: Method, unit: Method, given: Given, rounds: int, seconds: f
         "multiply-adds": account.multiply_adds * factor,
         "XLA (MB)": (account.temporary + account.output) / 1e6,
         "process (MB)": process_bytes / 1e6,
+        "first (s)": first,
     }
 
 
-def by_turns(call: Callable, reference: Callable, *, rounds: int, seconds: float) -> tuple[float, float, float]:
-    """The median seconds of two calls, and by how many bytes the first raises the resident memory of the process.
+def by_turns(call: Callable, reference: Callable, *, rounds: int, seconds: float) -> tuple[float, ...]:
+    """The median seconds of two calls, how many bytes the first adds to the process, and its seconds with compiling.
 
     They take turns, so that a slow moment of the machine hits both, after a first time for the compiler.
     """
     times, clocked = [], functools.partial(sweep.clocked, compiled=True)
-    jax.block_until_ready((call(), reference()))
+    (_, first), _ = clocked(call), clocked(reference)
     before = _peak_bytes(reset=True)
     while not times or (len(times) < rounds and np.sum(times) < seconds):
         _, taken = clocked(call)
         memory = memory if times else _peak_bytes() - before
         times.append((taken, taken if reference is call else clocked(reference)[1]))
-    return *np.median(times, axis=0).tolist(), memory
+    return *np.median(times, axis=0).tolist(), memory, first
 
 
 def _peak_bytes(*, reset: bool = False) -> float:

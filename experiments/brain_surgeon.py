@@ -31,7 +31,7 @@ class Config(flags.Digits):
     seeds: int = 5  # How many samples of gradients to average over.
     gradients: int = 2000  # Per-sample gradients in each; at most as many as half of the training images.
     sparsities: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)  # Fractions of the weights to remove.
-    damping: float = 1e-2  # λ of the empirical Fisher. The smaller it is, the further the updates trust the quadratic.
+    damping: float = 0.01  # λ of the empirical Fisher, the library's; the smaller, the more the quadratic is trusted.
     draws: int = 100  # Draws of randomised magnitude pruning, where the combinatorial selection starts.
 
 

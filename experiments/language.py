@@ -107,7 +107,7 @@ def methods(task: sweep.Task, params: networks.Params, config: Config, folder: P
         """One shot by magnitude, and then as many steps as all stages take together, on all inputs."""
         pruned, dense = one_shot(seen, sparsity, score.magnitude), network(params, seen.inputs)
         steps = config.iterations * (config.stages - 1) + config.last_iterations
-        survivors = repair.Survivors(iterations=steps, metric=metrics.Fisher(4.0), **sizes)
+        survivors = repair.Survivors(iterations=steps, metric=metrics.Fisher(metrics.temperature(dense)), **sizes)
         return pruned._replace(params=survivors(network, pruned.params, pruned.masks, seen.inputs, dense))
 
     def staged(seen: Seen, sparsity: float, repairing) -> prune.Pruned:

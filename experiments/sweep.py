@@ -215,7 +215,7 @@ def clocked(call: Callable[..., Any], *given: Any, compiled: bool = False) -> tu
     return found, time.perf_counter() - start
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def gradient_pass(network: networks.Network, params: Params, inputs: jax.Array, labels: jax.Array) -> Params:
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def gradient_pass(network: networks.Network, params: Params, inputs, targets, loss=cross_entropy) -> Params:
     """What is measured in gradient passes: the gradient of a mean loss with respect to all params."""
-    return jax.grad(lambda params: cross_entropy(network(params, inputs), labels).mean())(params)
+    return jax.grad(lambda params: loss(network(params, inputs), targets).mean())(params)

@@ -284,3 +284,68 @@ def test_linen_collections_and_arguments_of_the_call():
             bad(variables["params"], inputs)
         with pytest.raises(ValueError, match="Normalised can't be called as a pure function"):
             score.elimination_compensation(bad, variables["params"], inputs)
+
+
+def entropies(logits, temperature):
+    """``H(softmax(y / T))`` of each row, in NumPy."""
+    scaled = np.asarray(logits, np.float64) / temperature
+    p = np.exp(scaled - scaled.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    return -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
+
+
+@given(
+    outputs=st.integers(2, 20),
+    positions=st.sampled_from([(), (3,), (2, 2)]),
+    scale=st.floats(-3, 5),
+    entropy=st.floats(0.01, 0.99),
+    weighted=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_the_temperature_by_its_definition(outputs, positions, scale, entropy, weighted, seed):
+    generator = np.random.default_rng(seed)
+    logits = np.exp(scale) * generator.normal(size=(7, *positions, outputs))
+    weights = generator.random(logits.shape[:-1] if seed % 2 else 7) if weighted else None
+    found = float(metrics.temperature(logits, weights, entropy=entropy))
+    each = np.ones(7) if weights is None else weights
+    each = np.broadcast_to(each.reshape(each.shape + (1,) * (logits.ndim - 1 - each.ndim)), logits.shape[:-1])
+    said, wanted = (np.average(entropies(logits, T), weights=each) for T in (found, found / 1.001))
+    assert found >= 1
+    assert said >= entropy * np.log(outputs) * (1 - 1e-9)
+    assert found == 1 or wanted < entropy * np.log(outputs)
+
+
+def test_the_temperature_of_what_is_masked():
+    """Minus infinity and its like do not count: labels say all that they can, and padded words change nothing."""
+    labels = jnp.log(jax.nn.one_hot(jnp.arange(5), 5))
+    assert float(metrics.temperature(labels)) == 1
+    logits = 9 * jax.random.normal(jax.random.key(0), (40, 6))
+    alone = float(metrics.temperature(logits))
+    assert alone > 2
+    for value in (-jnp.inf, -1e30, -1e9):
+        padded = jnp.concatenate([logits, jnp.full((40, 50), value)], 1)
+        np.testing.assert_allclose(float(metrics.temperature(padded)), alone, rtol=1e-4)
+    assert float(metrics.temperature(jnp.zeros((3, 1)))) == 1
+    assert float(metrics.temperature(logits, jnp.zeros(40))) == 1
+
+
+def test_the_temperature_may_be_traced_and_of_few_bits():
+    logits = 9 * jax.random.normal(jax.random.key(0), (3, 40, 6))
+    each = [float(metrics.temperature(some)) for some in logits]
+    np.testing.assert_allclose(jax.jit(jax.vmap(metrics.temperature))(logits), each, rtol=1e-6)
+    found = metrics.temperature(logits[0].astype(jnp.bfloat16))
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(float(found), each[0], rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "options", "message"),
+    [
+        (np.zeros((2, 3)), {"entropy": 1}, "entropy is 1; it must be between 0 and 1"),
+        (np.zeros((2, 3)), {"entropy": 0.0}, "entropy is 0.0; it must be between 0 and 1"),
+        (np.full((2, 4), 0.25), {}, "probabilities; give logits"),
+    ],
+)
+def test_what_has_no_temperature(outputs, options, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.temperature(outputs, **options)

@@ -204,9 +204,10 @@ def test_a_misspelt_option(trained):
 def test_the_loop_by_hand_is_the_same(trained):
     pruned = prune.staged(NETWORK, trained, INPUTS, 0.8, stages=3, metric="fisher")
     state = staged.start(NETWORK, trained, INPUTS, metric="fisher")
-    for number in (1, 2, 3):
+    for number, how in enumerate((repair.Survivors(iterations=3), repair.Survivors(iterations=3), "survivors"), 1):
         reached = 0.8 * (1 - (1 - number / 3) ** 3)
-        state = staged.step(NETWORK, state, INPUTS, reached)
+        state = staged.step(NETWORK, state, INPUTS, reached, repair=how)
+    assert int(state.steps) == 3 + 3 + 10
     jax.tree.map(np.testing.assert_array_equal, staged.finish(state), pruned)
     assert isinstance(jax.tree.map(jnp.zeros_like, state), staged.State)
 
@@ -400,6 +401,52 @@ def test_stages_before_the_last_see_a_part(trained):
         np.testing.assert_array_equal(inputs, INPUTS[places[-1]])
         np.testing.assert_array_equal(aim, targets[places[-1]])
     assert len(np.unique(np.concatenate(places[:3]))) == 3 * quarter
+
+
+@pytest.mark.parametrize(
+    ("number", "how", "early"),
+    [
+        (9001, "survivors", 4500),
+        (3000, "survivors", 2000),
+        (1500, "survivors", 1500),
+        (9001, "biases", 9001),
+        (9001, None, 9001),
+    ],
+)
+def test_how_many_samples_early_stages_see(number, how, early):
+    """Where survivors are repaired half of them, and at least 2,000."""
+    seen, inputs = [], np.random.default_rng(0).normal(size=(number, 2)).astype(np.float32)
+
+    def criterion(network, params, inputs):
+        seen.append(len(inputs))
+        return score.magnitude(network, params, inputs)
+
+    params = {"Dense_0": {"kernel": jnp.arange(1.0, 7).reshape(2, 3), "bias": jnp.zeros(3)}}
+    network = networks.from_linen(networks.MLP((3,)))
+    prune.staged(network, params, inputs, 0.5, stages=3, criterion=criterion, repair=how)
+    assert seen == [early, early, number]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_survivors_take_the_temperature_of_the_targets(trained, weighted):
+    """The rule where nothing else is said, 1 for labels and for biases, and whatever a user says."""
+    dense, weights = NETWORK(trained, INPUTS), jnp.arange(1.0, 1 + len(INPUTS)) if weighted else None
+    by_rule = metrics.Fisher(metrics.temperature(dense, weights))
+    assert float(by_rule.temperature) > 1.2
+
+    def run(kind, metric=None, targets=None):
+        options = {"stages": 1, "metric": "fisher", "weights": weights, "targets": targets}
+        return prune.staged(NETWORK, trained, INPUTS, 0.8, repair=kind(iterations=2, metric=metric), **options).params
+
+    for kind, targets, metric in (
+        (repair.Survivors, None, by_rule),
+        (repair.Survivors, LABELS, metrics.Fisher()),
+        (repair.Biases, None, metrics.Fisher()),
+    ):
+        found, expected = run(kind, targets=targets), run(kind, metric, targets)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), found, expected)
+    hotter, as_found = (run(repair.Survivors, metric) for metric in (metrics.Fisher(9.0), None))
+    assert not np.allclose(hotter["Dense_1"]["kernel"], as_found["Dense_1"]["kernel"], rtol=1e-2)
 
 
 @pytest.mark.parametrize("samples", [100, 0.3])

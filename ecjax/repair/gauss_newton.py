@@ -29,7 +29,7 @@ from ecjax.metrics import Metric, of_samples, scale_of
 
 _HALVINGS = 12
 _DAMPINGS = 1e-6, 1e6
-_DRAWS = 8
+_DRAWS = 4
 _TINY = 1e-30
 
 Free = Mapping[str, Bool[Array, "..."]]

@@ -1,12 +1,15 @@
 """Repairs: values that say what may move to make up for a removal, and how far."""
 
 import dataclasses
+import math
 import types
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
 
 from ecjax import _batches, _checks, _door, _memory, _trees, metrics
 from ecjax._types import Inputs, Kernels, Metric, Network, Params, Patterns, Targets, Weights
@@ -27,10 +30,10 @@ Repair = Callable[[Network, Params, Kernels, Inputs, Targets], Params]
 class _Steps:
     """What the repairs below share: how far they go, and the call."""
 
-    iterations: int = 5
+    iterations: int | None = None
     last_iterations: int | None = None
     products: int = 15
-    curvature_samples: int = 2500
+    curvature_samples: int = 1000
     batch_size: int = 1024
     damping: float | int = 0.01
     metric: Metric | None = None
@@ -65,14 +68,16 @@ class Survivors(_Steps):
     much each sample counts, or each position: 0 for padding. The network is differentiable forwards and backwards.
 
     Attributes:
-        iterations: Gauss-Newton steps.
+        iterations: Gauss-Newton steps. If None, 3 after a stage of a run that others follow, which go over it again,
+            and 10 after the last, by hand and in ``afford``.
         last_iterations: the same after the last stage of a run; as many as iterations if None.
         products: products with the curvature JᵀMJ in a step.
         curvature_samples: how many samples the curvature is of, others in each step.
         batch_size: samples at a time; with curvature_samples, it bounds the memory.
         damping: λ at the start, as a multiple of the mean diagonal of JᵀMJ; adapted after every step.
-        metric: of the outputs; None for that of the run, Euclidean without one. Where the run's is Fisher, at
-            temperature 4: survivors can keep more than a first choice.
+        metric: of the outputs; None for that of the run, Euclidean without one. Where the run's is Fisher, at the
+            temperature that ``metrics.temperature`` finds for the targets, 1 for labels: survivors can keep more than a
+            first choice.
         frozen: patterns of the paths of leaves that may not move, as in ``fnmatch``. A kernel that is only excluded
             from pruning moves like the others. The criterion's own shifts still move the bias of a kernel that is
             pruned: exclude it as well, or take a criterion without shifts.
@@ -84,8 +89,6 @@ class Survivors(_Steps):
         >>> bool(after < before), bool((moved["Dense_0"]["kernel"] == pruned.params["Dense_0"]["kernel"]).all())
         (True, True)
     """
-
-    own_temperature: ClassVar[float] = 4.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,8 +105,6 @@ class Biases(_Steps):
         True
     """
 
-    own_temperature: ClassVar[float] = 1.0
-
 
 # By a part of what JAX says: what that means here.
 _NOT_DIFFERENTIABLE = {
@@ -114,6 +115,9 @@ _NOT_DIFFERENTIABLE = {
     "repair.Survivors(frozen=...), or prune with repair=None",
 }
 REPAIRS = {"biases": Biases(), "survivors": Survivors()}
+
+_EARLY_STEPS, _LAST_STEPS = 3, 10
+_LOOKED_AT = 1 << 22  # of the targets' numbers, for a temperature
 
 
 def named(repair: Any) -> Repair | None:
@@ -141,23 +145,47 @@ def named(repair: Any) -> Repair | None:
     return found
 
 
-def of_last_stage(repair: Repair | None) -> Repair | None:
-    """The repair after the last stage of a run."""
-    if not isinstance(repair, _Steps) or repair.last_iterations is None:
+def of_stage(repair: Repair | None, *, last: bool) -> Repair | None:
+    """The repair after a stage of a run, the last one or one that others follow."""
+    if not isinstance(repair, _Steps):
         return repair
-    return dataclasses.replace(repair, iterations=repair.last_iterations)
+    if last:
+        return repair if repair.last_iterations is None else _with_steps(repair, repair.last_iterations)
+    return _with_steps(repair, _EARLY_STEPS) if repair.iterations is None else repair
 
 
-def metric_of(repair: Biases | Survivors, of_run: metrics.Metric) -> metrics.Metric:
-    """The metric that a repair minimises the distance in: its own, or that of the run at its own temperature.
+def _with_steps(repair: _Steps, iterations: int) -> _Steps:
+    return dataclasses.replace(repair, iterations=iterations)
+
+
+def own_metric(
+    repair: Biases | Survivors,
+    of_run: metrics.Metric,
+    inputs: Inputs,
+    targets: Float[Array, "samples *positions outputs"],
+    weights: Weights | None = None,
+) -> metrics.Metric:
+    """The metric that a repair minimises the distance in where it has been given none: that of the run.
+
+    Fisher's at a temperature of its own: that which ``metrics.temperature`` finds for some of the targets, or 1.
 
     Args:
         repair: one of this library's.
         of_run: the metric of the pruning that it is a part of.
+        inputs: which lie on devices as the targets do.
+        targets: of the repair, as outputs.
+        weights: of samples or of their positions.
     """
-    if repair.metric is not None:
-        return metrics.named(repair.metric)
-    return metrics.Fisher(repair.own_temperature) if isinstance(of_run, metrics.Fisher) else of_run
+    if not isinstance(of_run, metrics.Fisher):
+        return of_run
+    if isinstance(repair, Biases):
+        return metrics.Fisher()
+    size, blocks = max(_LOOKED_AT // math.prod(targets.shape[1:]), 1), _batches.blocks(inputs)
+
+    def some(array):
+        return _batches.every(jnp.asarray(array), size, jnp.int32(0), blocks)
+
+    return metrics.Fisher(metrics.temperature(*jax.tree.map(some, (targets, weights))))
 
 
 def movable(
@@ -234,10 +262,11 @@ def go_on(
         ValueError: whatever of these can't be used, or an objective that overflows.
         MemoryError: a device that runs out of memory; it says which size to lower.
     """
-    metric = metric_of(repair, metrics.named(metric))
-    given = {"metric": metric, "targets": targets, "weights": weights}
+    of_run = metrics.named(metric if repair.metric is None else repair.metric)
+    given = {"metric": of_run, "targets": targets, "weights": weights}
     at = _door.enter(network, state.params, jnp.asarray(inputs), **given, need="any")
-    expected = as_outputs(_batches.placed(targets), at.outputs.shape, metric)
+    expected = as_outputs(_batches.placed(targets), at.outputs.shape, of_run)
+    metric = of_run if repair.metric is not None else own_metric(repair, of_run, at.inputs, expected, at.weights)
     groups = _door.units(at.network, at.params, at.inputs, exclude=exclude)
     free = movable(repair, at.layers, at.params, masks, groups)
     sizes = repair.products, repair.batch_size, repair.curvature_samples
@@ -246,7 +275,8 @@ def go_on(
     lower = f"lower batch_size={repair.batch_size} or curvature_samples={repair.curvature_samples}"
     try:
         with _memory.enough(f"{lower} of repair.{type(repair).__name__}"):
-            found = gauss_newton.take_steps(problem, *given, steps=int(repair.iterations))
+            steps = _LAST_STEPS if repair.iterations is None else int(repair.iterations)
+            found = gauss_newton.take_steps(problem, *given, steps=steps)
             _checks.require_finite(found.objective, "the objective of the repair")
     except (TypeError, ValueError) as error:
         why = next((words for cause, words in _NOT_DIFFERENTIABLE.items() if cause in str(error)), None)

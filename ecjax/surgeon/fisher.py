@@ -76,7 +76,7 @@ def brain_surgeon_saliency(
     *,
     targets: Targets,
     loss: Loss,
-    damping: float | int = 1e-5,
+    damping: float | int = 0.01,
     exclude: Patterns = (),
 ) -> Scores:
     """Optimal brain surgeon's saliency as a criterion: ``brain_surgeon_saliency_from_gradients`` of ``loss_gradients``.
@@ -100,7 +100,7 @@ def brain_surgeon_saliency(
     return brain_surgeon_saliency_from_gradients(params, gradients, damping=damping)
 
 
-def brain_surgeon_saliency_from_gradients(params: Params, gradients: Kernels, *, damping: float | int = 1e-5) -> Scores:
+def brain_surgeon_saliency_from_gradients(params: Params, gradients: Kernels, *, damping: float | int = 0.01) -> Scores:
     """Optimal brain surgeon's saliency: what removing one weight costs when all the others make up for it.
 
     ``I_q = w_q² / (2 [F⁻¹]_qq)``, with the full Fisher by Woodbury:
@@ -132,7 +132,7 @@ def brain_surgeon_saliency_from_gradients(params: Params, gradients: Kernels, *,
     return Scores(saliencies)
 
 
-def combinatorial_update(params: Params, masks: Kernels, gradients: Kernels, *, damping: float | int = 1e-5) -> Params:
+def combinatorial_update(params: Params, masks: Kernels, gradients: Kernels, *, damping: float | int = 0.01) -> Params:
     """Moves the survivors to where the quadratic is least with the removed weights at exactly zero (CBS-U).
 
     With S the survivors, P the removed weights and ``u = G_P w_P``, ``½ δᵀFδ`` under ``δ_P = −w_P`` is least at
@@ -145,7 +145,7 @@ def combinatorial_update(params: Params, masks: Kernels, gradients: Kernels, *, 
         params: trained parameters, not yet pruned.
         masks: Kernels of booleans, True where the weight stays. A kernel without a mask stays as it is.
         gradients: of ``loss_gradients``.
-        damping: λ, above 0.
+        damping: λ, above 0; see ``combinatorial_selection``.
 
     Raises:
         ValueError: masks or gradients shaped unlike the params, gradients that are not finite, or damping that is not
@@ -159,7 +159,7 @@ def combinatorial_update(params: Params, masks: Kernels, gradients: Kernels, *, 
     return _moved(params, masks, gradients, damping, _update)
 
 
-def brain_surgeon_update(params: Params, masks: Kernels, gradients: Kernels, *, damping: float | int = 1e-5) -> Params:
+def brain_surgeon_update(params: Params, masks: Kernels, gradients: Kernels, *, damping: float | int = 0.01) -> Params:
     """Adds up optimal brain surgeon's steps for each removed weight as if it were the only one (WoodFisher's update).
 
     ``w − Σ_{q∈P} w_q F⁻¹e_q / [F⁻¹]_qq``, with the removed weights then set to exactly zero; ``combinatorial_update``
@@ -214,7 +214,7 @@ def _require_solved(kernels: Kernels, name: str, damping: float | int) -> None:
 
 
 def removal_cost(
-    params: Params, masks: Kernels, gradients: Kernels, *, damping: float | int = 1e-5
+    params: Params, masks: Kernels, gradients: Kernels, *, damping: float | int = 0.01
 ) -> Float[Array, ""]:
     """``½ w_Pᵀ F w_P``: the quadratic's price of removing all weights of P at once, while nothing else moves.
 

@@ -34,7 +34,7 @@ def combinatorial_selection(
     *,
     start: str | Kernels = "rmp",
     key: PRNGKeyArray | None = None,
-    damping: float | int = 1e-5,
+    damping: float | int = 0.01,
     draws: int = 100,
     window: int = 10,
     threshold: float | int = 1e-4,
@@ -61,7 +61,10 @@ def combinatorial_selection(
         start: of each pattern, "magnitude" for the smallest weights; "rmp" for the best of many draws of randomised
             magnitude pruning (all weights shuffled into about √W chunks, the smallest of each chunk removed); or masks.
         key: for "rmp".
-        damping: λ of the Fisher.
+        damping: λ of the Fisher. The smaller it is, the further the quadratic is trusted. With 0.01 this and
+            ``combinatorial_update`` left two networks 784-40-20-10 48 and 56 % of held-out images of MNIST at 0.98
+            (2,000 gradients), 21 and 29 with 1e-5; two of 784-300-100-10 (500 gradients) liked 1e-5 better: 93.0 and
+            93.8 % at 0.9 against 91.1 and 91.1, 38 and 34 at 0.98 against 29 and 28.
         draws: how many draws "rmp" makes.
         window: ρ, how many j are looked at for each i.
         threshold: ε, by how much a swap must lower the objective.
