@@ -28,10 +28,11 @@ from ecjax import _batches, _checkpoints, _checks, _door, _precision, _progress,
 from ecjax._types import Inputs, Kernels, Metric, Network, Params, Patterns, Sparsities, Targets, Weights
 from ecjax.graph.layers import as_patterns
 from ecjax.moments.stream import has_many_rows
-from ecjax.prune import patterns
+from ecjax.prune import patterns, regrowth
 from ecjax.prune.further import further
 from ecjax.prune.masks import Pruned, apply_masks, of_weights, require_scope
 from ecjax.prune.neurons import as_how
+from ecjax.prune.regrowth import Regrowth
 from ecjax.prune.removal import remove, require_reachable
 from ecjax.repair import Biases, Repair, Survivors, gauss_newton, repairs
 from ecjax.score import NeuronScores, Scores, criteria
@@ -126,6 +127,7 @@ def staged(
     scope: str | tuple[int, int] = "network",
     exclude: Patterns = (),
     masks: Kernels | None = None,
+    regrow: Regrowth | float | int | None = None,
     key: PRNGKeyArray | None = None,
     progress: bool | Callable[[Stage], None] | None = None,
     checkpoints: str | os.PathLike | None = None,
@@ -159,6 +161,11 @@ def staged(
             is left, unless ``repair.Survivors(frozen=...)`` names them.
         masks: of a network that is pruned already, True where the weight stays. What they removed stays removed and
             counts; without them, a repair may fill its zeros again. The stages go from their sparsity to r.
+        regrow: a fraction such as 0.5, or ``prune.Regrowth``: after the last stage so many of the weights left grow
+            back, those that would lower the repair's objective most alone (``g² / 2h``); all are repaired, as many are
+            removed again, and it is kept if the objective has fallen, six times at most. Each takes as long as two last
+            stages. On held-out images of MNIST two networks 784-40-20-10 lost 2.96 and 2.94 points at 0.98, and 2.15
+            and 2.30 with 0.5. None for not at all.
         key: random key, split over the stages, for criteria that draw; where outputs with positions have more than
             256 rows a sample, for one probe. One that could take probes, as elimination-compensation, does not mind it
             where it takes none.
@@ -182,8 +189,11 @@ def staged(
     """
     require_scope(scope, sparsity)
     criterion = criteria.giving(criteria.named(criterion, score.CRITERIA), Scores)
+    regrow = regrowth.named(regrow)
+    if regrow is not None:
+        _require_regrown(repair, scope)
     given, of_run = (network, params, inputs, sparsity, stages, samples), (repair, metric, targets, weights)
-    return _in_stages(criterion, *given, *of_run, {"scope": scope}, exclude, masks, key, progress, checkpoints)
+    return _in_stages(criterion, *given, *of_run, {"scope": scope}, exclude, masks, key, progress, checkpoints, regrow)
 
 
 def staged_neurons(
@@ -264,6 +274,7 @@ def _in_stages(
     key,
     progress,
     checkpoints,
+    regrow=None,
 ) -> Pruned:
     _checks.require_positive(stages, "stages")
     stages, repair, _ = int(stages), repairs.named(repair), _count(samples, of_all=1)
@@ -273,16 +284,25 @@ def _in_stages(
     options["targets"] = targets
     state = start(network, params, inputs, repair=repair, masks=masks, **options)
     facts = {"sparsity": sparsity, "stages": stages, "samples": samples, "criterion": criterion, "repair": repair}
-    facts |= how | options | {"masks": masks, "params": params, "inputs": inputs}
+    facts |= how | options | {"masks": masks, "params": params, "inputs": inputs, "regrow": regrow}
     facts = {name: value for name, value in facts.items() if value is not None}
     starts = 0.0
     if masks is not None and sparsity is not None and "by" not in how:  # of units, masks tell no fraction
         starts = patterns.begun(sparsity, _trees.by_path(state.masks))
     if samples is None and isinstance(repair, Survivors):
         samples = max(inputs.shape[0] // 2, _LEAST_SAMPLES)
+    fraction, cycles = (0.0, 0) if regrow is None else regrow
+    most = stages + cycles
     began = time.monotonic()
+
+    def report(number, reached, state):
+        if progress:
+            jax.block_until_ready(state.objective)
+            removed = of_weights(reached, how["scope"])
+            tell(Stage(number, most, removed, state.objective, time.monotonic() - began))
+
     with (
-        _progress.told(progress, "stage", stages, ("sparsity", "objective")) as tell,
+        _progress.told(progress, "stage", most, ("sparsity", "objective")) as tell,
         _checkpoints.kept(checkpoints, facts, state) as (done, state, keep),
     ):
         for number in range(done + 1, stages + 1):
@@ -291,11 +311,40 @@ def _in_stages(
             given = {"samples": None if last else samples, "repair": repairs.of_stage(repair, last=last)}
             state = step(network, state, inputs, reached, criterion=criterion, **given, **how)
             keep(number, state)
-            if progress:
-                jax.block_until_ready(state.objective)
-                removed = of_weights(reached, how["scope"])
-                tell(Stage(number, stages, removed, state.objective, time.monotonic() - began))
+            report(number, reached, state)
+        for number in range(max(done, stages) + 1, most + 1):
+            given = criterion, repairs.of_stage(repair, last=True), fraction, how["scope"], masks
+            found = _regrown(network, state, inputs, sparsity, *given)
+            if not found.objective < state.objective:
+                break
+            state = found
+            keep(number, state)
+            report(number, sparsity, state)
     return finish(state)
+
+
+def _require_regrown(repair: Repair | str | None, scope: str | tuple[int, int]) -> None:
+    """Raises a ValueError unless what grows back can be weighed, and counted."""
+    if not isinstance(repairs.named(repair), Survivors):
+        raise ValueError("regrow needs a repair of survivors, whose objective says what may return: repair='survivors'")
+    if isinstance(scope, tuple):
+        raise ValueError(f"regrow with scope {scope}: nothing grows back in a pattern (N, M); leave one of the two out")
+
+
+def _regrown(network, state: State, inputs, sparsity, criterion, repair, fraction, scope, before) -> State:
+    """Lets weights grow back that would lower the objective most, repairs, and removes as many again."""
+    if state.targets is None or not _checks.are_known(state.objective):
+        raise ValueError("regrow compares objectives, which can't be seen under jit or vmap; call it outside")
+    steps = gauss_newton.State(state.params, state.damping, state.objective, state.steps)
+    of_run = {"metric": state.metric, "weights": state.weights}
+    gains = repairs.gains(repair, network, steps, state.masks, inputs, state.targets, **of_run)
+    layers = _door.enter(network, state.params, inputs, exclude=state.exclude, need="any").layers
+    more = {"fraction": fraction, "scope": scope, "layers": layers, "before": before}
+    masks = regrowth.grown(state.params, state.masks, gains, sparsity, **more)
+    given = steps, masks, inputs, state.targets
+    found = repairs.go_on(repair, network, *given, **of_run, exclude=state.exclude)
+    state = dataclasses.replace(state, masks=masks, **found._asdict())
+    return step(network, state, inputs, sparsity, criterion=criterion, repair=repair, scope=scope)
 
 
 def start(

@@ -7,10 +7,10 @@ from typing import Literal
 from ecjax import score
 
 
-def criteria(network, inputs, targets, few, loss, metric) -> dict[str, Callable[..., score.Scores]]:
+def criteria(network, inputs, targets, few, loss, metric, fisher="fisher") -> dict[str, Callable[..., score.Scores]]:
     """By name: from trained params and a key to scores. Another criterion is one more entry.
 
-    ``few`` are inputs for the nonlinear criterion, whose cost is weights times samples.
+    ``few`` are inputs for the nonlinear criterion, whose cost is weights times samples; ``fisher`` is EC's metric.
     """
     linear, nonlinear = score.elimination_compensation, score.nonlinear_elimination_compensation
     gradient = functools.partial(score.gradient_magnitude, targets=targets, loss=loss)
@@ -20,7 +20,7 @@ def criteria(network, inputs, targets, few, loss, metric) -> dict[str, Callable[
         "gradient-magnitude": lambda params, key: gradient(network, params, inputs),
         "optimal-brain-damage": lambda params, key: score.optimal_brain_damage(network, params, inputs, metric=metric),
         "ec-euclidean": lambda params, key: linear(network, params, inputs),
-        "ec-fisher": lambda params, key: linear(network, params, inputs, metric="fisher"),
+        "ec-fisher": lambda params, key: linear(network, params, inputs, metric=fisher),
         "nonlinear-ec": lambda params, key: nonlinear(network, params, few, metric=metric),
     }
 

@@ -12,7 +12,7 @@ from typing import Literal
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ecjax import networks
+from ecjax import metrics, networks
 from experiments import flags, report, results, sweep
 from experiments.methods import METHODS, MethodName, criteria
 
@@ -32,6 +32,7 @@ class Config(flags.Digits):
     sparsities: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
     """Fractions of the weights to remove."""
     metric: Literal["euclidean", "fisher"] = "fisher"  # Output metric of optimal-brain-damage and nonlinear-ec.
+    temperature: float | None = None  # Of the Fisher metric. Default: 1, or 4 on as few images, known by heart.
     calibration: int = 10_000  # How many training samples the criteria see.
     nonlinear_calibration: int = 500  # How many of these nonlinear-ec sees: its cost is weights times samples.
     save: Path | None = None  # Folder for every pruned network, and a report of sizes and times. Takes minutes more.
@@ -41,10 +42,10 @@ def main(config: Config) -> None:
     """Runs the experiment from data to figures."""
     flags.require(config, repeating=("widths",))
     data = config.load()
-    epochs, tuning = (10, 1) if len(data.train_inputs) >= 10_000 else (60, 6)  # to as many steps
-    epochs = epochs if config.epochs is None else config.epochs
-    tuning = tuning if config.fine_tuning_epochs is None else config.fine_tuning_epochs
-    config = replace(config, epochs=epochs, fine_tuning_epochs=tuning)
+    names, many = ("epochs", "fine_tuning_epochs", "temperature"), len(data.train_inputs) >= 10_000
+    defaults = dict(zip(names, (10, 1, 1.0) if many else (60, 6, 4.0), strict=True))  # as many steps on few images
+    config = replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
+    epochs, tuning = config.epochs, config.fine_tuning_epochs
     features, layers = flags.widths(data, config.widths)
     mlp = networks.MLP(features, getattr(nn, config.activation))
     task = sweep.Task(networks.from_linen(mlp), data, sweep.cross_entropy, sweep.CLASSIFIER_MEASURES, config.batch_size)
@@ -55,11 +56,10 @@ def main(config: Config) -> None:
         optimizer = sweep.decaying_adam(task, config.learning_rate, epochs)
         passes = bar.track(range(epochs), description="training")
         params = results.trained(folder, layers, sweep.train_seeds, task, mlp, range(config.seeds), optimizer, passes)
-
         inputs, labels = (jnp.asarray(array[: config.calibration]) for array in data[1:3])
-        of_nonlinear = inputs[: config.nonlinear_calibration]
-        compared = criteria(task.network, inputs, labels, of_nonlinear, task.loss, config.metric)
-
+        fisher, few = metrics.Fisher(config.temperature), inputs[: config.nonlinear_calibration]
+        metric = fisher if config.metric == "fisher" else config.metric
+        compared = criteria(task.network, inputs, labels, few, task.loss, metric, fisher)
         table, last = sweep.Table(rows, bar, {"data": data.name}, kept), sweep.FINE_TUNED if tuning else sweep.PRUNED
         left = table.left(config.methods, config.sparsities, config.seeds, last)
         optimizer = sweep.decaying_adam(task, config.learning_rate, tuning)

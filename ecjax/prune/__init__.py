@@ -3,6 +3,7 @@
 from ecjax.prune.afford import Afforded, Tried, afford
 from ecjax.prune.masks import SCOPES, Pruned, apply_masks, sparsity
 from ecjax.prune.neurons import neurons
+from ecjax.prune.regrowth import Regrowth
 from ecjax.prune.selection import smallest
 from ecjax.prune.summary import Row, Summary, summary
 from ecjax.prune.weights import one_shot
@@ -12,6 +13,7 @@ __all__ = [
     "SCOPES",
     "Afforded",
     "Pruned",
+    "Regrowth",
     "Row",
     "Stage",
     "Summary",

@@ -40,6 +40,14 @@ def towards(sparsity: Sparsities | None, part: float, start: Any = 0.0) -> Spars
     return sparsity if part == 1 else start + (sparsity - start) * part
 
 
+def with_more(sparsity: Sparsities, fraction: float | int) -> Sparsities:
+    """The sparsity, or that of each pattern, where this fraction of the weights left has come back besides."""
+    if isinstance(sparsity, Mapping):  # not by jax.tree.map, which would change the order of the patterns
+        kind = collections.OrderedDict if isinstance(sparsity, collections.OrderedDict) else dict
+        return kind((pattern, with_more(number, fraction)) for pattern, number in sparsity.items())
+    return max(float(sparsity - fraction * (1 - sparsity)), 0.0)
+
+
 def begun(sparsity: Sparsities, masks: Mapping[str, Any]) -> Sparsities:
     """The sparsity that masks have, or that of the kernels of each pattern, by the paths of these."""
     shares = [

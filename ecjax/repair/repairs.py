@@ -159,7 +159,7 @@ def _with_steps(repair: _Steps, iterations: int) -> _Steps:
 
 
 def own_metric(
-    repair: Biases | Survivors,
+    repair: _Steps,
     of_run: metrics.Metric,
     inputs: Inputs,
     targets: Float[Array, "samples *positions outputs"],
@@ -262,16 +262,10 @@ def go_on(
         ValueError: whatever of these can't be used, or an objective that overflows.
         MemoryError: a device that runs out of memory; it says which size to lower.
     """
-    of_run = metrics.named(metric if repair.metric is None else repair.metric)
-    given = {"metric": of_run, "targets": targets, "weights": weights}
-    at = _door.enter(network, state.params, jnp.asarray(inputs), **given, need="any")
-    expected = as_outputs(_batches.placed(targets), at.outputs.shape, of_run)
-    metric = of_run if repair.metric is not None else own_metric(repair, of_run, at.inputs, expected, at.weights)
+    at, problem, metric, data = _entered(repair, network, state.params, inputs, targets, metric, weights)
     groups = _door.units(at.network, at.params, at.inputs, exclude=exclude)
     free = movable(repair, at.layers, at.params, masks, groups)
-    sizes = repair.products, repair.batch_size, repair.curvature_samples
-    problem = Problem(in_loops(at.network), _batches.blocks(at.inputs), *map(int, sizes))
-    given = metric, state._replace(params=at.params), free, at.inputs, expected, at.weights
+    given = metric, state._replace(params=at.params), free, *data
     lower = f"lower batch_size={repair.batch_size} or curvature_samples={repair.curvature_samples}"
     try:
         with _memory.enough(f"{lower} of repair.{type(repair).__name__}"):
@@ -284,6 +278,45 @@ def go_on(
             raise
         raise ValueError(why) from error
     return found._replace(params=_trees.whole(found.params, at.static))
+
+
+def gains(
+    repair: Survivors,
+    network: Network,
+    state: State,
+    masks: Kernels,
+    inputs: Inputs,
+    targets: Targets,
+    *,
+    metric: Metric = "euclidean",
+    weights: Weights | None = None,
+) -> dict[str, Array]:
+    """By the path of each kernel that may move, what the return of each removed weight would gain: ``g² / 2(h + λ)``.
+
+    Args:
+        repair: whose objective it is.
+        state: params, damping and number of steps so far.
+        masks: Kernels of booleans, True where the weight stays.
+        targets: what the outputs should be.
+        metric: of the run.
+        weights: of samples or of their positions.
+    """
+    at, problem, metric, data = _entered(repair, network, state.params, inputs, targets, metric, weights)
+    frozen = chosen(repair.frozen, list(_trees.by_path(at.params)))
+    removed = {path: ~mask for path, mask in _trees.by_path(masks).items() if path not in frozen}
+    return gauss_newton.gains(problem, metric, state._replace(params=at.params), removed, *data)
+
+
+def _entered(repair: _Steps, network, params, inputs, targets, metric, weights):
+    """The network as it was read, what is minimised and in which metric, and inputs, targets as outputs and weights."""
+    of_run = metrics.named(metric if repair.metric is None else repair.metric)
+    given = {"metric": of_run, "targets": targets, "weights": weights}
+    at = _door.enter(network, params, jnp.asarray(inputs), **given, need="any")
+    expected = as_outputs(_batches.placed(targets), at.outputs.shape, of_run)
+    metric = of_run if repair.metric is not None else own_metric(repair, of_run, at.inputs, expected, at.weights)
+    sizes = repair.products, repair.batch_size, repair.curvature_samples
+    problem = Problem(in_loops(at.network), _batches.blocks(at.inputs), *map(int, sizes))
+    return at, problem, metric, (at.inputs, expected, at.weights)
 
 
 def held(params: Params, masks: Kernels, moved: Params, groups: Mapping[str, Group]) -> Params:
