@@ -476,7 +476,11 @@ def _part(inputs: Inputs, state: State, samples: int | float | None) -> tuple[An
     if count is None or count >= inputs.shape[0]:
         return data
     blocks = _batches.blocks(_batches.placed(inputs))
-    return jax.tree.map(lambda array: _batches.every(jnp.asarray(array), count, state.stages, blocks), data)
+    return jax.tree.map(lambda array: _every(jnp.asarray(array), count, state.stages, blocks), data)
+
+
+# Compiled as one, or the samples would be copied on the way.
+_every = jax.jit(_batches.every, static_argnames=("size", "blocks"))
 
 
 def _count(samples: int | float | None, of_all: int) -> int | None:

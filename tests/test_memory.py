@@ -1,7 +1,11 @@
 """Devices that run out of memory: what JAX raises then is raised here, as no test should fill a machine."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from ecjax import moments, repair, score, staged
@@ -56,3 +60,26 @@ def test_other_errors_of_the_runtime_stay_what_they_are(monkeypatch):
     monkeypatch.setattr(stream, "_scan", failing("INTERNAL: a kernel of the device failed"))
     with pytest.raises(jax.errors.JaxRuntimeError, match="a kernel of the device failed"):
         score.elimination_compensation(NETWORK, PARAMS, INPUTS)
+
+
+@pytest.mark.slow
+def test_a_staged_run_takes_at_most_twice_the_data_and_twenty_times_the_params():
+    """In a process of its own, where nothing else has been freed, with the data in it once already."""
+    script = """
+import jax, jax.numpy as jnp
+from ecjax import networks, prune
+from experiments import benchmark
+
+mlp = networks.MLP((300, 100, 10))
+inputs = jax.block_until_ready(jax.random.uniform(jax.random.key(0), (60_000, 784)))
+network, params = networks.from_linen(mlp), mlp.init(jax.random.key(1), inputs[:1])["params"]
+
+def run():
+    return prune.staged(network, params, inputs, 0.98, stages=3, metric="fisher")
+
+*_, risen, _ = benchmark.by_turns(run, lambda: jnp.zeros(()), rounds=1, seconds=0)
+print(risen, inputs.nbytes + 20 * sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    risen, most = map(float, done.stdout.split())
+    assert np.isnan(risen) or 0 < risen < most
