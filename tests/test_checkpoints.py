@@ -195,5 +195,6 @@ def test_killed_and_gone_on_in_another_process(tmp_path, devices):
         if devices == 1:
             np.testing.assert_array_equal(found[name], expected[name])
         np.testing.assert_array_equal(found[name] == 0, expected[name] == 0)
-    # Rounding moves where a step of few samples ends in directions that these hardly tell.
-    np.testing.assert_allclose(found["outputs"], expected["outputs"], atol=0.1 * np.std(expected["outputs"]))
+    # Rounding moves where a step of few samples ends in directions that these hardly tell, and all logits at once.
+    logits, others = (array["outputs"] - array["outputs"].mean(-1, keepdims=True) for array in (expected, found))
+    np.testing.assert_allclose(others, logits, atol=0.1 * np.std(logits))
