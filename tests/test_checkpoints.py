@@ -169,7 +169,7 @@ from tests import examples, test_checkpoints
 def tell(stage):
     if stage.number == int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGKILL)
-network, params, inputs = examples.mlp(samples=24)
+network, params, inputs = examples.mlp(samples=240)
 if jax.device_count() > 1:
     mesh = devices.mesh(2)
     params, inputs = devices.shard_params(network, params, inputs, mesh), devices.shard_samples(inputs, mesh)
