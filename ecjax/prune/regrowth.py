@@ -6,7 +6,6 @@ As Evci et al., arXiv:1911.11134, grow by the slope; here by what a step at the 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -84,4 +83,9 @@ def grown(
     }
     scores = Scores(_trees.as_kernels(params, importance), layers=layers)
     found = least_important(params, scores, patterns.with_more(sparsity, fraction), scope=scope, exclude=()).masks
-    return found if before is None else jax.tree.map(jnp.logical_and, found, before)
+    if before is None:
+        return found
+    first = _trees.by_path(before)
+    return _trees.as_kernels(
+        params, {path: mask & first.get(path, True) for path, mask in _trees.by_path(found).items()}
+    )
