@@ -341,9 +341,7 @@ def _regrown(network, state: State, inputs, sparsity, criterion, repair, fractio
     layers = _door.enter(network, state.params, inputs, exclude=state.exclude, need="any").layers
     more = {"fraction": fraction, "scope": scope, "layers": layers, "before": before}
     masks = regrowth.grown(state.params, state.masks, gains, sparsity, **more)
-    given = steps, masks, inputs, state.targets
-    found = repairs.go_on(repair, network, *given, **of_run, exclude=state.exclude)
-    state = dataclasses.replace(state, masks=masks, **found._asdict())
+    state = _repaired(network, dataclasses.replace(state, masks=masks), inputs, state.targets, state.weights, repair)
     return step(network, state, inputs, sparsity, criterion=criterion, repair=repair, scope=scope)
 
 
@@ -461,13 +459,18 @@ def step(
     if targets is None:
         raise ValueError("the state has no targets for a repair: give the same repair to staged.start and staged.step")
     if isinstance(repair, Biases | Survivors):
-        before = gauss_newton.State(params, state.damping, state.objective, state.steps)
-        found = repairs.go_on(repair, network, before, masks, inputs, targets, **of_run)
-        return dataclasses.replace(state, **found._asdict())
+        return _repaired(network, state, inputs, targets, weights, repair)
     moved = criteria.given(repair, **of_run)(network, params, masks, inputs, targets)
     inner, arrays, _ = _trees.split(network, params)
     groups = _door.units(inner, arrays, inputs, exclude=state.exclude)
     return dataclasses.replace(state, params=repairs.held(params, masks, moved, groups))
+
+
+def _repaired(network, state: State, inputs, targets, weights, repair: Biases | Survivors) -> State:
+    before = gauss_newton.State(state.params, state.damping, state.objective, state.steps)
+    of_run = {"metric": state.metric, "weights": weights, "exclude": state.exclude}
+    found = repairs.go_on(repair, network, before, state.masks, inputs, targets, **of_run)
+    return dataclasses.replace(state, **found._asdict())
 
 
 def _part(inputs: Inputs, state: State, samples: int | float | None) -> tuple[Any, Any, Any]:
