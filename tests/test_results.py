@@ -137,6 +137,7 @@ SMALL = mnist.Config(
     widths=(8,),
     seeds=2,
     epochs=1,
+    temperature=1.0,
     fine_tuning_epochs=1,
     methods=("magnitude", "random"),
     sparsities=(0.5, 0.8),
