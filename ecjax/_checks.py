@@ -4,6 +4,7 @@ Values can only be looked at when they are there: under ``jit`` or ``vmap`` the 
 of shapes remain.
 """
 
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -45,6 +46,8 @@ def require_array(inputs: Any) -> None:
     if len(getattr(inputs, "shape", ())) < 1:
         advice = "; put several arrays into one, and take them apart in the network"
         advice = advice if len(jax.tree.leaves(inputs)) > 1 else ""
+        if isinstance(inputs, Iterator):
+            advice = "; moments.of_batches takes batches one after another, for scores; a repair, one batch at a time"
         raise ValueError(f"inputs must be one array of shape (samples, features), got one {_describe(inputs)}{advice}")
 
 

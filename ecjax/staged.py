@@ -191,7 +191,7 @@ def staged(
     criterion = criteria.giving(criteria.named(criterion, score.CRITERIA), Scores)
     regrow = regrowth.named(regrow)
     if regrow is not None:
-        _require_regrown(repair, scope)
+        _require_regrown(regrow, repair, scope, key)
     given, of_run = (network, params, inputs, sparsity, stages, samples), (repair, metric, targets, weights)
     return _in_stages(criterion, *given, *of_run, {"scope": scope}, exclude, masks, key, progress, checkpoints, regrow)
 
@@ -291,8 +291,8 @@ def _in_stages(
         starts = patterns.begun(sparsity, _trees.by_path(state.masks))
     if samples is None and isinstance(repair, Survivors):
         samples = max(inputs.shape[0] // 2, _LEAST_SAMPLES)
-    fraction, cycles = (0.0, 0) if regrow is None else regrow
-    most = stages + cycles
+    regrow = regrow or Regrowth(cycles=0)
+    most = stages + regrow.cycles
     began = time.monotonic()
 
     def report(number, reached, state):
@@ -313,8 +313,8 @@ def _in_stages(
             keep(number, state)
             report(number, reached, state)
         for number in range(max(done, stages) + 1, most + 1):
-            given = criterion, repairs.of_stage(repair, last=True), fraction, how["scope"], masks
-            found = _regrown(network, state, inputs, sparsity, *given)
+            given = regrow.criterion or criterion, repairs.of_stage(repair, last=True), how["scope"], masks
+            found = _regrown(network, state, inputs, sparsity, regrow.fraction, *given)
             if not found.objective < state.objective:
                 break
             state = found
@@ -323,19 +323,21 @@ def _in_stages(
     return finish(state)
 
 
-def _require_regrown(repair: Repair | str | None, scope: str | tuple[int, int]) -> None:
+def _require_regrown(regrow: Regrowth, repair: Repair | str | None, scope: str | tuple[int, int], key) -> None:
     """Raises a ValueError unless what grows back can be weighed, and counted."""
     if not isinstance(repairs.named(repair), Survivors):
         raise ValueError("regrow needs a repair of survivors, whose objective says what may return: repair='survivors'")
     if isinstance(scope, tuple):
         raise ValueError(f"regrow with scope {scope}: nothing grows back in a pattern (N, M); leave one of the two out")
+    criteria.require_drawn(criteria.named(regrow.criterion, score.CRITERIA), key)
 
 
-def _regrown(network, state: State, inputs, sparsity, criterion, repair, fraction, scope, before) -> State:
+def _regrown(network, state: State, inputs, sparsity, fraction, criterion, repair, scope, before) -> State:
     """Lets weights grow back that would lower the objective most, repairs, and removes as many again."""
     if state.targets is None or not _checks.are_known(state.objective):
         raise ValueError("regrow compares objectives, which can't be seen under jit or vmap; call it outside")
-    steps = gauss_newton.State(state.params, state.damping, state.objective, state.steps)
+    # λ as large as the mean diagonal: estimates of the diagonal that are near 0 by chance would promise most.
+    steps = gauss_newton.State(state.params, jnp.ones_like(state.damping), state.objective, state.steps)
     of_run = {"metric": state.metric, "weights": state.weights}
     gains = repairs.gains(repair, network, steps, state.masks, inputs, state.targets, **of_run)
     layers = _door.enter(network, state.params, inputs, exclude=state.exclude, need="any").layers

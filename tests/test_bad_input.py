@@ -20,6 +20,7 @@ BY_INPUTS = {
     "by_definition": score.elimination_compensation_by_definition,
     "nonlinear": score.nonlinear_elimination_compensation,
     "optimal_brain_damage": score.optimal_brain_damage,
+    "optimal_brain_surgeon": score.optimal_brain_surgeon,
     "gradient_magnitude": lambda n, p, x, **_: score.gradient_magnitude(
         n, p, x, targets=jnp.zeros(len(x), int), loss=loss
     ),
@@ -228,6 +229,13 @@ def test_epochs_below_one():
 def test_a_repair_takes_no_batches():
     with pytest.raises(ValueError, match="got one of type generator"):
         repair.Survivors()(NETWORK, PARAMS, prune.one_shot(PARAMS, MAGNITUDE, 0.5).masks, (x for x in [INPUTS]), INPUTS)
+
+
+@pytest.mark.usefixtures("without_checked_types")
+def test_batches_in_place_of_inputs():
+    message = r"got one of type generator; moments\.of_batches takes batches one after another"
+    with pytest.raises(ValueError, match=message):
+        prune.staged(NETWORK, PARAMS, (batch for batch in np.split(INPUTS[:20], 2)), 0.5)
 
 
 @pytest.mark.usefixtures("without_checked_types")

@@ -40,6 +40,16 @@ def test_the_objective_falls_with_every_cycle_and_the_count_stays(trained):
         np.testing.assert_array_equal(np.asarray(networks.by_path(pruned.params)[path])[~np.asarray(mask)], 0)
 
 
+def test_the_brain_surgeon_finds_better_weights_than_elimination_compensation(trained):
+    left = {}
+    for criterion in (None, "optimal_brain_surgeon"):
+        stages, regrow = [], prune.Regrowth(1.0, cycles=1, criterion=criterion)
+        pruned = prune.staged(NETWORK, trained, INPUTS, 0.9, **HOW, regrow=regrow, progress=stages.append)
+        left[criterion] = objectives(stages)[-1]
+        assert sum(int((~mask).sum()) for mask in jax.tree.leaves(pruned.masks)) == round(0.9 * (64 * 30 + 300))
+    assert left["optimal_brain_surgeon"] < 0.95 * left[None]
+
+
 @pytest.mark.parametrize("scope", ["layer", "neuron"])
 def test_counts_are_exact_in_every_scope(trained, scope):
     pruned = prune.staged(NETWORK, trained, INPUTS, 0.8, **HOW, scope=scope, regrow=prune.Regrowth(1.0, cycles=2))
@@ -114,6 +124,8 @@ def test_a_run_goes_on_between_two_cycles(trained, tmp_path):
         ({"regrow": 1.5}, "regrow is 1.5; it must be above 0 and at most 1"),
         ({"regrow": True}, "regrow is True; it must be a fraction such as 0.5, or prune.Regrowth"),
         ({"regrow": prune.Regrowth(0.5, 0)}, "cycles is 0; it must be a whole number of at least 1"),
+        ({"regrow": prune.Regrowth(criterion="magnitud")}, "criterion is 'magnitud'; it must be one of"),
+        ({"regrow": prune.Regrowth(criterion="random")}, "this criterion draws at random: give key="),
         ({"regrow": 0.5, "repair": "biases"}, "regrow needs a repair of survivors"),
         ({"regrow": 0.5, "repair": None}, "regrow needs a repair of survivors"),
         ({"regrow": 0.5, "sparsity": None, "scope": (2, 4)}, r"regrow with scope \(2, 4\)"),

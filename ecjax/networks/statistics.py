@@ -37,6 +37,9 @@ def batch_statistics(
     In training mode a module moves its statistics by ``s ← m s + (1 − m) b``, with b those of the batch and m its
     momentum. From two such moves, the first from s = 0, follow m and b; the mean of b over all batches is taken.
 
+    It is for params after one shot. A repair of survivors, as in ``prune.staged``, has made up for what the old
+    statistics do; with new ones the network would be worse than before.
+
     Args:
         module: a ``flax.linen.Module`` with a collection "batch_stats".
         variables: its collections besides "params", as ``from_linen`` takes them.

@@ -23,6 +23,8 @@ class Regrowth(NamedTuple):
     Attributes:
         fraction: of the weights left that grow back, and of those then left that go again; above 0, at most 1.
         cycles: how often at most; no more once the objective has not fallen.
+        criterion: by which as many go again, by name or as a function; that of the run if None. Where few weights are
+            left ``"optimal_brain_surgeon"`` finds better ones than elimination-compensation, for more time.
 
     Example:
         >>> how = {"stages": 2, "metric": "fisher", "regrow": prune.Regrowth(fraction=0.5, cycles=2)}
@@ -32,6 +34,7 @@ class Regrowth(NamedTuple):
 
     fraction: float | int = 0.5
     cycles: int = 6
+    criterion: Any = None
 
 
 def named(regrow: Any) -> Regrowth | None:

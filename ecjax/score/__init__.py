@@ -1,8 +1,8 @@
 """Criteria: params and calibration inputs in, an importance for every weight out.
 
-The criteria differ in what may move to repair a removal: nothing (``optimal_brain_damage``) or the adjacent bias
-(``elimination_compensation``, by its definition, from three moments, or on the true change in the outputs). The rest
-are the baselines they are measured against.
+The criteria differ in what may move to repair a removal: nothing (``optimal_brain_damage``), the adjacent bias
+(``elimination_compensation``, by its definition, from three moments, or on the true change in the outputs), or all that
+is left (``optimal_brain_surgeon``). The rest are the baselines they are measured against.
 """
 
 from ecjax.score.baselines import gradient_magnitude, magnitude, random
@@ -22,6 +22,7 @@ from ecjax.score.neurons import (
 )
 from ecjax.score.nonlinear import nonlinear_elimination_compensation
 from ecjax.score.scores import NeuronScores, Scores
+from ecjax.score.surgeon import optimal_brain_surgeon
 from ecjax.score.wanda import wanda
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "nonlinear_elimination_compensation",
     "optimal_brain_damage",
     "optimal_brain_damage_from_moments",
+    "optimal_brain_surgeon",
     "random",
     "wanda",
 ]

@@ -19,6 +19,7 @@ from ecjax.score.neurons import (
 )
 from ecjax.score.nonlinear import nonlinear_elimination_compensation
 from ecjax.score.scores import AnyScores, NeuronScores, Scores
+from ecjax.score.surgeon import optimal_brain_surgeon
 from ecjax.score.wanda import wanda
 
 # (network, params, inputs, **options) -> scores: which options of a run it takes is read from its signature.
@@ -33,6 +34,7 @@ CRITERIA: dict[str, Callable[..., Scores]] = {
         elimination_compensation_by_definition,
         nonlinear_elimination_compensation,
         optimal_brain_damage,
+        optimal_brain_surgeon,
         magnitude,
         random,
         wanda,
