@@ -164,9 +164,9 @@ def staged(
         regrow: a fraction such as 0.5, or ``prune.Regrowth``: after the last stage so many of the weights left grow
             back, those that would lower the repair's objective most alone (``g² / 2h``); all are repaired, as many are
             removed again, and it is kept if the objective has fallen, six times at most. Each takes as long as two last
-            stages. On held-out images of MNIST two networks 784-40-20-10 lost 2.96 and 2.94 points at 0.98, 1.83 and 2.03
-            with 0.5, and 1.62 and 1.93 with ``prune.Regrowth(1.0, criterion="optimal_brain_surgeon")``, whose cycles
-            take three times as long. None for not at all.
+            stages. On held-out images of MNIST two networks 784-40-20-10 lost 2.96 and 2.94 points at 0.98, 1.83 and
+            2.03 with 0.5, and 1.62 and 1.93 with ``prune.Regrowth(1.0, criterion="optimal_brain_surgeon")``, whose
+            cycles take three times as long. None for not at all.
         key: random key, split over the stages, for criteria that draw; where outputs with positions have more than
             256 rows a sample, for one probe. One that could take probes, as elimination-compensation, does not mind it
             where it takes none.
