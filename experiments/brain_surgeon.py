@@ -47,8 +47,8 @@ def methods(network: networks.Network, params: networks.Params, config: Config) 
     """By name: from what is seen and a sparsity to the pruned network."""
     damping = {"damping": config.damping}
 
-    def magnitude(seen: Seen, sparsity: float) -> prune.Pruned:
-        return prune.one_shot(params, score.magnitude(network, params, seen.inputs), sparsity)
+    def one_shot(seen: Seen, sparsity: float, criterion=score.magnitude, **options) -> prune.Pruned:
+        return prune.one_shot(params, criterion(network, params, seen.inputs, **options), sparsity)
 
     def saliency(seen: Seen, sparsity: float) -> prune.Pruned:
         scores = surgeon.brain_surgeon_saliency_from_gradients(params, seen.gradients, **damping)
@@ -63,18 +63,14 @@ def methods(network: networks.Network, params: networks.Params, config: Config) 
         masks = select(seen, sparsity).masks
         return prune.Pruned(update(params, masks, seen.gradients, **damping), masks)
 
-    def elimination_compensation(seen: Seen, sparsity: float) -> prune.Pruned:
-        scores = score.elimination_compensation(network, params, seen.inputs, metric="fisher")
-        return prune.one_shot(params, scores, sparsity)
-
     return {
-        "magnitude": magnitude,
-        "magnitude + CBS-U": functools.partial(updated, select=magnitude),
+        "magnitude": one_shot,
+        "magnitude + CBS-U": functools.partial(updated, select=one_shot),
         "WoodFisher": functools.partial(updated, select=saliency, update=surgeon.brain_surgeon_update),
         "CBS-S (magnitude)": selection,
         "CBS-S (RMP)": functools.partial(selection, start="rmp"),
         "CBS-S + CBS-U": functools.partial(updated, select=selection),
-        "EC (Fisher)": elimination_compensation,
+        "EC (Fisher)": functools.partial(one_shot, criterion=score.elimination_compensation, metric="fisher"),
     }
 
 
@@ -105,7 +101,6 @@ def main(config: Config) -> None:
         left = table.left(compared, config.sparsities, config.seeds)
         for found in sweep.timed(task, stacked, compared, left, seen):
             table.add(*found)
-
     title = f"{data.name}, MLP {layers} without biases, {config.seeds} samples of gradients"
     report.end(folder, rows.frame(), sweep.CLASSIFIER_MEASURES, title, **sweep.SECONDS)
 

@@ -155,13 +155,11 @@ def main(config: Config) -> None:
         compared = methods(task, module, config, folder)
         levels = {name: config.costly_sparsities if name in COSTLY else config.sparsities for name in compared}
         left = table.left(compared, levels, config.seeds)
-
         first, few = seen(0), [jnp.asarray(array[: config.batch_size]) for array in data[1:3]]
         _, of_batch = sweep.clocked(sweep.gradient_pass, first.network, first.variables["params"], *few)
         gradient = of_batch * min(config.calibration, len(data.train_inputs)) / len(few[0])
         for found in sweep.timed(task, stacked, compared, left, seen, costly=COSTLY, gradient=gradient):
             table.add(*found)
-
     title = f"{data.name}, residual convnet of {config.channels} channels, {config.norm} norm, {config.seeds} seeds"
     report.end(folder, rows.frame(), sweep.CLASSIFIER_MEASURES, title, **sweep.PRICE)
 

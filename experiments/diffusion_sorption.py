@@ -67,7 +67,6 @@ def main(config: Config) -> None:
     whole = {noise: diffusion_sorption.load(noise=noise, **grid) for noise in config.noise}
     data = {noise: hold_out(level) for noise, level in whole.items()} if config.validation else whole
     source, tuning, seeds = {"data": whole[config.noise[0]].name}, config.fine_tuning_epochs, range(config.seeds)
-
     with results.opened(config.output, config, data[config.noise[0]]) as rows, report.progress() as bar:
         for (layers, hidden), noise in itertools.product(every_hidden.items(), config.noise):
             where, name = source | {"layers": layers, "noise": noise}, f"{layers}, a = {noise:g}: "
@@ -75,7 +74,6 @@ def main(config: Config) -> None:
             training = mlp, seeds, sweep.decaying_adam(task, config.learning_rate, config.epochs)
             training += (bar.track(range(config.epochs), description=f"{name}training"),)
             params = results.trained(config.output, f"{layers}-{noise:g}", sweep.train_seeds, task, *training)
-
             inputs, targets = (jnp.asarray(array[: config.calibration]) for array in data[noise][1:3])
             of_nonlinear = inputs[: config.nonlinear_calibration]
             compared = criteria(task.network, inputs, targets, of_nonlinear, task.loss, "euclidean")
@@ -152,7 +150,6 @@ def _draw_snapshots(task: sweep.Task, params: networks.Params, optimizer, title:
         stacked = jax.tree.map(lambda leaf: leaf[None], pruned)
         tuned = sweep.fine_tune(task, stacked, optimizer, config.fine_tuning_epochs)
         lines["pruned and fine-tuned"] = (sweep.one_seed(tuned, 0), "#009E73")
-
     x, instants, exact = diffusion_sorption.grid(config.cells, config.times, config.initial_concentration)
     canvas, axes = plt.subplots(2, 3, figsize=(11, 6.5), sharex=True, sharey=True, layout="constrained")
     chosen = np.unique(np.geomspace(1, config.times, 6).round().astype(int)) - 1

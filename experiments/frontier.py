@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import optax
 import pandas as pd
@@ -27,14 +28,15 @@ ACCURACY = sweep.CLASSIFIER_MEASURES["test_accuracy"]._replace(lowest=80.0)
 class Config(flags.Digits):
     """Prune three networks to high sparsity without fine-tuning, by methods from magnitude to staged survivors."""
 
-    networks: tuple[Literal["large", "modest", "surrogate"], ...] = ("large", "modest", "surrogate")
-    """784-300-100-10 by Adam, 784-40-20-10 by plain SGD (both ReLU), and 2-64-64-64-1 (tanh) on diffusion-sorption."""
+    networks: tuple[Literal["large", "modest", "surrogate", "taught"], ...] = ("large", "modest", "surrogate")
+    """784-300-100-10 by Adam, 784-40-20-10 by plain SGD (both ReLU), and 2-64-64-64-1 (tanh) on diffusion-sorption; or
+    784-300-100-10 that five of its kind teach, trained better, which sees all images: for --sparsities 0.985."""
     sparsities: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98, 0.995)  # Fractions to remove of the classifiers' weights.
     surrogate_sparsities: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95, 0.98)  # Fractions to remove of the surrogate's.
     calibration: int = 10_000  # Calibration inputs; the modest network takes six times as many.
     stages: int = 10  # Stages of the staged methods; the modest network and the surrogate take twice as many.
+    regrow: int | None = None  # Survivors alone, with so many cycles of regrowth at most, by the optimal brain surgeon.
     temperature: float | None = None  # Of the classifiers' survivors without labels. Default: metrics.temperature.
-    products: int | None = None  # In each step of a repair. Default: 15 (large network), 20 (modest), 30 (surrogate).
     surrogate_epochs: int = 300  # Epochs of training of the surrogate.
     convnet: Path = Path("results/convnet-batch-mnist")  # Results of experiments.convnet, for a panel of the figure.
     language: Path = Path("results/language-tiny_shakespeare")  # The same of experiments.language.
@@ -57,6 +59,8 @@ class Problem(NamedTuple):
     gradients: int  # of so many of these the combinatorial brain surgeon sees the gradients
     stages: int  # of the staged methods
     survivors: repair.Survivors  # without labels
+    regrow: prune.Regrowth | None = None
+    teachers: int = 0  # how many trained networks it learns from
 
 
 def methods(problem: Problem, config: Config) -> sweep.Methods:
@@ -77,10 +81,12 @@ def methods(problem: Problem, config: Config) -> sweep.Methods:
 
     def staged(params: networks.Params, sparsity: float, how: repair.Repair | None, aim=None) -> prune.Pruned:
         enough = inputs if isinstance(how, repair.Survivors) else inputs[: config.calibration]
-        options = {"stages": problem.stages, "repair": how, "metric": metric, "targets": aim}
+        options = {"stages": problem.stages, "repair": how, "metric": metric, "targets": aim, "regrow": problem.regrow}
         return prune.staged(network, params, enough, sparsity, **options)
 
     survivors = problem.survivors
+    if problem.regrow:
+        return {"EC, staged, survivors, regrown": functools.partial(staged, how=survivors)}
     return {
         "magnitude": functools.partial(one_shot, criterion=score.magnitude),
         "optimal brain damage": functools.partial(one_shot, criterion=score.optimal_brain_damage, metric=metric),
@@ -91,6 +97,14 @@ def methods(problem: Problem, config: Config) -> sweep.Methods:
         "EC, staged, survivors": functools.partial(staged, how=survivors),
         "EC, staged, survivors, labels": functools.partial(staged, how=replace(survivors, metric=None), aim=targets),
     }
+
+
+def taught(problem: Problem, trained: networks.Params, params: networks.Params, sparsity: float) -> prune.Pruned:
+    """In stages towards the mean logits of all trained networks, which have seen labels."""
+    network, inputs = problem.task.network, jnp.asarray(problem.task.data.train_inputs[: problem.calibration])
+    aim = jax.vmap(network, (0, None))(trained, inputs).mean(0)
+    how = {"stages": problem.stages, "repair": problem.survivors, "metric": problem.metric, "regrow": problem.regrow}
+    return prune.staged(network, params, inputs, sparsity, samples=0.25, targets=aim, **how)
 
 
 def main(config: Config) -> None:
@@ -111,45 +125,49 @@ def main(config: Config) -> None:
         rows.columns = rows.columns or columns
         for problem in problems:
             passes = bar.track(range(problem.epochs), description=f"{problem.name}: training")
-            task, training = problem.task, (problem.mlp, range(config.seeds), problem.optimizer, passes)
+            seeds = range(max(config.seeds, problem.teachers))
+            task, training = problem.task, (problem.mlp, seeds, problem.optimizer, passes)
             params = results.trained(folder, problem.name, sweep.train_seeds, task, *training)
 
             save, where = config.save and config.save / problem.name, {"data": task.data.name, "layers": problem.name}
             kept = results.Folder(save, problem.activation, task, config) if save else None
             table, compared = sweep.Table(rows, bar, where, kept, f"{problem.name}: "), methods(problem, config)
+            if problem.teachers:
+                compared = {"EC, staged, taught": functools.partial(taught, problem, params)}
             left = table.left(compared, problem.sparsities, config.seeds)
             few = (jnp.asarray(array[: problem.calibration]) for array in task.data[1:3])
             given = task.network, sweep.one_seed(params, 0), *few, task.loss
             gradient = min(sweep.clocked(sweep.gradient_pass, *given)[1] for _ in range(5))
-            for found in sweep.timed(task, params, compared, left, gradient=gradient):
+            slow = compared if config.regrow or problem.teachers else ()
+            for found in sweep.timed(task, params, compared, left, costly=slow, gradient=gradient):
                 table.add(*found)
 
             frame, shown = rows.frame().query("layers == @problem.name"), task.measures
             title = f"{where['data']}, MLP {problem.name}, {config.seeds} seeds, no fine-tuning"
             tables += [report.table(frame, shown | sweep.PRICE, title)] + ([report.sizes(kept)] if kept else [])
             panels += report.panels(frame, *next(iter(shown.items())), f"{where['data']}, {problem.name}")
-    beside = _panel(config.convnet, "residual convnet", "test_accuracy", ACCURACY)
-    beside += _panel(config.language, "character GPT", "test_loss", sweep.Measure("cross-entropy in nats", ".3f"))
+
+    nats, others = sweep.Measure("cross-entropy in nats", ".3f"), {}
+    others[config.convnet / "results.csv"] = "test_accuracy", ACCURACY, "residual convnet"
+    others[config.language / "results.csv"] = "test_loss", nats, "character GPT"
+    there = [(pd.read_csv(path), *how) for path, how in others.items() if path.exists()]
+    beside = [panel for given in there for panel in report.panels(*given)]
     grid = [panels, beside] if beside else [panels]
     report.figure(grid, f"pruned without fine-tuning, {config.seeds} seeds", folder / "frontier.png")
     report.console().print(*tables, f"results.csv, config.json and frontier.png are in {folder}/")
 
 
-def _panel(folder: Path, title: str, column: str, measure: sweep.Measure) -> list[report.Panel]:
-    """The panel of another experiment; none if that has not run."""
-    path = folder / "results.csv"
-    return report.panels(pd.read_csv(path), column, measure, title) if path.exists() else []
-
-
-def _classifier(config, data, *, hidden, optimizer, epochs, images, stages, gradients, products) -> Problem:
+def _classifier(config, data, *, hidden, optimizer, epochs, images, stages, gradients, products, teachers=0) -> Problem:
     """An MLP with ReLU: its epochs on 10,000 images and on fewer, and how many times the images and the stages."""
     (features, name), few = flags.widths(data, hidden), len(data.train_inputs) < 10_000
     mlp, metric = networks.MLP(features, nn.relu), config.temperature and metrics.Fisher(config.temperature)
     measures = {"test_accuracy": ACCURACY, "test_loss": sweep.CLASSIFIER_MEASURES["test_loss"]}
     task = sweep.Task(networks.from_linen(mlp), data, sweep.cross_entropy, measures)
-    survivors = repair.Survivors(products=config.products or products, metric=metric)
+    optimizer = sweep.decaying_adam(task, 2e-3, epochs[few]) if teachers else optimizer
+    regrow = config.regrow and prune.Regrowth(0.5 if teachers else 1.0, config.regrow, "optimal_brain_surgeon")
     sizes = images * config.calibration, gradients, stages * config.stages
-    return Problem(name, "relu", mlp, task, "fisher", config.sparsities, optimizer, epochs[few], *sizes, survivors)
+    how = *sizes, repair.Survivors(products=products, metric=metric), regrow, teachers
+    return Problem(name, "relu", mlp, task, "fisher", config.sparsities, optimizer, epochs[few], *how)
 
 
 def _surrogate(config: Config, _data: Dataset | None) -> Problem:
@@ -160,19 +178,21 @@ def _surrogate(config: Config, _data: Dataset | None) -> Problem:
     measures = {"test_error": relative, "test_loss": sweep.ERROR}
     data = hold_out(data) if config.validation else data
     task = sweep.Task(networks.from_linen(mlp), data, optax.squared_error, measures, batch_size=256)
-    survivors = repair.Survivors(products=config.products or 30)
-    epochs = config.surrogate_epochs
+    survivors, epochs = repair.Survivors(products=30), config.surrogate_epochs
     how = sweep.decaying_adam(task, 5e-3, epochs), epochs, config.calibration, 2000, 2 * config.stages, survivors
+    how += (config.regrow and prune.Regrowth(1.0, config.regrow, "optimal_brain_surgeon"),)
     return Problem("2-64-64-64-1", "tanh", mlp, task, "euclidean", config.surrogate_sparsities, *how)
 
 
 # Trained by Adam at a constant rate, as the papers do, and by plain SGD to about 94 %.
 _LARGE = {"hidden": (300, 100), "optimizer": optax.adam(1e-3), "epochs": (10, 60), "images": 1, "stages": 1}
 _MODEST = {"hidden": (40, 20), "optimizer": optax.sgd(0.05), "epochs": (5, 100), "images": 6, "stages": 2}
+_TAUGHT = {"epochs": (20, 60), "images": 6, "stages": 2, "teachers": 5}
 PROBLEMS = {
     "large": functools.partial(_classifier, **_LARGE, gradients=500, products=15),
     "modest": functools.partial(_classifier, **_MODEST, gradients=2000, products=20),
     "surrogate": _surrogate,
+    "taught": functools.partial(_classifier, **_LARGE | _TAUGHT, gradients=500, products=15),
 }
 
 if __name__ == "__main__":

@@ -155,7 +155,6 @@ def main(config: Config) -> None:
         levels = {method: config.costly_sparsities if method in COSTLY else config.sparsities for method in compared}
         seeds = dict.fromkeys(compared, config.seeds) | {sweep.GRADUAL: 1}  # which sees all the text, not a sample
         left, seen = table.left(compared, levels, seeds), functools.partial(calibration, data, config)
-
         _, gradient = sweep.clocked(sweep.gradient_pass, network, params, *[seen(0).inputs] * 2)  # whatever the targets
         stacked, shown = jax.tree.map(lambda leaf: leaf[None], params), {sweep.DENSE: params}
         for found, pruned in sweep.timed(task, stacked, compared, left, seen, costly=COSTLY, gradient=gradient):
@@ -166,7 +165,6 @@ def main(config: Config) -> None:
         for method in (name for name in SHOWN if name in compared):
             name, call = f"{method}, {near:g}", compared[method]
             shown[name] = results.trained(folder, name, lambda call=call: call(seen(0), near).params)
-
     title = f"{data.name}, GPT of {config.layers} layers of width {config.width}, {config.seeds} samples of inputs"
     frame = rows.frame().assign(perplexity=lambda f: np.exp(f["test_loss"]), bits=lambda f: f["test_loss"] / np.log(2))
     beside = side_by_side(task.network, shown, read, config.positions)

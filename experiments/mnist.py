@@ -49,7 +49,6 @@ def main(config: Config) -> None:
     features, layers = flags.widths(data, config.widths)
     mlp = networks.MLP(features, getattr(nn, config.activation))
     task = sweep.Task(networks.from_linen(mlp), data, sweep.cross_entropy, sweep.CLASSIFIER_MEASURES, config.batch_size)
-
     folder = config.output or Path("results") / data.name.lower()
     kept = results.Folder(config.save, config.activation, task, config, layers=layers) if config.save else None
     with results.opened(folder, config, data, layers=layers) as rows, report.progress() as bar:
@@ -65,7 +64,6 @@ def main(config: Config) -> None:
         optimizer = sweep.decaying_adam(task, config.learning_rate, tuning)
         for found in sweep.one_shot(task, params, compared, left, optimizer, tuning):
             table.add(*found)
-
     title = f"{data.name}, MLP {layers}, {config.activation}, {config.seeds} seeds"
     report.end(folder, rows.frame(), sweep.CLASSIFIER_MEASURES, title, *([report.sizes(kept)] if kept else []))
 

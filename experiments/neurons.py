@@ -91,7 +91,6 @@ def main(config: Config) -> None:
                     call = functools.partial(smaller, problem, *dense, method, fraction, seed, config)
                     found, seconds = sweep.clocked(call, compiled=True)
                     table.add(*sized(problem, dense, found, method, fraction, sweep.PRUNED, seed=seed, seconds=seconds))
-
             frame, title = rows.frame().query("network == @problem.name"), f"{shared['data']}, {problem.name}"
             costs = {name: sweep.Measure(f"{words},\n% of dense", ".0f", factor=100.0) for name, words in COSTS.items()}
             tables.append(report.table(frame, problem.measures | costs | sweep.SECONDS, title))
@@ -193,12 +192,8 @@ def _gpt(config: Config) -> Problem:
     return Problem("character GPT", data, {"test_loss": language.NATS}, *given, {})
 
 
-PROBLEMS = {
-    "mlp": functools.partial(_mlp, "large"),
-    "surrogate": functools.partial(_mlp, "surrogate"),
-    "convnet": _convnet,
-    "gpt": _gpt,
-}
+PROBLEMS = {"mlp": functools.partial(_mlp, "large"), "surrogate": functools.partial(_mlp, "surrogate")}
+PROBLEMS |= {"convnet": _convnet, "gpt": _gpt}
 
 if __name__ == "__main__":
     results.command(Config, main, __doc__)

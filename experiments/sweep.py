@@ -187,10 +187,7 @@ def timed(
     rows hold the gradient passes too.
     """
     seen, compiled = seen or functools.partial(one_seed, params), set(costly)
-
-    def price(seconds: float | None) -> Row:
-        return {"seconds": seconds} | ({"gradient_passes": seconds / gradient} if gradient else {})
-
+    price = lambda t: {"seconds": t} | ({"gradient_passes": t / gradient} if gradient else {})  # noqa: E731
     yield from unpruned(task, params, **price(gradient or None))
     for seed, cases in itertools.groupby(sorted(left, key=lambda case: case[2]), lambda case: case[2]):
         given = seen(seed)

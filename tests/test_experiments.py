@@ -219,6 +219,18 @@ def test_the_frontier_of_a_surrogate(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_network_that_others_teach(tmp_path, capsys):
+    size = {"stages": 1, "regrow": 1, "seeds": 1, "sparsities": (0.9,), "calibration": 100}
+    frontier.main(frontier.Config(networks=("taught",), data="digits", output=tmp_path, **size))
+    frame = pd.read_csv(tmp_path / "results.csv")
+    assert (frame["method"] == DENSE).sum() == 5
+    pruned = frame[frame["method"] == "EC, staged, taught"]
+    assert len(pruned) == 1
+    assert pruned["test_accuracy"].item() > 0.8
+    assert "EC, staged, taught" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_the_frontier_saves_what_it_prunes(tmp_path, monkeypatch):
     small.module("frontier", monkeypatch.setattr)
     size = {"stages": 1, "calibration": 200, "seeds": 1, "sparsities": (0.9,)}
