@@ -29,8 +29,8 @@ class Config(flags.Digits):
     """Prune three networks to high sparsity without fine-tuning, by methods from magnitude to staged survivors."""
 
     networks: tuple[Literal["large", "modest", "surrogate", "taught"], ...] = ("large", "modest", "surrogate")
-    """784-300-100-10 by Adam, 784-40-20-10 by plain SGD (both ReLU), and 2-64-64-64-1 (tanh) on diffusion-sorption; or
-    784-300-100-10 that five of its kind teach, trained better, which sees all images: for --sparsities 0.985."""
+    """784-300-100-10 by Adam, 784-40-20-10 by plain SGD (both ReLU), and 2-64-64-64-1 (tanh) on diffusion-sorption.
+    "taught" is 784-300-100-10, trained better, on all images, towards five of its kind; at 0.985, say."""
     sparsities: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98, 0.995)  # Fractions to remove of the classifiers' weights.
     surrogate_sparsities: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95, 0.98)  # Fractions to remove of the surrogate's.
     calibration: int = 10_000  # Calibration inputs; the modest network takes six times as many.

@@ -136,6 +136,7 @@ def test_slow_ways_run_on_as_many_samples_as_they_bear():
     assert (definition.name, definition.samples) == (benchmark.DEFINITION, 1e10 // 31_000**2)
 
 
+@pytest.mark.slow
 def test_one_output_is_timed_where_its_softmax_says_nothing():
     given = benchmark.problem((*WIDTHS[:-1], 1), 8)
     for method in benchmark.scoring((*WIDTHS[:-1], 1), ()):
@@ -168,6 +169,7 @@ def test_networks_that_are_no_mlps_are_scored_as_many_samples_at_a_time_as_their
     assert [method.call.keywords["batch_size"] for method in others] == [3, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", benchmark.ARCHITECTURES)
 def test_every_layer_of_networks_that_are_no_mlps_is_scored(name):
     network, params, inputs = benchmark.problem(name, 2)

@@ -135,6 +135,7 @@ def test_a_file_refuses_a_network_of_another_activation(tmp_path, other):
     assert saved.require(example.network) is example.network
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("double")
 @given(name=st.sampled_from(sorted(ACTIVATIONS)), sparsity=st.floats(0, 1), seed=st.integers(0, 99))
 def test_the_function_stays_and_the_arrays_shrink(name, sparsity, seed):
@@ -567,6 +568,7 @@ def test_features_that_are_mixed_or_read_elsewhere_are_refused():
 # Sparse kernels.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [0.7, 1.0])
 def test_sparse_forms_answer_the_same(sparsity):
     example = pruned_mlp(jnp.tanh, sparsity)

@@ -389,6 +389,7 @@ def test_data_of_another_name():
         choose.load("cifar")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not MNIST, reason="the real files are only checked where ECJAX_DATA_DIR names them")
 def test_the_real_mnist(tmp_path):
     data = mnist.load(Path(MNIST), prepared_in=tmp_path)

@@ -106,6 +106,7 @@ def test_weights_say_how_much_samples_and_positions_count(of):
     jax.tree.map(functools.partial(close, rtol=1e-7), scores.importance, literal.importance)
 
 
+@pytest.mark.slow
 def test_padding_of_weight_zero_does_not_count():
     network, params, inputs = MADE("outputs at positions").example
     weights = jnp.ones((zoo.N, 4)).at[:, 3].set(0)
@@ -134,6 +135,7 @@ def test_weights_that_do_not_fit(weights, message):
         score.elimination_compensation(*MADE("outputs at positions").example, weights=weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])
 @pytest.mark.parametrize("sharp", [pytest.param(1.0, marks=pytest.mark.slow), 30.0])
 def test_key_biases_stay_where_they_are(dtype, sharp):
@@ -163,6 +165,7 @@ def test_only_the_keys_of_a_fused_projection_stay():
     assert np.asarray(shifts)[:, ~keys].all()
 
 
+@pytest.mark.slow
 def test_many_rows_need_probes():
     network, params, inputs = MADE("tied embedding").example
     tokens = jnp.tile(inputs, (1, 8))
@@ -283,6 +286,7 @@ def test_everything_prunes(name):
         assert not np.asarray(networks.by_path(tuned)[path])[~np.asarray(mask)].any()
 
 
+@pytest.mark.slow
 def test_patterns_run_along_the_inputs_of_a_neuron():
     """Of an output projection (heads, features, out), of a convolution (…, channels, out), of each of a stack."""
     attention = MADE("attention").example

@@ -57,6 +57,7 @@ def test_a_smaller_network_runs_on_any_number_of_samples(name, tmp_path):
         program.call(inputs[:, 1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["causal attention", pytest.param("u-net", marks=pytest.mark.slow)])
 def test_networks_as_they_are(name, tmp_path):
     """A transformer, and an Equinox module with leaves that are no arrays."""

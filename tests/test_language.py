@@ -62,6 +62,7 @@ def test_every_method_at_toy_size(file, tmp_path, capsys):
     assert capsys.readouterr().out == printed
 
 
+@pytest.mark.slow
 def test_a_few_methods_and_what_is_printed(file, tmp_path, monkeypatch, capsys):
     experiment = small.module("language", monkeypatch.setattr)
     experiment.main(language.Config(text=file, output=tmp_path / "results", **TOY))

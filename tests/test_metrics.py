@@ -80,6 +80,7 @@ def test_scores_in_any_metric_are_those_of_the_definition(name):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(exact))
 
 
+@pytest.mark.slow
 def test_many_weights_and_samples_at_once_agree_with_few():
     """In float32, where a sum over the outputs was compiled wrongly for more than 16,384 weights × samples."""
     network, params, inputs = examples.mlp(widths=(20, 2), samples=300)
@@ -251,6 +252,7 @@ def test_metrics_of_ones_own_that_do_not_fit(metric, message):
         score.elimination_compensation(*examples.mlp(), metric=metric)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])
 def test_a_temperature_of_another_dtype_changes_no_dtype(dtype):
     network, params, inputs = examples.mlp()

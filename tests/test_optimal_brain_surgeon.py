@@ -131,6 +131,7 @@ def test_some_of_the_samples_are_those_alone():
     jax.tree.map(np.testing.assert_array_equal, few, alone)
 
 
+@pytest.mark.slow
 def test_float32_orders_as_float64_does():
     network, params, inputs = examples.mlp(widths=(8, 6, 3), samples=200)
     fine = score.optimal_brain_surgeon(network, params, inputs, metric="fisher")

@@ -118,6 +118,7 @@ def test_what_is_no_progress(name):
         run(name, progress="yes")
 
 
+@pytest.mark.slow
 def test_a_cell_of_a_notebook_that_captures_what_it_shows(monkeypatch):
     """Rich's bar for notebooks fails there, and ``%%capture`` hides that it did."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))

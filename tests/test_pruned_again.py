@@ -42,6 +42,7 @@ def test_masks_grow():
         prune.one_shot(pruned.params, scores, 0.6, masks=examples.kernels(params))
 
 
+@pytest.mark.slow
 def test_weights_and_then_units():
     """Both ways to remove units leave masks that hold what was removed before, and repairs do not fill it again."""
     network, params, inputs = examples.mlp((12, 8, 3))

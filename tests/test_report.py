@@ -53,6 +53,7 @@ def test_the_sparse_forms_need_the_network_s_own_activation():
         reported(*example, activation=jnp.tanh, numpy_activation=np.sin)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "activation"), [("relu", nn.relu), ("tanh", jnp.tanh), ("gelu", nn.gelu)])
 def test_an_activation_by_name_is_that_of_jax_and_of_numpy(name, activation):
     forms = reported(*pruned_mlp(activation, 0.7), activation=name, batches=(1,))

@@ -237,6 +237,7 @@ def test_a_multilayer_perceptron_gets_the_same_from_its_moments():
         np.testing.assert_allclose(constants[name][:, 0], found.constant[name], rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_probes_stand_in_for_all_rows():
     case = heads()
     exact = score.neuron_elimination_compensation(*case[:3], metric="fisher").importance
