@@ -191,8 +191,6 @@ def staged(
     require_scope(scope, sparsity)
     criterion = criteria.giving(criteria.named(criterion, score.CRITERIA), Scores)
     regrow = regrowth.named(regrow)
-    if regrow is not None:
-        _require_regrown(regrow, repair, scope, key)
     given, of_run = (network, params, inputs, sparsity, stages, samples), (repair, metric, targets, weights)
     return _in_stages(criterion, *given, *of_run, {"scope": scope}, exclude, masks, key, progress, checkpoints, regrow)
 
@@ -284,6 +282,8 @@ def _in_stages(
     require_read(network, params, inputs, criterion=criterion, repair=repair, **options)
     options["targets"] = targets
     state = start(network, params, inputs, repair=repair, masks=masks, **options)
+    if regrow is not None:
+        _require_regrown(regrow, repair, how["scope"], state, sparsity)
     facts = {"sparsity": sparsity, "stages": stages, "samples": samples, "criterion": criterion, "repair": repair}
     facts |= how | options | {"masks": masks, "params": params, "inputs": inputs, "regrow": regrow}
     facts = {name: value for name, value in facts.items() if value is not None}
@@ -324,13 +324,16 @@ def _in_stages(
     return finish(state)
 
 
-def _require_regrown(regrow: Regrowth, repair: Repair | str | None, scope: str | tuple[int, int], key) -> None:
+def _require_regrown(regrow: Regrowth, repair: Repair | None, scope: str | tuple[int, int], state: State, sparsity):
     """Raises a ValueError unless what grows back can be weighed, and counted."""
-    if not isinstance(repairs.named(repair), Survivors):
+    if not isinstance(repair, Survivors):
         raise ValueError("regrow needs a repair of survivors, whose objective says what may return: repair='survivors'")
     if isinstance(scope, tuple):
         raise ValueError(f"regrow with scope {scope}: nothing grows back in a pattern (N, M); leave one of the two out")
-    criteria.require_drawn(criteria.named(regrow.criterion, score.CRITERIA), key)
+    criterion = criteria.named(regrow.criterion, score.CRITERIA)
+    criteria.require_drawn(criterion, state.key, state.many_rows)
+    if getattr(criterion, "func", criterion) is score.optimal_brain_surgeon:
+        regrowth.require_few(sparsity, regrow.fraction, _trees.by_path(state.masks))
 
 
 def _regrown(network, state: State, inputs, sparsity, fraction, criterion, repair, scope, before) -> State:

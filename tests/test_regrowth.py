@@ -3,11 +3,13 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ecjax import networks, prune, repair
 from ecjax.repair import gauss_newton, repairs
+from ecjax.score import surgeon
 from tests import examples
 from tests.trained import INPUTS, NETWORK, params
 
@@ -134,6 +136,26 @@ def test_a_run_goes_on_between_two_cycles(trained, tmp_path):
 def test_what_is_refused(trained, options, message):
     with pytest.raises(ValueError, match=message):
         prune.staged(NETWORK, trained, INPUTS, **({"sparsity": 0.5} | HOW | options))
+
+
+def test_more_than_the_brain_surgeon_can_weigh_is_refused_before_the_first_stage(trained, monkeypatch):
+    monkeypatch.setattr(surgeon, "MOST", 300)
+    run = functools.partial(prune.staged, NETWORK, trained, INPUTS, **HOW, progress=lambda _: pytest.fail("a stage"))
+    regrow = prune.Regrowth(0.5, criterion="optimal_brain_surgeon")
+    with pytest.raises(
+        ValueError, match=r"333 weights and biases are left, .*: at most 300\. .* let a smaller fraction"
+    ):
+        run(0.9, regrow=regrow)
+    with pytest.raises(ValueError, match="386 weights and biases are left"):
+        run({"Dense_1/*": 0.4, "*": 0.95}, regrow=regrow._replace(fraction=0.4))
+
+
+def test_many_positions_need_a_key_before_the_first_stage():
+    network = lambda params, x: jnp.tanh(x @ params["kernel"])  # noqa: E731
+    params, inputs = {"kernel": jnp.ones((3, 9))}, examples.inputs(6, 90).reshape(6, 30, 3)
+    regrow = prune.Regrowth(criterion="optimal_brain_surgeon")
+    with pytest.raises(ValueError, match="so many positions that the criterion takes random probes of them: give key="):
+        prune.staged(network, params, inputs, 0.5, criterion="magnitude", regrow=regrow)
 
 
 def test_objectives_that_cannot_be_seen(trained):

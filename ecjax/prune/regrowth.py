@@ -14,7 +14,7 @@ from ecjax._types import Kernels, Params, Sparsities
 from ecjax.graph import Layers
 from ecjax.prune import patterns
 from ecjax.prune.masks import least_important
-from ecjax.score import Scores
+from ecjax.score import Scores, surgeon
 
 
 class Regrowth(NamedTuple):
@@ -56,6 +56,13 @@ def named(regrow: Any) -> Regrowth | None:
             raise ValueError(f"regrow is {found.fraction!r}; it must be above 0 and at most 1, of the weights left")
         _checks.require_positive(found.cycles, "cycles")
     return found
+
+
+def require_few(sparsity: Sparsities, fraction: float | int, masks: Mapping[str, Any]) -> None:
+    """Raises a ValueError if more weights will be left than the optimal brain surgeon can weigh: not after the run."""
+    groups = patterns.groups(patterns.with_more(sparsity, fraction), masks)
+    sizes = [(float(number), sum(masks[path].size for path in paths)) for number, paths in groups]
+    surgeon.require_few(sum(round((1 - number) * size) for number, size in sizes))
 
 
 def grown(

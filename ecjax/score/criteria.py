@@ -26,6 +26,11 @@ from ecjax.score.wanda import wanda
 Criterion = Callable[..., Scores | NeuronScores]
 Result = TypeVar("Result")
 
+_MANY_ROWS = (
+    "the outputs have so many positions that the criterion takes random probes of them: give key=, such as "
+    "jax.random.key(0)"
+)
+
 # By name, those that need no more than a key; others as functools.partial(score.gradient_magnitude, targets=..., ...).
 CRITERIA: dict[str, Callable[..., Scores]] = {
     function.__name__: function
@@ -132,19 +137,16 @@ def require_read(
         raise ValueError(f"metric={metric!r} is {nobody}; leave it out, or let {one} take metric=")
     if "weights" in unread and weights is not None:
         raise ValueError(f"weights are {nobody}; leave them out")
-    if reads(criterion, "probes") and has_many_rows(outputs) and key is None:
-        raise ValueError(
-            "the outputs have so many positions that the criterion takes random probes of them: give key=, such as "
-            "jax.random.key(0)"
-        )
+    require_drawn(criterion, key, has_many_rows(outputs))
     # One that could take probes may need a key for another network: the same call works for all.
     if key is not None and not draws(criterion) and not reads(criterion, "probes"):
         raise ValueError("key is for criteria that draw, such as 'random'; this one does not, so leave it out")
-    require_drawn(criterion, key)
 
 
-def require_drawn(criterion: Criterion, key: Any) -> None:
-    """Raises a ValueError for a criterion that draws without a key."""
+def require_drawn(criterion: Criterion, key: Any, many_rows: bool = False) -> None:
+    """Raises a ValueError for a criterion that draws without a key, always or where the metric has many rows."""
+    if key is None and many_rows and reads(criterion, "probes"):
+        raise ValueError(_MANY_ROWS)
     if key is None and draws(criterion, always=True):
         raise ValueError("this criterion draws at random: give key=, such as jax.random.key(0)")
 

@@ -18,7 +18,7 @@ from ecjax.metrics import scale_of
 from ecjax.moments.stream import require_key, require_probes
 from ecjax.score.scores import Scores, checked, scores_of
 
-MOST = 20_000  # weights and biases: 3 GB for each matrix of double precision
+MOST = 15_000  # weights and biases: 1.8 GB for a matrix of double precision
 _BLOCK = 64  # eliminations between two updates of the whole inverse
 
 Places = dict[str, Int[np.ndarray, " _entries"]]
@@ -53,8 +53,8 @@ def optimal_brain_surgeon(
     Gauss-Newton matrix of the outputs for their Hessian, so that labels are not needed.
 
     Args:
-        params: of a network at rest: trained, or repaired. With w weights and biases that are left it takes three
-            matrices of w × w numbers in double precision, and some w³ operations.
+        params: of a network at rest: trained, or repaired. With w weights and biases that are left it takes about
+            five matrices of w × w numbers in double precision, and some w³ operations.
         damping: λ, as a multiple of the mean diagonal of E[JᵀMJ].
         samples: how many of the inputs, evenly spaced, the curvature is of, at most.
         probes: None for all rows of the metric, one backward pass each; or how many random combinations.
@@ -64,7 +64,7 @@ def optimal_brain_surgeon(
         Scores without bias shifts, in half squared units of the outputs; 0 for weights that are zero already.
 
     Raises:
-        ValueError: bad inputs, more than 20,000 weights left, a call under ``jit`` or ``vmap``, where they can't be
+        ValueError: bad inputs, more than 15,000 weights left, a call under ``jit`` or ``vmap``, where they can't be
             counted, or importances that overflow.
 
     Example:
@@ -111,13 +111,17 @@ def _left(params: Params, layers: Layers) -> tuple[Places, Bool[np.ndarray, " en
     weights = sum(map(len, places.values()))
     places |= {layer.bias: np.arange(leaves[layer.bias].size) for layer in layers if layer.bias is not None}
     everything = sum(map(len, places.values()))
-    if everything > MOST:
-        raise ValueError(
-            f"{everything:,} weights and biases are left, and optimal_brain_surgeon takes matrices of their square: "
-            f"at most {MOST:,}. Remove more with another criterion before, as prune.Regrowth(criterion=...) does, or "
-            "exclude kernels"
-        )
+    require_few(everything)
     return places, np.arange(everything) < weights
+
+
+def require_few(left: int) -> None:
+    """Raises a ValueError if so many weights are more than a matrix of their square can be had of."""
+    if left > MOST:
+        raise ValueError(
+            f"{left:,} weights and biases are left, and optimal_brain_surgeon takes matrices of their square: at most "
+            f"{MOST:,}. Remove more with another criterion before, let a smaller fraction regrow, or exclude kernels"
+        )
 
 
 @_precision.compiled("network", "batch_size", "probes", "paths")
