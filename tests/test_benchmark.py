@@ -19,7 +19,7 @@ from tests import examples
 
 WIDTHS = (40, 30, 20, 7)
 GRADIENT = benchmark.Method("gradient pass", benchmark.gradient_pass)
-TIMINGS = ["median (ms)", "relative time", "process (MB)"]
+TIMINGS = ["median (ms)", "first (s)", "relative time", "process (MB)"]
 SMALL = benchmark.Config(
     base=WIDTHS,
     base_samples=64,
@@ -215,7 +215,7 @@ def test_every_case_is_in_the_results(whole):
     assert (frame["median (ms)"] > 0).all()
     assert (frame.loc[frame["method"].isin([benchmark.GRADIENT, "by counting"]), "relative time"] == 1).all()
     np.testing.assert_allclose(frame.loc[frame["axis"] == "probes", "Spearman"].iloc[1], 1)  # EC itself
-    assert re.search(r"gradient pass +│ +[\d.]+ │ +1\.00 │ +1\.00 │", printed)
+    assert re.search(r"gradient pass +│ +[\d.]+ │ +[\d.]+ │ +1\.00 │ +1\.00 │", printed)
     for name in (
         "EC (Fisher)",
         "EC, 1 probe",
