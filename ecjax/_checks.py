@@ -44,10 +44,11 @@ def _all_finite_on_device(array: Array) -> Array:
 def require_array(inputs: Any) -> None:
     """Raises a ValueError unless ``inputs`` is one array with an axis of samples, or the shape of one."""
     if len(getattr(inputs, "shape", ())) < 1:
-        advice = "; put several arrays into one, and take them apart in the network"
-        advice = advice if len(jax.tree.leaves(inputs)) > 1 else ""
+        advice = ""
         if isinstance(inputs, Iterator):
             advice = "; moments.of_batches takes batches one after another, for scores; a repair, one batch at a time"
+        elif len(jax.tree.leaves(inputs)) > 1:
+            advice = "; put several arrays into one, and take them apart in the network"
         raise ValueError(f"inputs must be one array of shape (samples, features), got one {_describe(inputs)}{advice}")
 
 

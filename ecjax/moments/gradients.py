@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, PRNGKeyArray
 from ecjax import _trees, graph
 from ecjax._types import Inputs, Network, Params
 from ecjax.graph import Layer
-from ecjax.metrics import Metric, scale_of
+from ecjax.metrics import Metric, row_of, scale_of
 from ecjax.moments.additive import LayerMoments, nothing_of
 from ecjax.moments.products import updated
 
@@ -52,11 +52,7 @@ def of_samples(
         rows = outputs.size if probes is None else probes
 
         def of_row(total, index):
-            if probes is None:
-                coefficients = jnp.zeros(outputs.size, outputs.dtype).at[index].set(1).reshape(outputs.shape)
-            else:
-                signs = jax.random.rademacher(jax.random.fold_in(drawn, index), outputs.shape, outputs.dtype)
-                coefficients = signs / jnp.sqrt(jnp.asarray(probes, outputs.dtype))
+            coefficients = row_of(outputs, index, probes, drawn) / jnp.sqrt(jnp.asarray(probes or 1, outputs.dtype))
             cotangents = metric.factor(outputs, coefficients * scale)
             (gradients,) = pull(cotangents.astype(outputs.dtype))
             return {layer.kernel: _with(total[layer.kernel], layer, gradients, ignored) for layer in layers}, None

@@ -2,7 +2,7 @@
 
 import collections
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -34,18 +34,22 @@ def towards(sparsity: Sparsities | None, part: float, start: Any = 0.0) -> Spars
     if sparsity is None:
         return part
     if isinstance(sparsity, Mapping):
-        kind = collections.OrderedDict if isinstance(sparsity, collections.OrderedDict) else dict
         starts = start if isinstance(start, Mapping) else dict.fromkeys(sparsity, start)
-        return kind((pattern, towards(number, part, starts[pattern])) for pattern, number in sparsity.items())
+        return _of_each(sparsity, lambda pattern, number: towards(number, part, starts[pattern]))
     return sparsity if part == 1 else start + (sparsity - start) * part
 
 
 def with_more(sparsity: Sparsities, fraction: float | int) -> Sparsities:
     """The sparsity, or that of each pattern, where this fraction of the weights left has come back besides."""
-    if isinstance(sparsity, Mapping):  # not by jax.tree.map, which would change the order of the patterns
-        kind = collections.OrderedDict if isinstance(sparsity, collections.OrderedDict) else dict
-        return kind((pattern, with_more(number, fraction)) for pattern, number in sparsity.items())
+    if isinstance(sparsity, Mapping):
+        return _of_each(sparsity, lambda _, number: with_more(number, fraction))
     return max(float(sparsity - fraction * (1 - sparsity)), 0.0)
+
+
+def _of_each(sparsity: Mapping[str, Any], number_of: Callable[[str, Any], Any]) -> Mapping[str, Any]:
+    """A mapping of the same kind: not by jax.tree.map, which would change the order of the patterns."""
+    kind = collections.OrderedDict if isinstance(sparsity, collections.OrderedDict) else dict
+    return kind((pattern, number_of(pattern, number)) for pattern, number in sparsity.items())
 
 
 def begun(sparsity: Sparsities, masks: Mapping[str, Any]) -> Sparsities:

@@ -3,6 +3,7 @@
 The curvature is a matrix of what may move, weights × weights, so it is for networks of which little is left.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from jaxtyping import Bool, Float, Int, PRNGKeyArray
 from ecjax import _batches, _checks, _door, _memory, _precision, _trees
 from ecjax._types import Inputs, Metric, Network, Params, Patterns, Weights
 from ecjax.graph import Layers
-from ecjax.metrics import scale_of
+from ecjax.metrics import row_of, scale_of
 from ecjax.moments.stream import require_key, require_probes
 from ecjax.score.scores import Scores, checked, scores_of
 
@@ -77,21 +78,21 @@ def optimal_brain_surgeon(
     counts = {"samples": samples, "probes": probes, "batch_size": batch_size}
     at = _door.enter(network, params, inputs, exclude=exclude, metric=metric, weights=weights, need="weights", **counts)
     require_probes(at.outputs, probes)
+    rows = math.prod(at.outputs.shape[1:]) if probes is None else probes
     places, removable = _left(at.params, at.layers)
     few = jax.tree.map(lambda array: _batches.spread(array, int(samples)), (at.inputs, at.weights))
     given = at.params, [*places.values()], *few, at.metric, jax.random.key(0) if key is None else key
     with _memory.enough(f"lower batch_size={batch_size}, or remove more with another criterion before"):
-        curvature = _curvature(at.network, int(batch_size), probes, tuple(places), *given)
+        curvature = _curvature(at.network, int(batch_size), probes, rows, tuple(places), *given)
         leaves = _trees.by_path(at.params)
         flat = jnp.concatenate([jnp.ravel(leaves[path])[places[path]].astype(curvature.dtype) for path in places])
         with jax.enable_x64(True):
             found = _eliminated(*(jnp.asarray(array, jnp.float64) for array in (curvature, flat)), removable, damping)
-    found, importance = found.astype(curvature.dtype), {}
-    ends = dict(zip(places, np.cumsum([len(where) for where in places.values()]), strict=True))
-    for layer in at.layers:
-        kernel, where = leaves[layer.kernel], places[layer.kernel]
-        values = found[ends[layer.kernel] - len(where) : ends[layer.kernel]]
-        importance[layer.kernel] = jnp.zeros(kernel.size, found.dtype).at[where].set(values).reshape(kernel.shape)
+    parts = jnp.split(found.astype(curvature.dtype), np.cumsum([len(where) for where in places.values()])[:-1])
+    values, importance = dict(zip(places, parts, strict=True)), {}
+    for path in (layer.kernel for layer in at.layers):
+        zeros = jnp.zeros(leaves[path].size, curvature.dtype)
+        importance[path] = zeros.at[places[path]].set(values[path]).reshape(leaves[path].shape)
     return checked(scores_of(at.params, at.layers, importance))
 
 
@@ -124,9 +125,9 @@ def require_few(left: int) -> None:
         )
 
 
-@_precision.compiled("network", "batch_size", "probes", "paths")
+@_precision.compiled("network", "batch_size", "probes", "rows", "paths")
 def _curvature(
-    network, batch_size, probes, paths, params, places, inputs, weights, metric, key
+    network, batch_size, probes, rows, paths, params, places, inputs, weights, metric, key
 ) -> Float[Array, "entries entries"]:
     """``E[JᵀMJ]`` of what may move, row of the metric after row for a batch of samples at a time."""
     leaves = _trees.by_path(params)
@@ -135,16 +136,11 @@ def _curvature(
     def row(x, weight, number, index):
         """Of one sample: the gradient of one row of the metric, or of a random combination of all."""
         outputs, pull = jax.vjp(lambda moving: network(_trees.replace(params, moving), x[None]), moving)
-        if probes is None:
-            chosen = jnp.zeros(outputs.size, outputs.dtype).at[index].set(1).reshape(outputs.shape)
-        else:
-            drawn = jax.random.fold_in(jax.random.fold_in(key, number), index)
-            chosen = jax.random.rademacher(drawn, outputs.shape, outputs.dtype) / jnp.sqrt(float(probes))
+        chosen = row_of(outputs, index, probes, jax.random.fold_in(key, number))
         scale = jnp.ones((), outputs.dtype) if weight is None else scale_of(weight[None], outputs)
-        (slopes,) = pull(metric.factor(outputs, chosen.astype(outputs.dtype) * scale).astype(outputs.dtype))
+        (slopes,) = pull(metric.factor(outputs, chosen * scale).astype(outputs.dtype))
         return jnp.concatenate([jnp.ravel(slopes[path])[where] for path, where in zip(paths, places, strict=True)])
 
-    rows = probes or int(np.prod(jax.eval_shape(network, params, inputs[:1]).shape))
     samples = inputs.shape[0]
     number = _batches.count(samples, batch_size)
 
@@ -158,7 +154,7 @@ def _curvature(
 
     entries = sum(where.size for where in places)
     zero = jnp.zeros((entries, entries), jnp.zeros(()).dtype)
-    return lax.scan(add, zero, jnp.arange(number * rows))[0] / samples
+    return lax.scan(add, zero, jnp.arange(number * rows))[0] / (samples * (probes or 1))
 
 
 class _Going(NamedTuple):
@@ -191,10 +187,10 @@ def _eliminated(
     factor = jax.scipy.linalg.cho_factor(curvature + level * jnp.eye(entries), lower=True)
     inverse = jax.scipy.linalg.cho_solve(factor, jnp.eye(entries))
 
+    tiny = jnp.finfo(weights.dtype).tiny
+
     def costs(now: _Going) -> Array:
-        return jnp.where(
-            now.left, now.weights**2 / (2 * jnp.maximum(now.diagonal, jnp.finfo(weights.dtype).tiny)), jnp.inf
-        )
+        return jnp.where(now.left, now.weights**2 / (2 * jnp.maximum(now.diagonal, tiny)), jnp.inf)
 
     def block(done, carry):
         inverse, now = carry
@@ -203,7 +199,7 @@ def _eliminated(
             cost = costs(now)
             goes = jnp.argmin(cost)
             column = inverse[:, goes] - now.columns @ now.columns[goes]
-            column = column / jnp.sqrt(jnp.maximum(column[goes], jnp.finfo(weights.dtype).tiny))
+            column = column / jnp.sqrt(jnp.maximum(column[goes], tiny))
             risen = now.risen + cost[goes]
             return _Going(
                 weights=(now.weights - column * (now.weights[goes] / column[goes])).at[goes].set(0),
