@@ -283,7 +283,7 @@ def _in_stages(
     options["targets"] = targets
     state = start(network, params, inputs, repair=repair, masks=masks, **options)
     if regrow is not None:
-        _require_regrown(regrow, repair, how["scope"], state, sparsity)
+        _require_regrown(network, inputs, regrow, repair, how["scope"], state, sparsity)
     facts = {"sparsity": sparsity, "stages": stages, "samples": samples, "criterion": criterion, "repair": repair}
     facts |= how | options | {"masks": masks, "params": params, "inputs": inputs, "regrow": regrow}
     facts = {name: value for name, value in facts.items() if value is not None}
@@ -324,7 +324,7 @@ def _in_stages(
     return finish(state)
 
 
-def _require_regrown(regrow: Regrowth, repair: Repair | None, scope: str | tuple[int, int], state: State, sparsity):
+def _require_regrown(network, inputs, regrow: Regrowth, repair: Repair | None, scope, state: State, sparsity) -> None:
     """Raises a ValueError unless what grows back can be weighed, and counted."""
     if not isinstance(repair, Survivors):
         raise ValueError("regrow needs a repair of survivors, whose objective says what may return: repair='survivors'")
@@ -333,7 +333,8 @@ def _require_regrown(regrow: Regrowth, repair: Repair | None, scope: str | tuple
     criterion = criteria.named(regrow.criterion, score.CRITERIA)
     criteria.require_drawn(criterion, state.key, state.many_rows)
     if getattr(criterion, "func", criterion) is score.optimal_brain_surgeon:
-        regrowth.require_few(sparsity, regrow.fraction, _trees.by_path(state.masks))
+        layers = _door.enter(network, state.params, inputs, exclude=state.exclude, need="any").layers
+        regrowth.require_few(state.params, layers, sparsity, regrow.fraction, _trees.by_path(state.masks))
 
 
 def _regrown(network, state: State, inputs, sparsity, fraction, criterion, repair, scope, before) -> State:

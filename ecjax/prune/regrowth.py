@@ -58,11 +58,15 @@ def named(regrow: Any) -> Regrowth | None:
     return found
 
 
-def require_few(sparsity: Sparsities, fraction: float | int, masks: Mapping[str, Any]) -> None:
+def require_few(
+    params: Params, layers: Layers, sparsity: Sparsities, fraction: float | int, masks: Mapping[str, Any]
+) -> None:
     """Raises a ValueError if more weights will be left than the optimal brain surgeon can weigh: not after the run."""
     groups = patterns.groups(patterns.with_more(sparsity, fraction), masks)
     sizes = [(float(number), sum(masks[path].size for path in paths)) for number, paths in groups]
-    surgeon.require_few(sum(round((1 - number) * size) for number, size in sizes))
+    leaves = _trees.by_path(params)
+    biases = sum(leaves[path].size for path in {layer.bias for layer in layers if layer.bias is not None})
+    surgeon.require_few(sum(round((1 - number) * size) for number, size in sizes) + biases)
 
 
 def grown(
