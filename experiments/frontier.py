@@ -63,8 +63,8 @@ class Problem(NamedTuple):
     teachers: int = 0  # how many trained networks it learns from
 
 
-def methods(problem: Problem, config: Config) -> sweep.Methods:
-    """By name: from trained params and a sparsity to the pruned network."""
+def methods(problem: Problem, config: Config, trained: networks.Params = None) -> sweep.Methods:
+    """By name: from the params of one of the trained networks and a sparsity to the pruned network."""
     network, metric = problem.task.network, problem.metric
     inputs, targets = (jnp.asarray(array[: problem.calibration]) for array in problem.task.data[1:3])
 
@@ -79,14 +79,23 @@ def methods(problem: Problem, config: Config) -> sweep.Methods:
         masks = surgeon.combinatorial_selection(params, gradients, sparsity, start="magnitude")
         return prune.Pruned(surgeon.combinatorial_update(params, masks, gradients), masks)
 
-    def staged(params: networks.Params, sparsity: float, how: repair.Repair | None, aim=None) -> prune.Pruned:
+    def staged(params, sparsity: float, how: repair.Repair | None, aim=None, **more) -> prune.Pruned:
         enough = inputs if isinstance(how, repair.Survivors) else inputs[: config.calibration]
         options = {"stages": problem.stages, "repair": how, "metric": metric, "targets": aim, "regrow": problem.regrow}
-        return prune.staged(network, params, enough, sparsity, **options)
+        return prune.staged(network, params, enough, sparsity, **options, **more)
+
+    def regrown(params: networks.Params, sparsity: float) -> prune.Pruned:
+        """Without labels, and in the end at temperature 1, whose aim is the first choice."""
+        pruned, last = staged(params, sparsity, survivors), replace(survivors, iterations=20, metric=metric)
+        moved = last(network, pruned.params, pruned.masks, inputs, network(params, inputs))
+        return pruned._replace(params=moved)
 
     survivors = problem.survivors
+    if problem.teachers:  # in stages towards the mean logits of all trained networks, which have seen labels
+        mean = jax.vmap(network, (0, None))(trained, inputs).mean(0)
+        return {"EC, staged, taught": functools.partial(staged, how=survivors, aim=mean, samples=0.25)}
     if problem.regrow:
-        return {"EC, staged, survivors, regrown": functools.partial(staged, how=survivors)}
+        return {"EC, staged, survivors, regrown": regrown}
     return {
         "magnitude": functools.partial(one_shot, criterion=score.magnitude),
         "optimal brain damage": functools.partial(one_shot, criterion=score.optimal_brain_damage, metric=metric),
@@ -97,14 +106,6 @@ def methods(problem: Problem, config: Config) -> sweep.Methods:
         "EC, staged, survivors": functools.partial(staged, how=survivors),
         "EC, staged, survivors, labels": functools.partial(staged, how=replace(survivors, metric=None), aim=targets),
     }
-
-
-def taught(problem: Problem, trained: networks.Params, params: networks.Params, sparsity: float) -> prune.Pruned:
-    """In stages towards the mean logits of all trained networks, which have seen labels."""
-    network, inputs = problem.task.network, jnp.asarray(problem.task.data.train_inputs[: problem.calibration])
-    aim = jax.vmap(network, (0, None))(trained, inputs).mean(0)
-    how = {"stages": problem.stages, "repair": problem.survivors, "metric": problem.metric, "regrow": problem.regrow}
-    return prune.staged(network, params, inputs, sparsity, samples=0.25, targets=aim, **how)
 
 
 def main(config: Config) -> None:
@@ -131,9 +132,7 @@ def main(config: Config) -> None:
 
             save, where = config.save and config.save / problem.name, {"data": task.data.name, "layers": problem.name}
             kept = results.Folder(save, problem.activation, task, config) if save else None
-            table, compared = sweep.Table(rows, bar, where, kept, f"{problem.name}: "), methods(problem, config)
-            if problem.teachers:
-                compared = {"EC, staged, taught": functools.partial(taught, problem, params)}
+            table, compared = sweep.Table(rows, bar, where, kept, f"{problem.name}: "), methods(problem, config, params)
             left = table.left(compared, problem.sparsities, config.seeds)
             few = (jnp.asarray(array[: problem.calibration]) for array in task.data[1:3])
             given = task.network, sweep.one_seed(params, 0), *few, task.loss

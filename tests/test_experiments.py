@@ -219,15 +219,19 @@ def test_the_frontier_of_a_surrogate(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_network_that_others_teach(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "method", "trained"),
+    [("taught", "EC, staged, taught", 5), ("modest", "EC, staged, survivors, regrown", 1)],
+)
+def test_regrowth_with_teachers_and_without(name, method, trained, tmp_path, capsys):
     size = {"stages": 1, "regrow": 1, "seeds": 1, "sparsities": (0.9,), "calibration": 100}
-    frontier.main(frontier.Config(networks=("taught",), data="digits", output=tmp_path, **size))
+    frontier.main(frontier.Config(networks=(name,), data="digits", output=tmp_path, **size))
     frame = pd.read_csv(tmp_path / "results.csv")
-    assert (frame["method"] == DENSE).sum() == 5
-    pruned = frame[frame["method"] == "EC, staged, taught"]
-    assert len(pruned) == 1
-    assert pruned["test_accuracy"].item() > 0.8
-    assert "EC, staged, taught" in capsys.readouterr().out
+    assert (frame["method"] == DENSE).sum() == trained
+    (pruned,) = frame[frame["method"] != DENSE].to_dict("records")
+    assert pruned["method"] == method
+    assert pruned["test_accuracy"] > 0.8
+    assert method in capsys.readouterr().out
 
 
 @pytest.mark.slow
