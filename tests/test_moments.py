@@ -159,3 +159,17 @@ def test_a_second_call_compiles_nothing(compilations):
     others = jax.tree.map(lambda leaf: np.asarray(leaf) + 0.5, example.params)
     moments.of_inputs(example.network, others, example.inputs)
     assert compilations() == before
+
+
+@pytest.mark.parametrize("of_weights", [True, False])
+def test_padding_counts_for_nothing_however_large_it_is(of_weights):
+    """In float32, where the spread around a mean that padding had moved would be lost to rounding."""
+    with jax.enable_x64(False):
+        network, params, inputs = examples.mlp(samples=250)
+        padded = jnp.concatenate([inputs, 1e5 * jnp.ones((50, inputs.shape[1]))])
+        weights = jnp.concatenate([jnp.ones(250), jnp.zeros(50)])
+        alone = moments.of_inputs(network, params, inputs, of_weights=of_weights)
+        among = moments.of_inputs(network, params, padded, weights=weights, of_weights=of_weights)
+    assert alone.layers.keys() == among.layers.keys()
+    for kernel, layer in alone.layers.items():
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), layer, among.layers[kernel])

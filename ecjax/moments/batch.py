@@ -166,7 +166,7 @@ def _input_moments(layer_inputs: Array, sensitivities: Array, counted: Array) ->
     weights = jnp.where(counted[:, None], sensitivities, 0)
     raw = layer_inputs.astype(weights.dtype)
     total = weights.sum(0)
-    centre = raw.mean(0)
+    centre = divide((raw * weights).sum(0), total)
     mean = centre + divide(((raw - centre) * weights).sum(0), total)
     return InputMoments(
         sensitivity=total, mean=jnp.where(total > 0, mean, 0), scatter=((raw - mean) ** 2 * weights).sum(0)

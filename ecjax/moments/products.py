@@ -138,14 +138,16 @@ def of_one_row(layer_inputs: Float[Array, "samples in"], sensitivities: Float[Ar
     """The moments of a layer that sees one row of each sample, on one batch.
 
     A weighted variance does not change when ``a`` is shifted, and the difference of raw moments cancels least around
-    the mean, so the batch is centred on its plain mean first. That the mean may be a little off does not matter.
+    the mean, so the batch is centred first, on the plain mean of the samples that count: of padding it could lie
+    anywhere. That the mean may be a little off does not matter.
 
     Args:
         layer_inputs: a.
         sensitivities: S; 0 for samples that do not count.
     """
     raw = layer_inputs.astype(sensitivities.dtype)
-    centre = raw.mean(0)
+    counting = (sensitivities > 0).any(1, keepdims=True)
+    centre = divide(jnp.where(counting, raw, 0).sum(0), counting.sum())
     centred = raw - centre
     total = sensitivities.sum(0)
     first, second = centred.T @ sensitivities, (centred**2).T @ sensitivities
