@@ -129,6 +129,18 @@ def test_some_of_the_samples_are_those_alone():
     few = score.optimal_brain_surgeon(network, params, inputs, samples=8)
     alone = score.optimal_brain_surgeon(network, params, inputs[::3])
     jax.tree.map(np.testing.assert_array_equal, few, alone)
+    most = score.optimal_brain_surgeon(network, params, inputs, samples=16)  # of the end as of the beginning
+    alone = score.optimal_brain_surgeon(network, params, inputs[np.arange(16) * 24 // 16])
+    jax.tree.map(np.testing.assert_array_equal, most, alone)
+
+
+def test_some_of_the_samples_are_among_those_that_count():
+    """Every second one is padding, as would be all that are evenly spaced."""
+    network, params, inputs = examples.mlp(samples=24)
+    weights = jnp.arange(24) % 2.0
+    few = score.optimal_brain_surgeon(network, params, inputs, weights=weights, samples=6).importance
+    alone = score.optimal_brain_surgeon(network, params, inputs[1::4]).importance
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b / 2, rtol=1e-9), few, alone)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ The curvature is a matrix of what may move, weights × weights, so it is for net
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,12 +57,13 @@ def optimal_brain_surgeon(
         params: of a network at rest: trained, or repaired. With w weights and biases that are left it takes about
             five matrices of w × w numbers in double precision, and some w³ operations.
         damping: λ, as a multiple of the mean diagonal of E[JᵀMJ].
-        samples: how many of the inputs, evenly spaced, the curvature is of, at most.
+        samples: how many of the inputs, evenly spaced among those with a weight above 0, the curvature is of, at most.
         probes: None for all rows of the metric, one backward pass each; or how many random combinations.
         key: random key, needed with ``probes``.
 
     Returns:
-        Scores without bias shifts, in half squared units of the outputs; 0 for weights that are zero already.
+        Scores without bias shifts, in half squared units of the outputs, of the mean sample, those of weight 0 among
+        them; 0 for weights that are zero already.
 
     Raises:
         ValueError: bad inputs, more than 15,000 weights left, a call under ``jit`` or ``vmap``, where they can't be
@@ -80,10 +81,10 @@ def optimal_brain_surgeon(
     require_probes(at.outputs, probes)
     rows = math.prod(at.outputs.shape[1:]) if probes is None else probes
     places, removable = _left(at.params, at.layers)
-    few = jax.tree.map(lambda array: _batches.spread(array, int(samples)), (at.inputs, at.weights))
+    few, share = _some(at.inputs, at.weights, int(samples))
     given = at.params, [*places.values()], *few, at.metric, jax.random.key(0) if key is None else key
     with _memory.enough(f"lower batch_size={batch_size}, or remove more with another criterion before"):
-        curvature = _curvature(at.network, int(batch_size), probes, rows, tuple(places), *given)
+        curvature = share * _curvature(at.network, int(batch_size), probes, rows, tuple(places), *given)
         leaves = _trees.by_path(at.params)
         flat = jnp.concatenate([jnp.ravel(leaves[path])[places[path]].astype(curvature.dtype) for path in places])
         with jax.enable_x64(True):
@@ -94,6 +95,19 @@ def optimal_brain_surgeon(
         zeros = jnp.zeros(leaves[path].size, curvature.dtype)
         importance[path] = zeros.at[places[path]].set(values[path]).reshape(leaves[path].shape)
     return checked(scores_of(at.params, at.layers, importance))
+
+
+def _some(inputs: Inputs, weights: Weights | None, most: int) -> tuple[Any, float]:
+    """At most so many samples that count, with their weights, and which part of all samples count."""
+    count, data = inputs.shape[0], (inputs, weights)
+    if most >= count:
+        return data, 1.0
+    counting = np.arange(count)
+    if weights is not None:
+        counting = np.flatnonzero(np.asarray(weights).reshape(count, -1).any(1))
+    most = min(most, len(counting))
+    chosen = counting[np.arange(most) * len(counting) // most]
+    return jax.tree.map(lambda array: jnp.asarray(array[chosen]), data), len(counting) / count
 
 
 def _left(params: Params, layers: Layers) -> tuple[Places, Bool[np.ndarray, " entries"]]:
