@@ -94,6 +94,13 @@ def require_known(targets: Array | np.ndarray) -> None:
         )
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is one real number, of Python's, NumPy's or JAX's; a traced one is."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, float | int | np.number | np.ndarray | Array):
+        return False
+    return np.ndim(value) == 0 and not jnp.issubdtype(jnp.result_type(value), jnp.complexfloating)
+
+
 def require_sparsity(sparsity: Any, name: str = "sparsity", counted: str = "weights") -> None:
     """Raises a ValueError unless the sparsity is a number in [0, 1]."""
     what = f"in [0, 1], the fraction of {counted} to remove"
@@ -182,7 +189,7 @@ def are_probabilities(outputs: Array) -> Array:
 
 def require_above_zero(value: float | int | Array, name: str) -> None:
     """Raises a ValueError unless ``value`` is above 0, and finite."""
-    if _is_known_false((value > 0) & (value < np.inf)):
+    if not is_number(value) or _is_known_false((value > 0) & (value < np.inf)):
         raise ValueError(f"{name} is {value}; it must be above 0, and finite")
 
 

@@ -94,7 +94,8 @@ class Stage(NamedTuple):
         number: of the stage, from 1.
         stages: how many there are.
         sparsity: reached so far; of each pattern of paths, where it is given so.
-        objective: what the repair has left of the mean distance to the targets; infinite without one.
+        objective: what the repair has left of the mean distance to the targets, of all samples, those of weight 0 too;
+            infinite without one.
         seconds: since the run began.
 
     Example:
@@ -127,7 +128,7 @@ def staged(
     scope: str | tuple[int, int] = "network",
     exclude: Patterns = (),
     masks: Kernels | None = None,
-    regrow: Regrowth | float | int | None = None,
+    regrow: Regrowth | float | int | np.number | None = None,
     key: PRNGKeyArray | None = None,
     progress: bool | Callable[[Stage], None] | None = None,
     checkpoints: str | os.PathLike | None = None,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ecjax import networks, prune, repair
+from ecjax import networks, prune, repair, score
 from ecjax.repair import gauss_newton, repairs
 from ecjax.score import surgeon
 from tests import examples
@@ -102,6 +102,20 @@ def test_what_was_removed_before_the_run_and_what_is_frozen_stay(trained):
     np.testing.assert_array_equal(kept.params["Dense_1"]["kernel"], trained["Dense_1"]["kernel"])
 
 
+def test_as_many_return_as_are_left_where_some_may_not(trained):
+    """What was removed before the run takes no place among those that return, however much it would gain."""
+    seen = []
+
+    def counting(network, params, inputs):
+        seen.append(prune.sparsity(jax.tree.map(lambda leaf: leaf != 0, examples.kernels(params))))
+        return score.magnitude(network, params, inputs)
+
+    first = prune.one_shot(trained, score.random(NETWORK, trained, INPUTS, key=jax.random.key(0)), 0.6)
+    regrow = prune.Regrowth(1.0, cycles=1, criterion=counting)
+    prune.staged(NETWORK, first.params, INPUTS, 0.9, **HOW, masks=first.masks, regrow=regrow)
+    assert seen == [pytest.approx(0.8, abs=1e-3)]
+
+
 def test_a_run_goes_on_between_two_cycles(trained, tmp_path):
     class StopError(Exception):
         pass
@@ -125,6 +139,9 @@ def test_a_run_goes_on_between_two_cycles(trained, tmp_path):
         ({"regrow": 0}, "regrow is 0; it must be above 0 and at most 1"),
         ({"regrow": 1.5}, "regrow is 1.5; it must be above 0 and at most 1"),
         ({"regrow": True}, "regrow is True; it must be a fraction such as 0.5, or prune.Regrowth"),
+        ({"regrow": prune.Regrowth(True)}, "regrow is True; it must be a fraction such as 0.5, or prune.Regrowth"),
+        ({"regrow": prune.Regrowth("x")}, "regrow is 'x'; it must be a fraction such as 0.5, or prune.Regrowth"),
+        ({"regrow": np.float32(2)}, "regrow is 2.0; it must be above 0 and at most 1"),
         ({"regrow": prune.Regrowth(0.5, 0)}, "cycles is 0; it must be a whole number of at least 1"),
         ({"regrow": prune.Regrowth(criterion="magnitud")}, "criterion is 'magnitud'; it must be one of"),
         ({"regrow": prune.Regrowth(criterion="random")}, "this criterion draws at random: give key="),

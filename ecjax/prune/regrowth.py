@@ -43,18 +43,16 @@ def named(regrow: Any) -> Regrowth | None:
     Raises:
         ValueError: a fraction that is not above 0 and at most 1, fewer than one cycle, or what is neither.
     """
-    if regrow is None or isinstance(regrow, Regrowth):
-        found = regrow
-    elif isinstance(regrow, float | int) and not isinstance(regrow, bool):
-        found = Regrowth(regrow)
-    else:
+    if regrow is None:
+        return None
+    found = regrow if isinstance(regrow, Regrowth) else Regrowth(regrow)
+    if not _checks.is_number(found.fraction):
         raise ValueError(
-            f"regrow is {regrow!r}; it must be a fraction such as 0.5, or prune.Regrowth(fraction, cycles)"
+            f"regrow is {found.fraction!r}; it must be a fraction such as 0.5, or prune.Regrowth(fraction, cycles)"
         )
-    if found is not None:
-        if not 0 < found.fraction <= 1:
-            raise ValueError(f"regrow is {found.fraction!r}; it must be above 0 and at most 1, of the weights left")
-        _checks.require_positive(found.cycles, "cycles")
+    if not 0 < found.fraction <= 1:
+        raise ValueError(f"regrow is {found.fraction}; it must be above 0 and at most 1, of the weights left")
+    _checks.require_positive(found.cycles, "cycles")
     return found
 
 
@@ -95,11 +93,10 @@ def grown(
         path: jnp.where(mask, jnp.inf, gains.get(path, jnp.zeros(mask.shape)))
         for path, mask in _trees.by_path(masks).items()
     }
+    first = {} if before is None else _trees.by_path(before)
+    importance |= {path: jnp.where(first[path], importance[path], -1) for path in first}  # below every gain
     scores = Scores(_trees.as_kernels(params, importance), layers=layers)
     found = least_important(params, scores, patterns.with_more(sparsity, fraction), scope=scope, exclude=()).masks
-    if before is None:
-        return found
-    first = _trees.by_path(before)
     return _trees.as_kernels(
         params, {path: mask & first.get(path, True) for path, mask in _trees.by_path(found).items()}
     )
