@@ -15,8 +15,12 @@ def least(
     logits: Float[Array, "samples *positions outputs"],
     weights: Float[Array | np.ndarray, "samples ..."] | None,
     entropy: float | Float[Array, ""],
+    floor: float | Float[Array, ""],
 ) -> Float[Array, ""]:
-    """The least temperature of at least 1 with a mean entropy that is this share of the largest, by bisection."""
+    """The least temperature from a floor on with a mean entropy that is this share of the largest, by bisection.
+
+    1 where there is no entropy to be had, as of labels.
+    """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     logits -= logits.max(-1, keepdims=True)
     masked = logits < -_MASKED
@@ -36,7 +40,7 @@ def least(
         return (jnp.where(found, low, middle), jnp.where(found, middle, high)), None
 
     # Logits within a range of ε have an entropy of at least log K − ε²/8 (Hoeffding); here ε is 1 − s.
-    low = jnp.ones((), logits.dtype)
+    low = jnp.where(enough > 0, jnp.asarray(floor, logits.dtype), 1)
     high = jnp.maximum(-jnp.min(jnp.where(masked, 0, logits), initial=0) / (1 - entropy), low)
     (_, high), _ = lax.scan(halve, (low, high), length=_HALVINGS)
     return jnp.where(is_enough(low), low, high)

@@ -52,7 +52,7 @@ class Config:
     last_iterations: int = 8  # Steps after the last stage.
     products: int = 10  # Products with the curvature in each step of a repair.
     curvature: int = 96  # Calibration inputs that the curvature is of.
-    temperature: float = 4.0  # Of the Fisher metric of all criteria.
+    temperature: float = 4.0  # Of the Fisher metric of all criteria, and of survivors.
     gradual_epochs: int = 3  # Passes over the text of gradual pruning: about as many gradients as staged survivors see.
     gradual_learning_rate: float = 5e-3  # Of gradual pruning.
     seeds: int = 1  # How many samples of calibration inputs to average over.
@@ -107,12 +107,13 @@ def methods(task: sweep.Task, params: networks.Params, config: Config, folder: P
         """One shot by magnitude, and then as many steps as all stages take together, on all inputs."""
         pruned, dense = one_shot(seen, sparsity, score.magnitude), network(params, seen.inputs)
         steps = config.iterations * (config.stages - 1) + config.last_iterations
-        survivors = repair.Survivors(iterations=steps, metric=metrics.Fisher(metrics.temperature(dense)), **sizes)
+        survivors = repair.Survivors(iterations=steps, metric=metric, **sizes)
         return pruned._replace(params=survivors(network, pruned.params, pruned.masks, seen.inputs, dense))
 
     def staged(seen: Seen, sparsity: float, repairing) -> prune.Pruned:
         criterion, steps = functools.partial(score.elimination_compensation, probes=1), config.last_iterations
-        how = repairing(iterations=config.iterations, last_iterations=steps, **sizes)
+        of_all = metric if repairing is repair.Survivors else None
+        how = repairing(iterations=config.iterations, last_iterations=steps, metric=of_all, **sizes)
         place = f"{repairing.__name__}-{sparsity:g}-{jax.random.key_data(seen.key)[-1]}"
         kept = folder / "stages" / place if config.keep_stages else None
         options = {"stages": config.stages, "samples": config.samples, "criterion": criterion, "checkpoints": kept}

@@ -301,20 +301,21 @@ def entropies(logits, temperature):
     positions=st.sampled_from([(), (3,), (2, 2)]),
     scale=st.floats(-3, 5),
     entropy=st.floats(0.01, 0.99),
+    least=st.sampled_from([1, 2.0, 5.0]),
     weighted=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_the_temperature_by_its_definition(outputs, positions, scale, entropy, weighted, seed):
+def test_the_temperature_by_its_definition(outputs, positions, scale, entropy, least, weighted, seed):
     generator = np.random.default_rng(seed)
     logits = np.exp(scale) * generator.normal(size=(7, *positions, outputs))
     weights = generator.random(logits.shape[:-1] if seed % 2 else 7) if weighted else None
-    found = float(metrics.temperature(logits, weights, entropy=entropy))
+    found = float(metrics.temperature(logits, weights, entropy=entropy, least=least))
     each = np.ones(7) if weights is None else weights
     each = np.broadcast_to(each.reshape(each.shape + (1,) * (logits.ndim - 1 - each.ndim)), logits.shape[:-1])
     said, wanted = (np.average(entropies(logits, T), weights=each) for T in (found, found / 1.001))
-    assert found >= 1
+    assert found >= least
     assert said >= entropy * np.log(outputs) * (1 - 1e-9)
-    assert found == 1 or wanted < entropy * np.log(outputs)
+    assert found == least or wanted < entropy * np.log(outputs)
 
 
 def test_the_temperature_of_what_is_masked():
@@ -345,6 +346,8 @@ def test_the_temperature_may_be_traced_and_of_few_bits():
     [
         (np.zeros((2, 3)), {"entropy": 1}, "entropy is 1; it must be between 0 and 1"),
         (np.zeros((2, 3)), {"entropy": 0.0}, "entropy is 0.0; it must be between 0 and 1"),
+        (np.zeros((2, 3)), {"least": 0}, "least is 0; it must be above 0"),
+        (np.full((2, 3), np.nan), {}, "NaN or infinity"),
         (np.full((2, 4), 0.25), {}, "probabilities; give logits"),
     ],
 )
