@@ -138,6 +138,18 @@ def spread(inputs: Shaped[Array | np.ndarray, "samples ..."], count: int) -> Sha
     return inputs[:: max(inputs.shape[0] // count, 1)][:count]
 
 
+def counting(samples: int, weights: Shaped[Array | np.ndarray, "samples ..."] | None) -> Int[np.ndarray, " some"]:
+    """Which samples have a weight above 0, somewhere; all without weights, or where these are traced.
+
+    Args:
+        samples: how many there are.
+        weights: of samples or of their positions.
+    """
+    if weights is None or isinstance(weights, Tracer):
+        return np.arange(samples)
+    return np.flatnonzero(np.asarray(weights).reshape(samples, -1).any(1))
+
+
 def every(
     array: Shaped[Array, "samples ..."], size: int, offset: Int[Array, ""], blocks: int = 1
 ) -> Shaped[Array, "batch ..."]:

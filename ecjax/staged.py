@@ -482,11 +482,18 @@ def _repaired(network, state: State, inputs, targets, weights, repair: Biases | 
 
 
 def _part(inputs: Inputs, state: State, samples: int | float | None) -> tuple[Any, Any, Any]:
-    """The samples that a stage sees, with their targets and weights: evenly spaced, and others in each stage."""
+    """The samples that a stage sees, with their targets and weights: evenly spaced, and others in each stage.
+
+    Those of weight 0 are left out, but where samples lie on several devices.
+    """
     data, count = (inputs, state.targets, state.weights), _count(samples, inputs.shape[0])
     if count is None or count >= inputs.shape[0]:
         return data
     blocks = _batches.blocks(_batches.placed(inputs))
+    counting = _batches.counting(inputs.shape[0], state.weights if blocks == 1 else None)
+    if len(counting) < inputs.shape[0]:
+        chosen = _every(jnp.asarray(counting), count, state.stages, 1)
+        return jax.tree.map(lambda array: jnp.asarray(array)[chosen], data)
     return jax.tree.map(lambda array: _every(jnp.asarray(array), count, state.stages, blocks), data)
 
 

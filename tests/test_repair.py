@@ -268,6 +268,16 @@ def test_every_sample_gets_its_turn_in_the_curvature(samples, size, blocks):
     assert set(np.concatenate(taken)) == set(range(blocks * samples))
 
 
+def test_samples_of_no_weight_take_no_part_in_the_curvature():
+    """Every second one is padding: of samples that are evenly spaced, a step would see all or none that count."""
+    (network, params, inputs), targets, masks = pruned_example()
+    weights, odd = jnp.arange(len(inputs)) % 2.0, slice(1, None, 2)
+    how = repair.Survivors(iterations=3, curvature_samples=len(inputs) // 2)
+    found = how(network, params, masks, inputs, targets, weights=weights)
+    alone = how(network, params, masks, inputs[odd], targets[odd], weights=weights[odd] * weights.mean())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), found, alone)
+
+
 def test_a_network_that_cannot_be_differentiated_forwards_is_refused_by_name():
     @jax.custom_vjp
     def sign(x):

@@ -427,6 +427,21 @@ def test_how_many_samples_early_stages_see(number, how, early):
     assert seen == [early, early, number]
 
 
+def test_a_part_of_the_samples_is_of_those_that_count():
+    """Every second one is padding: of each part that is evenly spaced, all or none."""
+    weights, seen = jnp.arange(12) % 2.0, []
+
+    def criterion(network, params, inputs):
+        seen.append(np.asarray(inputs[:, 0]).tolist())
+        return score.magnitude(network, params, inputs)
+
+    params = {"Dense_0": {"kernel": jnp.arange(1.0, 7).reshape(2, 3), "bias": jnp.zeros(3)}}
+    network, inputs = networks.from_linen(networks.MLP((3,))), jnp.stack([jnp.arange(12.0), jnp.ones(12)], 1)
+    how = {"criterion": criterion, "repair": repair.Survivors(iterations=1), "weights": weights, "samples": 3}
+    prune.staged(network, params, inputs, 0.5, stages=3, **how)
+    assert seen == [[1, 5, 9], [3, 7, 11], list(range(12))]
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_survivors_take_the_temperature_of_the_targets(trained, weighted):
     """The rule where nothing else is said, 1 for labels and for biases, and whatever a user says."""

@@ -316,7 +316,20 @@ def _entered(repair: _Steps, network, params, inputs, targets, metric, weights):
     metric = of_run if repair.metric is not None else own_metric(repair, of_run, at.inputs, expected, at.weights)
     sizes = repair.products, repair.batch_size, repair.curvature_samples
     problem = Problem(in_loops(at.network), _batches.blocks(at.inputs), *map(int, sizes))
-    return at, problem, metric, (at.inputs, expected, at.weights)
+    return at, problem, metric, _that_count(at.inputs, expected, at.weights, problem.blocks)
+
+
+def _that_count(inputs: Any, targets: Array, weights: Any, blocks: int) -> tuple[Any, Array, Any]:
+    """Without the samples of weight 0, of which alone the curvature of a step might be; the mean stays that of all.
+
+    Where samples lie on several devices they stay, as each device has as many of them.
+    """
+    samples = inputs.shape[0]
+    counting = _batches.counting(samples, weights if blocks == 1 else None)
+    if weights is None or len(counting) == samples:
+        return inputs, targets, weights
+    inputs, targets, weights = (jnp.asarray(array)[counting] for array in (inputs, targets, weights))
+    return inputs, targets, weights * (len(counting) / samples)
 
 
 def held(params: Params, masks: Kernels, moved: Params, groups: Mapping[str, Group]) -> Params:

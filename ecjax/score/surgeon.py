@@ -102,9 +102,7 @@ def _some(inputs: Inputs, weights: Weights | None, most: int) -> tuple[Any, floa
     count, data = inputs.shape[0], (inputs, weights)
     if most >= count:
         return data, 1.0
-    counting = np.arange(count)
-    if weights is not None:
-        counting = np.flatnonzero(np.asarray(weights).reshape(count, -1).any(1))
+    counting = _batches.counting(count, weights)
     most = min(most, len(counting))
     chosen = counting[np.arange(most) * len(counting) // most]
     return jax.tree.map(lambda array: jnp.asarray(array[chosen]), data), len(counting) / count
