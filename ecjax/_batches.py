@@ -138,16 +138,21 @@ def spread(inputs: Shaped[Array | np.ndarray, "samples ..."], count: int) -> Sha
     return inputs[:: max(inputs.shape[0] // count, 1)][:count]
 
 
-def counting(samples: int, weights: Shaped[Array | np.ndarray, "samples ..."] | None) -> Int[np.ndarray, " some"]:
-    """Which samples have a weight above 0, somewhere; all without weights, or where these are traced.
+def counting(
+    weights: Shaped[Array | np.ndarray, "samples ..."] | None, blocks: int = 1
+) -> Int[np.ndarray, " some"] | None:
+    """Which samples have a weight above 0, somewhere; None where all are to be taken.
+
+    So without weights, where all have one or where they are traced, and of several blocks, which have to stay equal.
 
     Args:
-        samples: how many there are.
         weights: of samples or of their positions.
+        blocks: how the samples lie on devices.
     """
-    if weights is None or isinstance(weights, Tracer):
-        return np.arange(samples)
-    return np.flatnonzero(np.asarray(weights).reshape(samples, -1).any(1))
+    if weights is None or blocks > 1 or isinstance(weights, Tracer):
+        return None
+    found = np.asarray(weights).reshape(weights.shape[0], -1).any(1)
+    return None if found.all() else np.flatnonzero(found)
 
 
 def every(

@@ -96,15 +96,20 @@ def require_known(targets: Array | np.ndarray) -> None:
 
 def is_number(value: Any) -> bool:
     """Whether a value is one real number, of Python's, NumPy's or JAX's; a traced one is."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, float | int | np.number | np.ndarray | Array):
+    if not _is_numeric(value) or np.ndim(value) != 0:
         return False
-    return np.ndim(value) == 0 and not jnp.issubdtype(jnp.result_type(value), jnp.complexfloating)
+    return not jnp.issubdtype(jnp.result_type(value), jnp.complexfloating)
+
+
+def _is_numeric(value: Any) -> bool:
+    """Whether a value is a number or an array."""
+    return isinstance(value, float | int | np.number | np.ndarray | Array) and not isinstance(value, bool)
 
 
 def require_sparsity(sparsity: Any, name: str = "sparsity", counted: str = "weights") -> None:
     """Raises a ValueError unless the sparsity is a number in [0, 1]."""
     what = f"in [0, 1], the fraction of {counted} to remove"
-    if not isinstance(sparsity, float | int | np.number | np.ndarray | Array) or isinstance(sparsity, bool):
+    if not _is_numeric(sparsity):
         raise ValueError(f"{name} is {sparsity!r}, of type {type(sparsity).__name__}; it must be a number {what}")
     if np.ndim(sparsity) != 0:
         raise ValueError(f"{name} must be one number in [0, 1], got an array of shape {np.shape(sparsity)}")

@@ -490,8 +490,8 @@ def _part(inputs: Inputs, state: State, samples: int | float | None) -> tuple[An
     if count is None or count >= inputs.shape[0]:
         return data
     blocks = _batches.blocks(_batches.placed(inputs))
-    counting = _batches.counting(inputs.shape[0], state.weights if blocks == 1 else None)
-    if len(counting) < inputs.shape[0]:
+    counting = _batches.counting(state.weights, blocks)
+    if counting is not None:
         chosen = _every(jnp.asarray(counting), count, state.stages, 1)
         return jax.tree.map(lambda array: jnp.asarray(array)[chosen], data)
     return jax.tree.map(lambda array: _every(jnp.asarray(array), count, state.stages, blocks), data)

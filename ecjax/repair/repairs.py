@@ -324,9 +324,8 @@ def _that_count(inputs: Any, targets: Array, weights: Any, blocks: int) -> tuple
 
     Where samples lie on several devices they stay, as each device has as many of them.
     """
-    samples = inputs.shape[0]
-    counting = _batches.counting(samples, weights if blocks == 1 else None)
-    if weights is None or len(counting) == samples:
+    counting, samples = _batches.counting(weights, blocks), inputs.shape[0]
+    if counting is None:
         return inputs, targets, weights
     inputs, targets, weights = (jnp.asarray(array)[counting] for array in (inputs, targets, weights))
     return inputs, targets, weights * (len(counting) / samples)

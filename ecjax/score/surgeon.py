@@ -102,9 +102,9 @@ def _some(inputs: Inputs, weights: Weights | None, most: int) -> tuple[Any, floa
     count, data = inputs.shape[0], (inputs, weights)
     if most >= count:
         return data, 1.0
-    counting = _batches.counting(count, weights)
-    most = min(most, len(counting))
-    chosen = counting[np.arange(most) * len(counting) // most]
+    counting = _batches.counting(weights)
+    counting = jnp.arange(count) if counting is None else jnp.asarray(counting)
+    chosen = _batches.every(counting, most, jnp.int32(0))
     return jax.tree.map(lambda array: jnp.asarray(array[chosen]), data), len(counting) / count
 
 
