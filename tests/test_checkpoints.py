@@ -18,7 +18,9 @@ from ecjax._checkpoints import _told
 from tests import examples
 
 ROOT = Path(__file__).parents[1]
-HOW = {"stages": 3, "metric": "fisher", "repair": repair.Survivors(iterations=1, last_iterations=2)}
+# With the few products that are asked for here rounding stays rounding: after 20, conjugate gradients on so few samples
+# have multiplied it by 10^10, as float64 shows on one device and on four.
+HOW = {"stages": 3, "metric": "fisher", "repair": repair.Survivors(iterations=1, last_iterations=2, products=3)}
 
 
 def stop_after(stages):
@@ -195,6 +197,4 @@ def test_killed_and_gone_on_in_another_process(tmp_path, devices):
         if devices == 1:
             np.testing.assert_array_equal(found[name], expected[name])
         np.testing.assert_array_equal(found[name] == 0, expected[name] == 0)
-    # Rounding moves where a step of few samples ends in directions that these hardly tell, and all logits at once.
-    logits, others = (array["outputs"] - array["outputs"].mean(-1, keepdims=True) for array in (expected, found))
-    np.testing.assert_allclose(others, logits, atol=0.1 * np.std(logits))
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-5)
