@@ -185,7 +185,7 @@ def _surrogate(config: Config, _data: Dataset | None) -> Problem:
 
 # Trained by Adam at a constant rate, as the papers do, and by plain SGD to about 94 %, with biases that stay zero.
 _STILL = optax.masked(optax.set_to_zero(), lambda params: jax.tree.map(lambda leaf: leaf.ndim == 1, params))
-_LARGE = {"hidden": (300, 100), "optimizer": optax.adam(1e-3), "epochs": (10, 60), "images": 1, "stages": 1}
+_LARGE = {"hidden": (300, 100), "optimizer": optax.adam(1e-3), "epochs": (5, 60), "images": 1, "stages": 1}
 _SGD = optax.chain(optax.sgd(0.05), _STILL)
 _MODEST = {"hidden": (40, 20), "optimizer": _SGD, "epochs": (5, 100), "images": 6, "stages": 2}
 _TAUGHT = {"epochs": (20, 60), "images": 6, "stages": 2, "teachers": 5}
