@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
-from ecjax import networks, prune, repair, score
+from ecjax import networks, prune, score
 from experiments import flags, report, results, sweep
 from experiments.datasets import Dataset, diffusion_sorption, hold_out
 from experiments.methods import METHODS, MethodName, criteria
@@ -43,8 +43,6 @@ class Config:
     small_network_sparsities: tuple[float, ...] = (0.5, 0.7, 0.9, 0.95)  # Of which to train small dense networks, too.
     staged_sparsities: tuple[float, ...] = (0.5, 0.7, 0.9, 0.95)  # The same for pruning in stages.
     stages: int = 10  # Stages of it.
-    iterations: int = 5  # Steps of the repair in each stage but the last, which takes 30.
-    products: int = 30  # Products with the curvature in each step of the repair.
     calibration: int = 10_000  # How many training samples the criteria see.
     nonlinear_calibration: int = 500  # How many of these nonlinear-ec sees: its cost is weights times samples.
     snapshot_sparsity: float = 0.7  # Sparsity of the network in snapshots.png, pruned by elimination-compensation.
@@ -83,10 +81,9 @@ def main(config: Config) -> None:
             optimizer = sweep.decaying_adam(task, config.learning_rate / 2, tuning)
             for found in sweep.one_shot(task, params, compared, left, optimizer, tuning):
                 table.add(*found)
-            repaired = repair.Survivors(iterations=config.iterations, last_iterations=30, products=config.products)
             for _, sparsity, seed in table.left([sweep.STAGED], config.staged_sparsities, config.seeds):
                 dense = sweep.one_seed(params, seed)
-                pruned = prune.staged(task.network, dense, inputs, sparsity, stages=config.stages, repair=repaired)
+                pruned = prune.staged(task.network, dense, inputs, sparsity, stages=config.stages)
                 table.add(*sweep.one(task, pruned.params, sweep.STAGED, sparsity, sweep.PRUNED, seed=seed))
             for found in _small_dense(hidden, data[noise], config, table):
                 table.add(*found)

@@ -177,7 +177,7 @@ def _surrogate(config: Config, _data: Dataset | None) -> Problem:
     measures = {"test_error": relative, "test_loss": sweep.ERROR}
     data = hold_out(data) if config.validation else data
     task = sweep.Task(networks.from_linen(mlp), data, optax.squared_error, measures, batch_size=256)
-    survivors, epochs = repair.Survivors(iterations=3, last_iterations=30, products=30), config.surrogate_epochs
+    survivors, epochs = repair.Survivors(), config.surrogate_epochs
     how = sweep.decaying_adam(task, 5e-3, epochs), epochs, config.calibration, 2000, 2 * config.stages, survivors
     how += (config.regrow and prune.Regrowth(1.0, config.regrow, "optimal_brain_surgeon"),)
     return Problem("2-64-64-64-1", "tanh", mlp, task, "euclidean", config.surrogate_sparsities, *how)

@@ -46,7 +46,7 @@ class Config(flags.Digits):
     stages: int = 6  # Stages of pruning.
     samples: float = 0.25  # Part of the calibration inputs that the stages before the last see.
     iterations: int = 2  # Steps of the repair in each stage but the last.
-    last_iterations: int = 8  # Steps after the last stage.
+    last_iterations: int | None = None  # Steps after the last stage. Default: 8, and 30 for the surrogate.
     epochs: int | None = None  # Epochs of training. Default: those of the experiments that the networks are from.
     quick: bool = False  # The MLP alone, two fractions, one smaller network.
 
@@ -107,7 +107,8 @@ def smaller(
     if method == "EC, staged":
         criterion = functools.partial(criterion, metric=problem.metric, probes=1 if many else None)
     draws = method == "random, staged" or (method == "EC, staged" and many)
-    how = replace(problem.repair, iterations=config.iterations, last_iterations=config.last_iterations)
+    last = config.last_iterations or problem.repair.last_iterations
+    how = replace(problem.repair, iterations=config.iterations, last_iterations=last)
     options = {"criterion": criterion, "repair": how, "key": jax.random.key(seed) if draws else None}
     given = network, params, problem.inputs, fraction
     pruned = prune.staged_neurons(*given, by="parameters", stages=config.stages, samples=config.samples, **options)
@@ -153,7 +154,8 @@ def _mlp(name: Literal["large", "surrogate"], config: Config) -> Problem:
 
     measures = ACCURACY if large else {"test_loss": sweep.ERROR}
     inputs = jnp.asarray(found.task.data.train_inputs[: found.calibration])
-    given = found.epochs, inputs, metrics.named(found.metric), found.survivors
+    how = replace(found.survivors, last_iterations=8 if large else 30)
+    given = found.epochs, inputs, metrics.named(found.metric), how
     return Problem(found.name, found.task.data, measures, module, train, *given, {})
 
 
@@ -168,7 +170,8 @@ def _convnet(config: Config) -> Problem:
     def train(net: convnet.ConvNet, seed: int, passes: Iterable[int]) -> Params:
         return convnet.train_on(net, data, replace(full, epochs=config.epochs or epochs), seed, passes)
 
-    sizes = {"products": full.products, "curvature_samples": full.curvature, "batch_size": full.batch_size}
+    sizes = {"products": full.products, "curvature_samples": full.curvature, "last_iterations": full.last_iterations}
+    sizes["batch_size"] = full.batch_size
     given = epochs, inputs, metrics.Fisher(), repair.Survivors(metric=metrics.Fisher(full.temperature), **sizes)
     return Problem("residual convnet", data, ACCURACY, module, train, *given, {"train": False})
 
@@ -187,8 +190,8 @@ def _gpt(config: Config) -> Problem:
         return {"params": language.train_on(task, net, read.train, full, passes, seed)}
 
     metric, inputs = metrics.Fisher(full.temperature), language.calibration(data, full, 0).inputs
-    how = repair.Survivors(metric=metric, products=full.products, curvature_samples=full.curvature)
-    given = module, train, full.epochs, inputs, metric, how
+    sizes = {"products": full.products, "curvature_samples": full.curvature, "last_iterations": full.last_iterations}
+    given = module, train, full.epochs, inputs, metric, repair.Survivors(metric=metric, **sizes)
     return Problem("character GPT", data, {"test_loss": language.NATS}, *given, {})
 
 

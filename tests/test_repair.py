@@ -55,6 +55,23 @@ def test_the_objective_never_rises_and_zeros_stay(seed, sparsity, metric, kind):
             np.testing.assert_array_equal(kernel, networks.by_path(params)[path])
 
 
+@pytest.mark.parametrize(
+    ("metric", "numbers"),
+    [
+        (metrics.Fisher(3.0), {"iterations": 10, "products": 15, "curvature_samples": 1000}),
+        (None, {"iterations": 30, "products": 30, "curvature_samples": 2500}),
+    ],
+)
+def test_how_far_a_repair_goes_that_does_not_say_so(metric, numbers):
+    example, targets, masks = pruned_example(sparsity=0.8, samples=3000)
+    given = example.network, example.params, masks, example.inputs, targets
+    found = repair.Survivors(metric=metric)(*given)
+    jax.tree.map(np.testing.assert_array_equal, found, repair.Survivors(metric=metric, **numbers)(*given))
+    for name, number in numbers.items():  # each of them counts
+        other = repair.Survivors(metric=metric, **numbers | {name: number // 2})(*given)
+        assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), found, other)))
+
+
 def test_one_layer_is_least_squares():
     example, targets, masks = pruned_example(widths=(3,), samples=40, sparsity=0.5)
     network, inputs = example.network, example.inputs

@@ -32,8 +32,8 @@ class _Steps:
 
     iterations: int | None = None
     last_iterations: int | None = None
-    products: int = 15
-    curvature_samples: int = 1000
+    products: int | None = None
+    curvature_samples: int | None = None
     batch_size: int = 1024
     damping: float | int = 0.01
     metric: Metric | None = None
@@ -67,12 +67,18 @@ class Survivors(_Steps):
     labels of shape (samples,), or a ``mixture`` of both; with positions, they have these as well. ``weights`` say how
     much each sample counts, or each position: 0 for padding. The network is differentiable forwards and backwards.
 
+    How far it goes where it is not told depends on the metric: classes need few digits of the outputs, a regression all
+    that there are. On held-out points of an equation four networks pruned to 0.95 had 1.8 to 12 times the dense error
+    with Fisher's numbers, and 1.0 to 1.1 times with the others, for two to five times the price; 784-300-100-10 at 0.98
+    loses 0.09 points less with the others, for five times the price.
+
     Attributes:
         iterations: Gauss-Newton steps. If None, 3 after a stage of a run that others follow, which go over it again,
-            and 10 after the last, by hand and in ``afford``.
+            and after the last, by hand and in ``afford`` 10 where the metric is Fisher, 30 otherwise.
         last_iterations: the same after the last stage of a run; as many as iterations if None.
-        products: products with the curvature JᵀMJ in a step.
-        curvature_samples: how many samples the curvature is of, others in each step.
+        products: products with the curvature JᵀMJ in a step; if None, 15 where the metric is Fisher, 30 otherwise.
+        curvature_samples: how many samples the curvature is of, others in each step; if None, 1,000 where the metric is
+            Fisher, 2,500 otherwise.
         batch_size: samples at a time; with curvature_samples, it bounds the memory.
         damping: λ at the start, as a multiple of the mean diagonal of JᵀMJ; adapted after every step.
         metric: of the outputs; None for that of the run, Euclidean without one. Where the run's is Fisher, at the
@@ -116,7 +122,11 @@ _NOT_DIFFERENTIABLE = {
 }
 REPAIRS = {"biases": Biases(), "survivors": Survivors()}
 
-_EARLY_STEPS, _LAST_STEPS = 3, 10
+
+# What a repair takes where it does not say: classes need few digits of the outputs, a regression all that there are.
+_FOR_CLASSES = {"iterations": 10, "products": 15, "curvature_samples": 1000}
+_FOR_NUMBERS = {"iterations": 30, "products": 30, "curvature_samples": 2500}
+_EARLY_STEPS = 3
 _LOOKED_AT = 1 << 22  # of the targets' numbers, for a temperature
 
 
@@ -156,6 +166,12 @@ def of_stage(repair: Repair | None, *, last: bool) -> Repair | None:
 
 def _with_steps(repair: _Steps, iterations: int) -> _Steps:
     return dataclasses.replace(repair, iterations=iterations)
+
+
+def _with_numbers(repair: _Steps, metric: metrics.Metric) -> Any:
+    """The repair, with the numbers of its metric where it names none."""
+    numbers = _FOR_CLASSES if isinstance(metric, metrics.Fisher) else _FOR_NUMBERS
+    return dataclasses.replace(repair, **{name: n for name, n in numbers.items() if getattr(repair, name) is None})
 
 
 def own_metric(
@@ -266,10 +282,10 @@ def go_on(
     groups = _door.units(at.network, at.params, at.inputs, exclude=exclude)
     free = movable(repair, at.layers, at.params, masks, groups)
     given = metric, state._replace(params=at.params), free, *data
-    lower = f"lower batch_size={repair.batch_size} or curvature_samples={repair.curvature_samples}"
+    lower = f"lower batch_size={problem.batch_size} or curvature_samples={problem.curvature_samples}"
     try:
         with _memory.enough(f"{lower} of repair.{type(repair).__name__}"):
-            steps = _LAST_STEPS if repair.iterations is None else int(repair.iterations)
+            steps = int(_with_numbers(repair, metric).iterations)
             found = gauss_newton.take_steps(problem, *given, steps=steps)
             _checks.require_finite(found.objective, "the objective of the repair")
     except (TypeError, ValueError) as error:
@@ -314,7 +330,8 @@ def _entered(repair: _Steps, network, params, inputs, targets, metric, weights):
     at = _door.enter(network, params, jnp.asarray(inputs), **given, need="any")
     expected = as_outputs(_batches.placed(targets), at.outputs.shape, of_run)
     metric = of_run if repair.metric is not None else own_metric(repair, of_run, at.inputs, expected, at.weights)
-    sizes = repair.products, repair.batch_size, repair.curvature_samples
+    full = _with_numbers(repair, metric)
+    sizes = full.products, full.batch_size, full.curvature_samples
     problem = Problem(in_loops(at.network), _batches.blocks(at.inputs), *map(int, sizes))
     return at, problem, metric, _that_count(at.inputs, expected, at.weights, problem.blocks)
 
