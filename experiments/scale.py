@@ -3,7 +3,7 @@
 Decoder-only transformers of today's style, with up to 6.7 billion parameters of 16 bits, are laid out on 8 and on 64
 simulated devices, and a gradient, EC scores with one probe, the choice of what goes, and one step of the repair of all
 survivors are compiled for shapes alone: nothing of this size is computed. It shows the bytes that each device holds and
-moves. It takes a quarter of an hour on two cores; it writes results.csv, config.json and scale.png, and prints a table.
+moves. It takes seven minutes on one core; it writes results.csv, config.json and scale.png, and prints a table.
 It does not show how fast devices exchange what they must, nor the numerics of networks of this size.
 """
 
