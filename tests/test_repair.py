@@ -56,14 +56,15 @@ def test_the_objective_never_rises_and_zeros_stay(seed, sparsity, metric, kind):
 
 
 @pytest.mark.parametrize(
-    ("metric", "numbers"),
+    ("metric", "outputs", "numbers"),
     [
-        (metrics.Fisher(3.0), {"iterations": 10, "products": 15, "curvature_samples": 1000}),
-        (None, {"iterations": 30, "products": 30, "curvature_samples": 2500}),
+        (metrics.Fisher(3.0), 3, {"iterations": 10, "products": 15, "curvature_samples": 1000}),
+        (None, 10, {"iterations": 10, "products": 15, "curvature_samples": 1000}),
+        (None, 9, {"iterations": 30, "products": 30, "curvature_samples": 2500}),
     ],
 )
-def test_how_far_a_repair_goes_that_does_not_say_so(metric, numbers):
-    example, targets, masks = pruned_example(sparsity=0.8, samples=3000)
+def test_how_far_a_repair_goes_that_does_not_say_so(metric, outputs, numbers):
+    example, targets, masks = pruned_example(sparsity=0.8, samples=3000, widths=(6, outputs))
     given = example.network, example.params, masks, example.inputs, targets
     found = repair.Survivors(metric=metric)(*given)
     jax.tree.map(np.testing.assert_array_equal, found, repair.Survivors(metric=metric, **numbers)(*given))
