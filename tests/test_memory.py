@@ -83,29 +83,3 @@ print(risen, inputs.nbytes + 20 * sum(leaf.nbytes for leaf in jax.tree.leaves(pa
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     risen, most = map(float, done.stdout.split())
     assert np.isnan(risen) or 0 < risen < most
-
-
-SURVIVORS = """
-import jax, jax.numpy as jnp
-from ecjax import networks, prune
-from experiments.benchmark import _peak_bytes
-
-mlp = networks.MLP((300, 100, 10), jax.nn.relu)
-inputs = jax.random.uniform(jax.random.key(0), (60_000, 784))
-params = mlp.init(jax.random.key(1), inputs[:1])["params"]
-given = networks.from_linen(mlp), params, inputs, 0.98
-run = lambda: jax.block_until_ready(prune.staged(*given, metric="fisher", stages=3))
-run()  # the compiler takes memory of its own
-before = _peak_bytes(reset=True)
-run()
-print(inputs.nbytes, sum(leaf.nbytes for leaf in jax.tree.leaves(params)), _peak_bytes() - before)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of the memory is known on Linux alone")
-def test_survivors_take_the_memory_of_the_data_once_more():
-    found = subprocess.run([sys.executable, "-c", SURVIVORS], capture_output=True, text=True, check=True).stdout
-    data, params, risen = map(float, found.split())
-    assert (data, params) == (188_160_000, 1_066_440)
-    assert 0 < risen < data + 20 * params

@@ -122,11 +122,11 @@ _NOT_DIFFERENTIABLE = {
 }
 REPAIRS = {"biases": Biases(), "survivors": Survivors()}
 
-
 # What a repair takes where it does not say. A regression, which has few outputs in a metric that is not Fisher's, needs
 # all digits that there are, and a sample tells less of the curvature.
 _USUALLY = {"iterations": 10, "products": 15, "curvature_samples": 1000}
-_FOR_REGRESSION, _FEW_OUTPUTS = {"iterations": 30, "products": 30, "curvature_samples": 2500}, 10
+_FOR_REGRESSION = {"iterations": 30, "products": 30, "curvature_samples": 2500}
+_FEW_OUTPUTS = 10
 _EARLY_STEPS = 3
 _LOOKED_AT = 1 << 22  # of the targets' numbers, for a temperature
 
@@ -280,14 +280,13 @@ def go_on(
         ValueError: whatever of these can't be used, or an objective that overflows.
         MemoryError: a device that runs out of memory; it says which size to lower.
     """
-    at, problem, metric, data = _entered(repair, network, state.params, inputs, targets, metric, weights)
+    at, problem, metric, data, steps = _entered(repair, network, state.params, inputs, targets, metric, weights)
     groups = _door.units(at.network, at.params, at.inputs, exclude=exclude)
     free = movable(repair, at.layers, at.params, masks, groups)
     given = metric, state._replace(params=at.params), free, *data
     lower = f"lower batch_size={problem.batch_size} or curvature_samples={problem.curvature_samples}"
     try:
         with _memory.enough(f"{lower} of repair.{type(repair).__name__}"):
-            steps = int(_with_numbers(repair, metric, at.outputs.shape).iterations)
             found = gauss_newton.take_steps(problem, *given, steps=steps)
             _checks.require_finite(found.objective, "the objective of the repair")
     except (TypeError, ValueError) as error:
@@ -319,14 +318,14 @@ def gains(
         metric: of the run.
         weights: of samples or of their positions.
     """
-    at, problem, metric, data = _entered(repair, network, state.params, inputs, targets, metric, weights)
+    at, problem, metric, data, _ = _entered(repair, network, state.params, inputs, targets, metric, weights)
     frozen = chosen(repair.frozen, list(_trees.by_path(at.params)))
     removed = {path: ~mask for path, mask in _trees.by_path(masks).items() if path not in frozen}
     return gauss_newton.gains(problem, metric, state._replace(params=at.params), removed, *data)
 
 
 def _entered(repair: _Steps, network, params, inputs, targets, metric, weights):
-    """The network as it was read, what is minimised and in which metric, and inputs, targets as outputs and weights."""
+    """The network as read, what is minimised, the metric, (inputs, targets as outputs, weights) and how many steps."""
     of_run = metrics.named(metric if repair.metric is None else repair.metric)
     given = {"metric": of_run, "targets": targets, "weights": weights}
     at = _door.enter(network, params, jnp.asarray(inputs), **given, need="any")
@@ -335,7 +334,8 @@ def _entered(repair: _Steps, network, params, inputs, targets, metric, weights):
     full = _with_numbers(repair, metric, at.outputs.shape)
     sizes = full.products, full.batch_size, full.curvature_samples
     problem = Problem(in_loops(at.network), _batches.blocks(at.inputs), *map(int, sizes))
-    return at, problem, metric, _that_count(at.inputs, expected, at.weights, problem.blocks)
+    data = _that_count(at.inputs, expected, at.weights, problem.blocks)
+    return at, problem, metric, data, int(full.iterations)
 
 
 def _that_count(inputs: Any, targets: Array, weights: Any, blocks: int) -> tuple[Any, Array, Any]:
